@@ -1,0 +1,1 @@
+"""Units, scores, budgets and plans; knows neither experts nor channels."""

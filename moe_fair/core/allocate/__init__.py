@@ -1,0 +1,45 @@
+"""Allocators: scores and a target in, a budget per group out. One file each.
+
+A module here with `name`, `needs_protection` and `allocate(ranked, remove, tolerance)` is an
+allocator; another package adds its own through the entry point group `moe_fair.allocators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+from moe_fair.core.ranking import RankedGroup
+from moe_fair.core.registry import discover, pick
+from moe_fair.core.units import Budget
+
+
+class Allocator(Protocol):
+    """What an allocator module offers."""
+
+    name: str
+    needs_protection: bool
+
+    def allocate(
+        self,
+        ranked: Sequence[RankedGroup],
+        remove: int | None = None,
+        tolerance: float | None = None,
+    ) -> Budget: ...
+
+
+@cache
+def allocators() -> dict[str, Allocator]:
+    """Every allocator by name."""
+    found = discover(__name__, __path__, "moe_fair.allocators")
+    return {m.name: m for m in found if hasattr(m, "allocate")}
+
+
+def allocator(name: str) -> Allocator:
+    """The allocator of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    return pick(allocators(), name, "allocator")

@@ -1,0 +1,71 @@
+"""A criterion: a rule that turns statistics into one score per unit; higher = keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fair.core.units import GroupView, Scores, Statistics
+
+# Scores are compared after rounding to this many significant digits, so that the order in which
+# processes or devices added their sums cannot change a plan.
+SIGNIFICANT_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named scoring rule.
+
+    Attributes:
+        name: what the user types.
+        needs: statistics that must have been collected.
+        source: the paper, or "this project".
+        score: GroupView -> [N]; higher = keep. A unit that no token reached scores as removable.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    source: str
+    score: Callable[[GroupView], Tensor]
+
+    def __call__(
+        self, statistics: Statistics, weights: Mapping[str, float] | None = None
+    ) -> Scores:
+        """Scores of every group.
+
+        Raises:
+            ValueError: a statistic that the rule needs was not collected, or a score is not finite.
+        """
+        values = {}
+        for group in statistics.groups:
+            view = statistics.view(group, weights)
+            missing = [n for n in self.needs if n not in view]
+            if missing:
+                raise ValueError(
+                    f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics do "
+                    "not hold; Taylor sums are left out by --no-taylor: calibrate without it"
+                )
+            score = self.score(view).to(torch.float64)
+            assert score.shape == (group.size,), (self.name, score.shape, group.size)
+            bad = (~torch.isfinite(score)).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"criterion {self.name!r} gives {score[bad[0]].item()} for unit {bad[0]} of "
+                    f"{group.name} ({len(bad)} such units): the calibration run met NaN or Inf"
+                )
+            values[group.name] = round_significant(score)
+        return Scores(self.name, values)
+
+
+def round_significant(x: Tensor, digits: int = SIGNIFICANT_DIGITS) -> Tensor:
+    """`x` rounded to so many significant decimal digits, elementwise; 0 stays 0."""
+    flat = [float(f"{v:.{digits - 1}e}") for v in x.flatten().tolist()]
+    return torch.tensor(flat, dtype=torch.float64).reshape(x.shape)
+
+
+def mean_over_tokens(total: Tensor, tokens: Tensor) -> Tensor:
+    """`total / tokens` for units that saw a token, 0 for those that saw none. Shapes [N]."""
+    return torch.where(tokens > 0, total / tokens.clamp(min=1e-300), torch.zeros_like(total))

@@ -1,0 +1,324 @@
+"""A plan: which units of every group stay, and every number that explains why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moe_fair.core.allocate import allocator as find_allocator
+from moe_fair.core.allocate import tod
+from moe_fair.core.ranking import RankedGroup, rank
+from moe_fair.core.units import Budget, Scores, UnitGroup
+
+PLAN_FORMAT = "moe_fair.plan/1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan must meet: exactly one of the fields is set.
+
+    Attributes:
+        mean_kept: units kept per group on average.
+        total: units kept over all groups.
+        ratio: share of all units that leave, 0 to 1.
+        parameters, bytes: the most that the whole model may hold afterwards.
+        tolerance: ToD's α, with no budget.
+    """
+
+    mean_kept: float | None = None
+    total: int | None = None
+    ratio: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        if len(given) != 1:
+            names = ", ".join(given) or "nothing"
+            raise ValueError(
+                "give exactly one target (--experts, --total, --ratio, --size or --tolerance); "
+                f"got {names}"
+            )
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise ValueError(f"--ratio {self.ratio:g} is not between 0 and 1 (the share removed)")
+        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
+            raise ValueError(f"--tolerance {self.tolerance:g} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters and bytes of a whole checkpoint."""
+
+    parameters: int
+    bytes: int
+
+    def without(self, groups: tuple[UnitGroup, ...], kept: Mapping[str, int]) -> ModelSize:
+        """The size after every group is cut to `kept` units."""
+        gone = [(g, g.size - kept[g.name]) for g in groups]
+        return ModelSize(
+            self.parameters - sum(g.unit_parameters * n for g, n in gone),
+            self.bytes - sum(g.unit_bytes * n for g, n in gone),
+        )
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group's part of a plan.
+
+    Attributes:
+        name, layer, size: of the unit group.
+        kept: ids that stay, rising.
+        tod: ToD at this depth, or None without protection scores.
+        null_depth: depth that independent rankings would reach at the plan's tolerance.
+        ceiling: deepest that any rankings reach at the plan's tolerance.
+        removal, protection: the scores, [N].
+    """
+
+    name: str
+    layer: int
+    size: int
+    kept: list[int]
+    tod: float | None
+    null_depth: float | None
+    ceiling: int | None
+    removal: list[float]
+    protection: list[float] | None
+
+    @property
+    def depth(self) -> int:
+        """Units removed."""
+        return self.size - len(self.kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept ids per group, and what led to them. The same inputs give the same bytes."""
+
+    groups: list[GroupPlan]
+    allocator: str
+    removal: str
+    protection: str | None
+    tolerance: float | None
+    explanation: dict[str, Any]
+    target: dict[str, float]
+    before: ModelSize
+    after: ModelSize
+    notes: list[str]
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Group name -> kept ids."""
+        return {g.name: g.kept for g in self.groups}
+
+    @property
+    def uniform(self) -> bool:
+        """Every group keeps the same number of units."""
+        return len({len(g.kept) for g in self.groups}) == 1
+
+    def to_json(self) -> str:
+        """The plan as JSON text, byte for byte the same for the same plan."""
+        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write the plan, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json())
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        """Read and check a plan.
+
+        Raises:
+            ValueError: no such file, not a plan, or ids that cannot be.
+        """
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}: `moe-fair plan STATISTICS -o {path}` makes one")
+        try:
+            raw = json.loads(path.read_text())
+            if raw.pop("format") != PLAN_FORMAT:
+                raise ValueError("another format version")
+            groups = [GroupPlan(**g) for g in raw.pop("groups")]
+            before, after = ModelSize(**raw.pop("before")), ModelSize(**raw.pop("after"))
+            plan = Plan(groups=groups, before=before, after=after, **raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} is not a moe_fair plan: {e}") from e
+        for g in plan.groups:
+            _check_kept(g, path)
+        return plan
+
+
+def _check_kept(g: GroupPlan, path: Path) -> None:
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in g.kept)
+    if not whole or g.kept != sorted(set(g.kept)):
+        raise ValueError(f"{path}: {g.name}: kept ids must be whole numbers, rising, each once")
+    if not g.kept or g.kept[0] < 0 or g.kept[-1] >= g.size:
+        raise ValueError(f"{path}: {g.name}: kept ids must be one or more of 0..{g.size - 1}")
+
+
+def make_plan(
+    groups: tuple[UnitGroup, ...],
+    removal: Scores,
+    protection: Scores | None,
+    *,
+    target: Target,
+    allocator: str,
+    before: ModelSize,
+    min_units: int = 0,
+    multiple_of: int = 1,
+    fingerprint: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Scores and a target in, kept ids out.
+
+    Args:
+        before: size of the whole model, from which the size afterwards follows.
+        min_units, multiple_of: see `ranking.rank`.
+
+    Raises:
+        ValueError: the target cannot be met; says why.
+    """
+    rule = find_allocator(allocator)
+    ranked = rank(groups, removal, protection, min_units=min_units, multiple_of=multiple_of)
+    size = sum(g.size for g in groups)
+    if target.tolerance is not None:
+        budget = rule.allocate(ranked, tolerance=target.tolerance)
+    elif target.parameters is not None or target.bytes is not None:
+        budget = _within_size(ranked, rule, groups, before, target)
+    else:
+        budget = rule.allocate(ranked, remove=size - _total(target, groups))
+    plan = _explain(ranked, budget, removal, protection, target, before)
+    return replace(plan, fingerprint=dict(fingerprint or {}), recipe=dict(recipe or {}))
+
+
+def _total(target: Target, groups: tuple[UnitGroup, ...]) -> int:
+    """Units kept over all groups."""
+    size = sum(g.size for g in groups)
+    if target.total is not None:
+        return target.total
+    if target.ratio is not None:
+        return size - round(target.ratio * size)
+    assert target.mean_kept is not None
+    total = target.mean_kept * len(groups)
+    if abs(total - round(total)) > 1e-6:
+        low, high = (int(total + i) / len(groups) for i in (0, 1))
+        raise ValueError(
+            f"--experts {target.mean_kept:g} over {len(groups)} layers is {total:g} experts, not a "
+            f"whole number; the nearest are {low:.6g} and {high:.6g} (or give --total)"
+        )
+    return round(total)
+
+
+def _within_size(ranked, rule, groups, before: ModelSize, target: Target) -> Budget:
+    """The budget that keeps the most units while the model fits: totals shrink the model."""
+    limit = target.parameters if target.parameters is not None else target.bytes
+    unit = "parameters" if target.parameters is not None else "bytes"
+    step = ranked[0].step
+    least, most = (sum(int(r.depths[i]) for r in ranked) for i in (0, -1))
+
+    def at(steps: int) -> Budget:
+        return rule.allocate(ranked, remove=least + steps * step)
+
+    def fits(budget: Budget) -> bool:
+        return getattr(before.without(groups, budget.kept), unit) <= limit
+
+    low, high = 0, (most - least) // step
+    if not fits(at(high)):
+        smallest = getattr(before.without(groups, at(high).kept), unit)
+        raise ValueError(
+            f"--size {limit:,} {unit} is out of reach: with the fewest experts that routing allows "
+            f"the model still has {smallest:,} {unit}"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(at(middle)) else (middle + 1, high)
+    return at(low)
+
+
+def _explain(
+    ranked: list[RankedGroup],
+    budget: Budget,
+    removal: Scores,
+    protection: Scores | None,
+    target: Target,
+    before: ModelSize,
+) -> Plan:
+    groups = tuple(r.group for r in ranked)
+    curves = [tod.curve(r) if r.protection_order is not None else None for r in ranked]
+    depths = [r.group.size - budget.kept[r.group.name] for r in ranked]
+    tods = [None if c is None else float(c[m]) for c, m in zip(curves, depths, strict=True)]
+    alpha = _tolerance(budget, tods)
+    plans = [
+        GroupPlan(
+            name=r.group.name,
+            layer=r.group.layer,
+            size=r.group.size,
+            kept=r.kept(m),
+            tod=t,
+            null_depth=None if alpha is None else tod.null_depth(r.group.size, alpha),
+            ceiling=None if alpha is None else tod.ceiling(r.group.size, alpha),
+            removal=r.removal.tolist(),
+            protection=None if r.protection is None else r.protection.tolist(),
+        )
+        for r, m, t in zip(ranked, depths, tods, strict=True)
+    ]
+    return Plan(
+        groups=plans,
+        allocator=budget.allocator,
+        removal=removal.criterion,
+        protection=protection.criterion if protection else None,
+        tolerance=alpha,
+        explanation=budget.explanation,
+        target={k: v for k, v in asdict(target).items() if v is not None},
+        before=before,
+        after=before.without(groups, budget.kept),
+        notes=_notes(plans, budget, alpha),
+    )
+
+
+def _tolerance(budget: Budget, tods: list[float | None]) -> float | None:
+    """The tolerance at which every group's depth is allowed: what was asked, or what it took."""
+    if budget.allocator != tod.name:
+        return None
+    given = budget.explanation.get("tolerance")
+    return float(given) if given is not None else max((t for t in tods if t is not None), default=0.0)
+
+
+def _notes(plans: list[GroupPlan], budget: Budget, alpha: float | None) -> list[str]:
+    """What a reader must know before trusting the budget."""
+    if alpha is None:
+        return []
+    notes = []
+    size, depth = sum(p.size for p in plans), sum(p.depth for p in plans)
+    share = depth / size
+    if "tolerance_below" in budget.explanation:
+        if budget.explanation["tolerance_below"] is None:
+            notes.append(
+                "the two rankings agree so far that even tolerance 0 removes more than the budget: "
+                "the removed share of each layer's U-mass decided all of it"
+            )
+        elif added := sum(budget.explanation["added_by_fill"].values()):
+            notes.append(
+                f"tolerance {budget.explanation['tolerance_below']:.4g} removes "
+                f"{depth - added}; the layers with the least ToD at their next depth gave the "
+                f"other {added}"
+            )
+        if share > 0.5:
+            notes.append(
+                f"removing {share:.1%} lies above the ceiling 1/(2 - α) of every tolerance below "
+                f"{2 - 1 / share:.3f}: part of the overlap is forced by counting"
+            )
+    bound = [p.layer for p in plans if p.depth and p.depth >= (p.ceiling or 0)]
+    if bound:
+        notes.append(
+            f"the ceiling N/(2 - α) binds in layer{'s' if len(bound) > 1 else ''} "
+            f"{', '.join(map(str, bound))}"
+        )
+    return notes

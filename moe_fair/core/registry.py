@@ -1,0 +1,36 @@
+"""Extensions by file: a rule is a module of a folder, or an entry point of another package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def discover(package: str, path: Iterable[str], group: str) -> list[Any]:
+    """The modules of a package, by name, then what other packages registered under `group`."""
+    names = sorted(m.name for m in pkgutil.iter_modules(path))
+    own = [importlib.import_module(f"{package}.{n}") for n in names]
+    return own + [e.load() for e in sorted(entry_points(group=group), key=lambda e: e.name)]
+
+
+def pick(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`.
+
+    Raises:
+        ValueError: no such entry; names the nearest and lists all.
+    """
+    if name in table:
+        return table[name]
+    raise ValueError(f"no {what} {name!r}{nearest(name, table)}; there are {', '.join(table)}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest of the names, or nothing."""
+    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

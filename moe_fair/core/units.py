@@ -1,0 +1,262 @@
+"""Units in groups, and what is known about them: the data that every stage hands to the next.
+
+An MoE layer's experts and a layer's channels are both *units* of a *unit group*. Nothing in this
+package knows which of the two it is looking at.
+
+Shape legend: D calibration domains, N units of a group, S calibration sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+STATISTICS_FILE = "statistics.safetensors"
+STATISTICS_FORMAT = "moe_fair.statistics/1"
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units among which some are removed: the routed experts of one MoE layer.
+
+    Attributes:
+        name: where the group lives, a module path (`model.layers.3.mlp`).
+        layer: index of the decoder layer.
+        size: number of units N.
+        floor: fewest units that may be kept (at least top_k for experts).
+        unit_parameters: parameters that leave the model with one unit.
+        unit_bytes: bytes that leave the checkpoint with one unit.
+        blocks: the units lie in this many equal consecutive runs, and every run must keep the same
+            number (group-limited routing); 1 where there is no such rule.
+    """
+
+    name: str
+    layer: int
+    size: int
+    floor: int = 1
+    unit_parameters: int = 0
+    unit_bytes: int = 0
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.floor <= self.size:
+            raise ValueError(f"{self.name}: floor {self.floor} outside 0..{self.size} units")
+        if self.blocks < 1 or self.size % self.blocks:
+            raise ValueError(f"{self.name}: {self.size} units in {self.blocks} equal blocks")
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """What a criterion sees of one group: sums over the calibration domains.
+
+    `view["name"]` is the sum over the domains, [N, ...]; `rows` is [S, N], one row of Taylor values
+    per calibration sequence; `row_weights` is [S]; `total_tokens` and `total_sequences` count the
+    calibration set, weighted like the sums.
+    """
+
+    group: UnitGroup
+    sums: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+    rows: Tensor
+    row_weights: Tensor
+    total_tokens: float
+    total_sequences: float
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sums[name] if name in self.sums else self.constants[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sums or name in self.constants or (name == "rows" and len(self.rows) > 0)
+
+
+@dataclass
+class Statistics:
+    """Float64 sums per (domain, unit) of every group, and one Taylor row per sequence.
+
+    Sums of two shards of the data add up to the sums of their union, so processes, devices and
+    resumed runs are all `merge`.
+
+    Attributes:
+        groups: the unit groups, in model order.
+        domains: names of the calibration domains; the first axis of every sum.
+        sums: group name -> statistic -> [D, N, ...] float64.
+        constants: group name -> statistic -> [N, ...]: facts about the weights, the same in every
+            shard of the data.
+        rows: group name -> [S, N] float64, Taylor values summed over each sequence's tokens.
+        sequence_ids, sequence_domains: [S] int64, which sequence each row is and its domain.
+        tokens, sequences: [D] float64, size of the calibration set per domain.
+        fingerprint: digests of what the numbers were measured on (model, tokenizer, calibration).
+        facts: whatever explains the run: model id, data type, sizes of the model.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    domains: tuple[str, ...]
+    sums: dict[str, dict[str, Tensor]]
+    constants: dict[str, dict[str, Tensor]]
+    rows: dict[str, Tensor]
+    sequence_ids: Tensor
+    sequence_domains: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
+        """One group's sums over the domains, each domain times its weight (default 1)."""
+        unknown = set(weights or {}) - set(self.domains)
+        if unknown:
+            raise ValueError(
+                f"no calibration domain {sorted(unknown)[0]!r}; there are {', '.join(self.domains)}"
+            )
+        w = torch.tensor([(weights or {}).get(d, 1.0) for d in self.domains], dtype=torch.float64)
+        sums = {k: torch.tensordot(w, v, dims=1) for k, v in self.sums[group.name].items()}
+        return GroupView(
+            group=group,
+            sums=sums,
+            constants=self.constants.get(group.name, {}),
+            rows=self.rows.get(group.name, torch.zeros(0, group.size, dtype=torch.float64)),
+            row_weights=w[self.sequence_domains],
+            total_tokens=float(w @ self.tokens),
+            total_sequences=float(w @ self.sequences),
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both shards of the data together.
+
+        Raises:
+            ValueError: the two were measured on different models, domains or statistics, or share
+                a sequence.
+        """
+        for what in ("groups", "domains", "fingerprint"):
+            if getattr(self, what) != getattr(other, what):
+                raise ValueError(f"statistics differ in their {what} and cannot be merged")
+        ids = torch.cat([self.sequence_ids, other.sequence_ids])
+        if len(torch.unique(ids)) != len(ids):
+            raise ValueError("the statistics to merge share calibration sequences")
+        order = torch.argsort(ids)
+        return Statistics(
+            groups=self.groups,
+            domains=self.domains,
+            sums={
+                g: {k: v + other.sums[g][k] for k, v in sums.items()}
+                for g, sums in self.sums.items()
+            },
+            constants=self.constants,
+            rows={g: torch.cat([r, other.rows[g]])[order] for g, r in self.rows.items()},
+            sequence_ids=ids[order],
+            sequence_domains=torch.cat([self.sequence_domains, other.sequence_domains])[order],
+            tokens=self.tokens + other.tokens,
+            sequences=self.sequences + other.sequences,
+            fingerprint=self.fingerprint,
+            facts=self.facts,
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write `statistics.safetensors` into `folder`; the same statistics give the same bytes."""
+        header = {
+            "format": STATISTICS_FORMAT,
+            "groups": [asdict(g) for g in self.groups],
+            "domains": list(self.domains),
+            "fingerprint": self.fingerprint,
+            "facts": self.facts,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
+        # one metadata key: the writer does not keep the order of several
+        save_file(dict(self._tensors()), partial, {"moe_fair": json.dumps(header, sort_keys=True)})
+        partial.replace(path)
+        return path
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "sequence_ids", self.sequence_ids
+        yield "sequence_domains", self.sequence_domains
+        yield "tokens", self.tokens
+        yield "sequences", self.sequences
+        for kind, store in (("sums", self.sums), ("constants", self.constants)):
+            for group, tensors in store.items():
+                for name, t in tensors.items():
+                    yield f"{kind}/{group}/{name}", t.contiguous()
+        for group, t in self.rows.items():
+            yield f"rows/{group}", t.contiguous()
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Read a statistics file, or the folder that holds one.
+
+        Raises:
+            ValueError: there is no such file, or it is not a statistics file of this version.
+        """
+        file = path / STATISTICS_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"no statistics at {path}: `moe-fair calibrate MODEL -o {path}` makes them")
+        header, tensors = _read(file)
+        if header.get("format") != STATISTICS_FORMAT:
+            raise ValueError(
+                f"{file} is not a moe_fair statistics file of this version "
+                f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); calibrate again"
+            )
+        sums: dict[str, dict[str, Tensor]] = {}
+        constants: dict[str, dict[str, Tensor]] = {}
+        rows: dict[str, Tensor] = {}
+        for key, t in tensors.items():
+            kind, _, rest = key.partition("/")
+            group, _, name = rest.rpartition("/")
+            if kind == "sums":
+                sums.setdefault(group, {})[name] = t
+            elif kind == "constants":
+                constants.setdefault(group, {})[name] = t
+            elif kind == "rows":
+                rows[rest] = t
+        return Statistics(
+            groups=tuple(UnitGroup(**g) for g in header["groups"]),
+            domains=tuple(header["domains"]),
+            sums=sums,
+            constants=constants,
+            rows=rows,
+            sequence_ids=tensors["sequence_ids"],
+            sequence_domains=tensors["sequence_domains"],
+            tokens=tensors["tokens"],
+            sequences=tensors["sequences"],
+            fingerprint=header["fingerprint"],
+            facts=header["facts"],
+        )
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get("moe_fair", "{}"))
+            return header, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file} cannot be read as a statistics file: {e}") from e
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per unit, and the criterion that gave it. `values`: group name -> [N] float64."""
+
+    criterion: str
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units kept per group, and how an allocator came to it.
+
+    Attributes:
+        kept: group name -> number of units kept.
+        allocator: its name.
+        explanation: numbers that explain the budget (the tolerance reached, what a fill added).
+    """
+
+    kept: dict[str, int]
+    allocator: str
+    explanation: dict[str, Any] = field(default_factory=dict)
