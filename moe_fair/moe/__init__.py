@@ -1,0 +1,1 @@
+"""Experts of a mixture-of-experts language model as units."""

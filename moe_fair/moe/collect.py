@@ -1,0 +1,280 @@
+"""Statistics of every routed expert, from one forward + backward over the calibration set.
+
+Each experts module is made to compute its outputs one (token, slot) a row, with its own kernel and
+weight 1, so that f_e(x_t) is seen as it is; the rows are then weighted and summed exactly as the
+stock forward does, and the logits stay bitwise the same (grouped_mm). The router weights pass
+through an identity whose backward receives dL/d(weight) = <dL/dy_t, f_e(x_t)>; times the weight it
+is the gate Taylor value t_e of that token (METHODS §6). Everything of a batch is booked in the
+backward, so that activation checkpointing, which runs the forward twice, books it once.
+
+Shape legend: B sequences, L tokens each, T = B·L, K top-k, S = T·K (token, slot) rows sorted by
+expert, E experts, D model, G calibration domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.core.units import Statistics, UnitGroup
+from moe_fair.engines.batch import Batch
+from moe_fair.moe.blocks import MoeBlock
+
+FORWARD = (
+    "tokens",  # n: routed tokens
+    "gate",  # Σ g
+    "gate_sq",  # Σ g²
+    "norm",  # Σ ‖f‖
+    "norm_sq",  # Σ ‖f‖²
+    "gated_norm",  # Σ g‖f‖
+    "gated_norm_sq",  # Σ (g‖f‖)²
+    "turned_norm",  # Σ g‖f‖ (1 - cos(x, x + y))
+)
+VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
+TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
+
+
+class ExpertCollector:
+    """Observes the experts of a model while an engine runs it. Use as a context manager.
+
+    Args:
+        blocks: the MoE blocks to watch.
+        groups: their unit groups, in the same order.
+        domains: names of the calibration domains.
+        taylor: also collect Taylor sums; the engine must then run the backward.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[MoeBlock],
+        groups: Sequence[UnitGroup],
+        domains: Sequence[str],
+        *,
+        taylor: bool = True,
+    ) -> None:
+        self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
+        self.taylor = taylor
+        self.batch: Batch | None = None
+        self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
+        self._tokens = torch.zeros(len(domains), dtype=torch.float64)
+        self._sequences: dict[int, int] = {}
+
+    def __enter__(self) -> ExpertCollector:
+        for tap in self._taps:
+            tap.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for tap in self._taps:
+            tap.detach()
+
+    def begin(self, batch: Batch) -> None:
+        """The next forward runs this batch. A streaming engine comes back to a batch per layer."""
+        self.batch = batch
+        ids = batch.sequence_ids.tolist()
+        if ids[0] not in self._sequences:
+            self._tokens[batch.domain] += float(batch.mask.sum())
+            self._sequences.update(dict.fromkeys(ids, batch.domain))
+
+    def statistics(
+        self, fingerprint: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None
+    ) -> Statistics:
+        """Everything booked so far."""
+        ids = sorted(self._sequences)
+        domains = torch.tensor([self._sequences[i] for i in ids], dtype=torch.int64)
+        count = torch.bincount(domains, minlength=len(self.domains)).to(torch.float64)
+        names = [g.name for g in self.groups]
+        return Statistics(
+            groups=self.groups,
+            domains=self.domains,
+            sums={n: {k: v.cpu() for k, v in t.sums.items()} for n, t in zip(names, self._taps, strict=True)},
+            constants={n: t.constants for n, t in zip(names, self._taps, strict=True)},
+            rows={n: t.stacked_rows(ids) for n, t in zip(names, self._taps, strict=True)}
+            if self.taylor
+            else {},
+            sequence_ids=torch.tensor(ids, dtype=torch.int64),
+            sequence_domains=domains,
+            tokens=self._tokens,
+            sequences=count,
+            fingerprint=dict(fingerprint or {}),
+            facts=dict(facts or {}),
+        )
+
+
+class _Tap:
+    """Stands before one experts module and books what passes."""
+
+    def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
+        self.collector, self.experts = collector, block.experts
+        self.size, self.domains = block.num_experts, domains
+        self.sums: dict[str, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}
+        self._stock: Callable[..., Tensor] | None = None
+
+    def attach(self) -> None:
+        self._stock = self.experts.forward
+        self.experts.forward = self.forward
+
+    def detach(self) -> None:
+        del self.experts.forward  # the class's own shows again
+        if self.experts.forward != self._stock:  # accelerate had put a hook on the instance
+            self.experts.forward = self._stock  # type: ignore[assignment]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts' output [T, D], as the stock forward gives it."""
+        assert self._stock is not None
+        batch = self.collector.batch
+        assert batch is not None, "an engine calls begin() before it runs a batch"
+        t, k = top_k_index.shape
+        ids = top_k_index.flatten()
+        rows = hidden_states.repeat_interleave(k, dim=0)
+        ones = torch.ones_like(ids, dtype=top_k_weights.dtype).unsqueeze(1)
+        f = self._stock(rows, ids.unsqueeze(1), ones)
+        taylor = self.collector.taylor
+        if taylor and not torch.is_grad_enabled():  # the first pass of activation checkpointing
+            weights, book = top_k_weights, None
+        else:
+            book = _Booking(self, batch, top_k_index, f.detach(), top_k_weights.detach())
+            weights = _Gate.apply(top_k_weights, book.anchor, book) if taylor else top_k_weights
+        # the stock kernel's own last two steps, so that the logits stay the same bit for bit
+        weighted = f * weights.flatten().unsqueeze(1)
+        y = weighted.view(t, k, -1).sum(dim=1).to(hidden_states.dtype)
+        if book is not None:
+            book.forward(hidden_states.detach(), y.detach())
+            if not taylor:
+                book.commit()
+        return y
+
+    def add(self, domain: int, name: str, value: Tensor) -> None:
+        """Add [E, ...] to this domain's sum."""
+        if name not in self.sums:
+            shape = (self.domains, *value.shape)
+            self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+        self.sums[name][domain] += value
+
+    def weigh(self) -> None:
+        """Σ|w| and Σw² over each expert's matrices, and their size: what data-free criteria need."""
+        if self.constants or next(self.experts.parameters()).is_meta:
+            return
+        matrices = [p for p in self.experts.parameters() if p.dim() == 3]
+        per_expert = torch.tensor(
+            [
+                [
+                    sum(float(p[e].double().abs().sum()) for p in matrices),
+                    sum(float(p[e].double().square().sum()) for p in matrices),
+                ]
+                for e in range(self.size)
+            ],
+            dtype=torch.float64,
+        )
+        count = float(sum(p[0].numel() for p in matrices))
+        self.constants = {
+            "weight_abs": per_expert[:, 0].clone(),
+            "weight_sq": per_expert[:, 1].clone(),
+            "weight_count": torch.full((self.size,), count, dtype=torch.float64),
+        }
+
+    def stacked_rows(self, ids: Sequence[int]) -> Tensor:
+        """[sequences, E] Taylor rows in the order of the ids."""
+        return torch.stack([self.rows[i].cpu() for i in ids]) if ids else torch.zeros(0, self.size)
+
+
+class _Booking:
+    """One batch at one block: sums made in the forward, entered once the gradient has come."""
+
+    def __init__(
+        self, tap: _Tap, batch: Batch, top_k_index: Tensor, f: Tensor, weights: Tensor
+    ) -> None:
+        self.tap, self.batch, self.ids = tap, batch, top_k_index.flatten()
+        self.f, self.g = f, weights.flatten().double()
+        self.anchor = torch.zeros((), device=f.device, requires_grad=True)
+        self.sums: dict[str, Tensor] = {}
+        tokens, k = top_k_index.shape
+        self.token = torch.arange(tokens, device=f.device).repeat_interleave(k)
+        self.counted = batch.mask.flatten()[self.token].double() if batch.padded else None
+
+    def per_expert(self, values: Tensor) -> Tensor:
+        """[S] -> [E] sums over counted rows."""
+        if self.counted is not None:
+            values = values * self.counted
+        return torch.bincount(self.ids, weights=values, minlength=self.tap.size)
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        """All statistics that need no gradient."""
+        self.tap.weigh()
+        norm = torch.linalg.vector_norm(self.f, dim=-1, dtype=torch.float32).double()
+        gated = self.g * norm
+        xf, yf = x.float(), y.float()
+        turn = 1 - torch.cosine_similarity(xf, xf + yf, dim=-1).double()
+        values = {
+            "tokens": torch.ones_like(norm),
+            "gate": self.g,
+            "gate_sq": self.g.square(),
+            "norm": norm,
+            "norm_sq": norm.square(),
+            "gated_norm": gated,
+            "gated_norm_sq": gated.square(),
+            "turned_norm": gated * turn[self.token],
+        }
+        self.sums = {name: self.per_expert(v) for name, v in values.items()}
+        self.sums["output"], self.sums["output_sq"] = self._vectors()
+        del self.f
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Σ f and Σ f² per expert, [E, D] each."""
+        order = torch.argsort(self.ids, stable=True)
+        f = self.f[order]
+        counted = None if self.counted is None else self.counted[order, None]
+        total = self.f.new_zeros(2, self.tap.size, self.f.shape[-1], dtype=torch.float64)
+        ends = torch.bincount(self.ids, minlength=self.tap.size).cumsum(0).tolist()
+        start = 0
+        for e, end in enumerate(ends):
+            if end > start:
+                rows = f[start:end].double()
+                if counted is not None:
+                    rows = rows * counted[start:end]
+                torch.sum(rows, 0, out=total[0, e])
+                torch.sum(rows.square_(), 0, out=total[1, e])
+            start = end
+        return total[0], total[1]
+
+    def backward(self, gradient: Tensor) -> None:
+        """Taylor sums from dL/d(weight) [T, K], then everything is entered."""
+        t = gradient.flatten().double() * self.g
+        for name, value in zip(TAYLOR, (t, t.abs(), t.square()), strict=True):
+            self.sums[name] = self.per_expert(value)
+        b, length = self.batch.mask.shape
+        cell = self.token.div(length, rounding_mode="floor") * self.tap.size + self.ids
+        values = t if self.counted is None else t * self.counted
+        rows = torch.bincount(cell, weights=values, minlength=b * self.tap.size).view(b, -1)
+        for i, row in zip(self.batch.sequence_ids.tolist(), rows, strict=True):
+            assert i not in self.tap.rows, "a sequence was booked twice"
+            self.tap.rows[i] = row
+        self.commit()
+
+    def commit(self) -> None:
+        """Enter the batch's sums."""
+        for name, value in self.sums.items():
+            self.tap.add(self.batch.domain, name, value)
+        self.sums = {}
+
+
+class _Gate(torch.autograd.Function):
+    """Identity on the router weights; its backward hands the gradient to the booking.
+
+    The anchor makes the output differentiable even in the first layer, where nothing else is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, anchor: Tensor, book: _Booking) -> Tensor:
+        ctx.book = book
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.book.backward(gradient)
+        return gradient, None, None

@@ -1,0 +1,76 @@
+"""Cutting experts out of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.moe.blocks import MoeBlock, find_blocks
+
+
+def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
+    """The block can route among these experts.
+
+    Raises:
+        ValueError: ids out of range or repeated, too few of them, or unequal groups.
+    """
+    size = block.num_experts
+    if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
+        raise ValueError(f"{block.name}: kept ids must rise within 0..{size - 1}")
+    if len(kept) < block.top_k:
+        raise ValueError(
+            f"{block.name}: {len(kept)} experts kept, but the router picks top {block.top_k}"
+        )
+    if block.n_group > 1:
+        run = size // block.n_group
+        counts = [sum(1 for e in kept if e // run == i) for i in range(block.n_group)]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{block.name}: group-limited routing needs equal counts in its {block.n_group} "
+                f"groups, got {counts}"
+            )
+
+
+def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Keep only these experts, in place: fused matrices, router rows, biases and counts.
+
+    Args:
+        kept: block name -> ids that stay, rising. Blocks that are not named stay whole.
+
+    Raises:
+        ValueError: an unknown block, or ids that routing cannot work with. Nothing is cut then.
+    """
+    blocks = {b.name: b for b in find_blocks(model)}
+    unknown = set(kept) - set(blocks)
+    if unknown:
+        raise ValueError(
+            f"the plan names {sorted(unknown)[0]}, which this model does not have; it is a plan for "
+            "another model"
+        )
+    for name, ids in kept.items():
+        check_kept(blocks[name], ids)
+    for name, ids in kept.items():
+        _cut_block(blocks[name], torch.as_tensor(list(ids)))
+
+
+def _cut_block(block: MoeBlock, ids: Tensor) -> None:
+    counters = list(block.counters())
+    for name in list(block.experts._parameters):
+        _take(block.experts, name, 0, ids)
+    for module, name, dim in block.routed:
+        _take(module, name, dim, ids)
+        if isinstance(module, nn.Linear):
+            module.out_features = len(ids)
+    for module in counters:
+        module.num_experts = len(ids)  # type: ignore[assignment]
+
+
+def _take(module: nn.Module, name: str, dim: int, ids: Tensor) -> None:
+    store = module._parameters if name in module._parameters else module._buffers
+    t = store[name]
+    if t is None:
+        return
+    sliced = t.detach().index_select(dim, ids.to(t.device))
+    store[name] = nn.Parameter(sliced, t.requires_grad) if isinstance(t, nn.Parameter) else sliced
