@@ -1,0 +1,108 @@
+"""moe_fair: prune the routed experts of Hugging Face mixture-of-experts models.
+
+    import moe_fair
+    statistics = moe_fair.calibrate("Qwen/Qwen1.5-MoE-A2.7B-Chat", calibration="python=code.jsonl")
+    plan = moe_fair.plan(statistics, experts=40)
+    moe_fair.prune("Qwen/Qwen1.5-MoE-A2.7B-Chat", "out", plan=plan)
+
+Settings are those of `moe_fair.Recipe`. Heavy packages load when a function is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_fair.core.plan import Plan
+    from moe_fair.core.units import Statistics
+    from moe_fair.pipeline import Pruned
+    from moe_fair.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "Pruned", "Recipe", "Statistics", "calibrate", "plan", "prune"]
+
+_HOMES = {
+    "Plan": "moe_fair.core.plan",
+    "Pruned": "moe_fair.pipeline",
+    "Recipe": "moe_fair.recipe",
+    "Statistics": "moe_fair.core.units",
+}
+
+
+def calibrate(model: str, output: str | Path | None = None, **settings: Any) -> Statistics:
+    """Run calibration text through a model and gather statistics of every routed expert.
+
+    Args:
+        model: local directory or Hub id.
+        output: a new directory to save the statistics to.
+        settings: see `Recipe` (calibration, samples, length, seed, dtype, taylor, ...).
+
+    Raises:
+        ValueError: bad input; one line says what, which, why and what to do.
+    """
+    from moe_fair import pipeline
+    from moe_fair.recipe import Recipe
+
+    recipe = Recipe().with_settings({"model": model, **settings})
+    return pipeline.calibrate(recipe, Path(output) if output else None)
+
+
+def plan(statistics: Statistics | str | Path, **settings: Any) -> Plan:
+    """Decide which experts stay, in milliseconds.
+
+    Args:
+        statistics: from `calibrate`, or the directory that it saved.
+        settings: a target (experts, total, ratio, size or tolerance), and see `Recipe` (method,
+            removal, protection, allocate, min_experts, multiple_of, weights).
+
+    Raises:
+        ValueError: the target cannot be met, or the statistics do not hold what the method needs.
+    """
+    from moe_fair import pipeline
+    from moe_fair.core.units import Statistics
+    from moe_fair.recipe import Recipe
+
+    if isinstance(statistics, (str, Path)):
+        statistics = Statistics.load(Path(statistics))
+    return pipeline.plan(statistics, Recipe().with_settings(settings))
+
+
+def prune(
+    model: str,
+    output: str | Path,
+    *,
+    plan: Plan | str | Path | None = None,
+    statistics: Statistics | str | Path | None = None,
+    **settings: Any,
+) -> Pruned:
+    """Cut a model's experts and save a checkpoint that loads with transformers.
+
+    Args:
+        model: local directory or Hub id.
+        output: a new or empty directory.
+        plan, statistics: made before, as objects or paths; otherwise both are made here.
+        settings: a target unless a plan is given, and see `Recipe`.
+
+    Raises:
+        ValueError: bad input; one line says what, which, why and what to do.
+    """
+    from moe_fair import pipeline
+    from moe_fair.core.plan import Plan
+    from moe_fair.core.units import Statistics
+    from moe_fair.recipe import Recipe
+
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(Path(plan))
+    if isinstance(statistics, (str, Path)):
+        statistics = Statistics.load(Path(statistics))
+    recipe = Recipe().with_settings({"model": model, **settings})
+    return pipeline.prune(recipe, Path(output), statistics=statistics, ready=plan)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'moe_fair' has no attribute {name!r}")

@@ -1,0 +1,266 @@
+"""Finding a model on disk or on the Hub, knowing it before it is loaded, and loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from moe_fair.core.plan import ModelSize
+from moe_fair.core.units import UnitGroup
+from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.own_code import is_ours
+
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
+    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+SAMPLED = 64  # pages of a large shard that enter its digest
+PAGE = 65536
+
+
+class Checkpoint:
+    """A model's files: everything that can be known without loading the weights.
+
+    Args:
+        model: a local directory or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: let transformers run code that lies beside the weights.
+
+    Raises:
+        ValueError: there is no such model, or its files cannot be used; says why.
+    """
+
+    def __init__(
+        self, model: str, revision: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.model, self.revision = model, revision
+        self.path = _locate(model, revision, SMALL_FILES)
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"{model}: no config.json in {self.path}; is this a model directory?")
+        # the file that our own pruning put there is run without asking; no other code is
+        self.trust_remote_code = trust_remote_code or is_ours(self.path)
+        self.config = self._config()
+
+    def _config(self) -> Any:
+        try:
+            return AutoConfig.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, OSError, KeyError) as e:
+            raise ValueError(f"{self.model}: config.json cannot be used: {first_line(e)}") from e
+
+    @cached_property
+    def skeleton(self) -> torch.nn.Module:
+        """The model on the meta device: structure without weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
+
+    @cached_property
+    def blocks(self) -> list[MoeBlock]:
+        """The MoE blocks of the skeleton.
+
+        Raises:
+            ValueError: a dense model, or an unknown structure.
+        """
+        try:
+            return find_blocks(self.skeleton)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The safetensors files that hold the weights, downloaded where needed.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not Path(self.model).is_dir():
+            _locate(self.model, self.revision, [*SMALL_FILES, "*.safetensors"])
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{self.model}: the index names {name!r}, outside the checkpoint")
+            if not (self.path / name).is_file():
+                raise ValueError(
+                    f"{self.model}: {name} is missing from {self.path}; weights are read from "
+                    "safetensors files only"
+                )
+        return [self.path / n for n in names]
+
+    @cached_property
+    def headers(self) -> dict[str, dict[str, Any]]:
+        """Tensor name -> safetensors header entry (dtype, shape, data_offsets), over all shards."""
+        return {k: v for s in self.shards for k, v in read_header(s)[0].items()}
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """Parameters and bytes of the checkpoint, from its headers."""
+        counts = [(_numel(v["shape"]), v["data_offsets"]) for v in self.headers.values()]
+        return ModelSize(sum(n for n, _ in counts), sum(b - a for _, (a, b) in counts))
+
+    @cached_property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The routed experts of every MoE layer as unit groups."""
+        per_parameter = self.size.bytes / max(self.size.parameters, 1)
+        return tuple(b.unit_group(per_parameter) for b in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the model and its tokenizer; a large shard is sampled, not read whole."""
+        digest = hashlib.sha256(_canonical(self.path / "config.json"))
+        for shard in self.shards:
+            digest.update(_shard_digest(shard))
+        tokenizer = hashlib.sha256()
+        for file in sorted(self.path.glob("tokenizer*")):
+            tokenizer.update(file.name.encode() + file.read_bytes())
+        return {"model": digest.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: it has none that loads.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, OSError, KeyError) as e:
+            raise ValueError(f"{self.model}: the tokenizer does not load: {first_line(e)}") from e
+
+    def load(self, dtype: str = "auto", device: str = "auto") -> Any:
+        """The model with its weights.
+
+        Args:
+            dtype: `float32`, `bfloat16`, `float16`, `checkpoint` (as on disk), or `auto`: as on
+                disk on an accelerator, float32 on a CPU, whose low-precision kernels are slow.
+            device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
+        """
+        where = pick_device(device)
+        self.shards  # noqa: B018  # a missing file is told before torch allocates anything
+        model = AutoModelForCausalLM.from_pretrained(
+            self.path,
+            dtype=pick_dtype(dtype, where),
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
+        )
+        return model.to(where)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a name or `auto` stands for.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"--device {device}: {first_line(e)}") from e
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The torch data type that a name stands for; see `Checkpoint.load`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype == "checkpoint" or (dtype == "auto" and device.type != "cpu"):
+        return "auto"
+    if dtype == "auto":
+        return torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is none of auto, checkpoint, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """A safetensors header without its metadata, and where the data begins.
+
+    Raises:
+        ValueError: the file is no safetensors file, or is cut short.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path}: not a whole safetensors file; download or copy it again")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise ValueError(f"{path}: its safetensors header cannot be read: {e}") from e
+    header.pop("__metadata__", None)
+    end = max((v["data_offsets"][1] for v in header.values()), default=0)
+    if 8 + length + end > size:
+        raise ValueError(
+            f"{path}: {8 + length + end - size:,} bytes are missing at its end; download or copy "
+            "it again"
+        )
+    return header, 8 + length
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
+        raise ValueError(f"{model}: no such directory; give a model directory or a Hub id (user/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as e:
+        raise ValueError(
+            f"{model}: no such local directory, and the Hub did not give it ({type(e).__name__}); "
+            "check the name, the network and `hf auth login`, or give a local model directory"
+        ) from e
+
+
+def _numel(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _canonical(path: Path) -> bytes:
+    return json.dumps(json.loads(path.read_text()), sort_keys=True).encode()
+
+
+def _shard_digest(path: Path) -> bytes:
+    """Header, size and content; of a file over SAMPLED pages, evenly spread pages of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as f:
+        if size <= SAMPLED * PAGE * 16:
+            while chunk := f.read(PAGE * 16):
+                digest.update(chunk)
+        else:
+            for i in range(SAMPLED):
+                f.seek((size - PAGE) * i // (SAMPLED - 1))
+                digest.update(f.read(PAGE))
+    return digest.digest()

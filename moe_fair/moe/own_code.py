@@ -1,0 +1,38 @@
+"""The modeling file that travels inside a checkpoint, and telling it from anybody else's code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("modeling_pruned.py")
+MODELING_FILE = "modeling_moe_fair.py"
+MODELING_CLASS = "MoeFairForCausalLM"
+STOCK_IMPORT = re.compile(r"^from transformers[\w.]* import \w+ as StockModel$", re.MULTILINE)
+
+
+def modeling_source(stock: type) -> str:
+    """The text of the modeling file for a checkpoint of this stock class."""
+    line = f"from {stock.__module__} import {stock.__name__} as StockModel"
+    text, count = STOCK_IMPORT.subn(line, TEMPLATE.read_text())
+    assert count == 1 and STOCK_IMPORT.search(text), line
+    return text
+
+
+def is_ours(folder: Path) -> bool:
+    """The only code that a checkpoint brings is our modeling file, letter for letter.
+
+    Only the line that imports the stock class may differ, and only within transformers.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("auto_map") != {"AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"}:
+        return False
+    file = folder / MODELING_FILE
+    if not file.is_file():
+        return False
+    return _without_import(file.read_text()) == _without_import(TEMPLATE.read_text())
+
+
+def _without_import(text: str) -> str:
+    return STOCK_IMPORT.sub("", text)

@@ -1,0 +1,202 @@
+"""A recipe: every setting of a run in one YAML file; unknown keys fail with the nearest name."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_fair.core.registry import nearest
+
+DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
+TARGETS = ("experts", "total", "ratio", "size", "tolerance")
+# what decides a plan once the statistics are there
+PLANNING = (
+    "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of", "weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a pruning run.
+
+    Attributes:
+        model: local directory or Hub id; `revision` of the latter.
+        trust_remote_code: let transformers run code that lies beside the model's weights.
+        calibration: sources, `[domain=]path-or-dataset[:weight]`.
+        samples, length: calibration sequences, and tokens in each.
+        seed: decides which documents are drawn.
+        batch_size: sequences per batch.
+        dtype: auto, checkpoint, float32, bfloat16 or float16; device: auto, cpu, cuda, ...
+        taylor: also run the backward and collect gate Taylor scores.
+        method: `fair`, or the name of a criterion, with that method's usual allocation.
+        removal, protection, allocate: replace the method's own scores or allocator.
+        experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
+            size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
+            Exactly one of the five.
+        min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
+        weights: calibration domain -> weight of its statistics in the scores.
+        heldout: sources of held-out text on which both models are measured.
+        heldout_samples: most held-out windows.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    calibration: tuple[str, ...] = (DEFAULT_CALIBRATION,)
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "auto"
+    taylor: bool = True
+    method: str = "fair"
+    removal: str | None = None
+    protection: str | None = None
+    allocate: str | None = None
+    experts: float | None = None
+    total: int | None = None
+    ratio: float | None = None
+    size: str | None = None
+    tolerance: float | None = None
+    min_experts: int = 0
+    multiple_of: int = 1
+    weights: Mapping[str, float] | None = None
+    heldout: tuple[str, ...] = ()
+    heldout_samples: int = 1024
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for f in fields(self):
+            object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
+        for name, least in (
+            ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
+            ("min_experts", 0), ("heldout_samples", 1), ("seed", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
+        given = [t for t in TARGETS if getattr(self, t) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one target, not {' and '.join(map(_flag, given))}")
+
+    def planning(self) -> dict[str, Any]:
+        """The settings that decide a plan once the statistics are there."""
+        return {k: v for k, v in self.to_dict().items() if k in PLANNING}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values without the unset ones."""
+        plain = {k: v for k, v in asdict(self).items() if v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with these settings replaced; a target replaces whichever target was there.
+
+        Raises:
+            ValueError: an unknown or impossible setting.
+        """
+        check_keys(settings, "settings")
+        clear = dict.fromkeys(TARGETS) if any(settings.get(t) is not None for t in TARGETS) else {}
+        return replace(self, **{**clear, **settings})
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (names the nearest) or a bad value.
+    """
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
+    try:
+        check_keys(raw, str(path))
+        return Recipe(**raw)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def check_keys(settings: Mapping[Any, Any], where: str) -> None:
+    """Every key is a setting.
+
+    Raises:
+        ValueError: one is not; names the nearest.
+    """
+    known = [f.name for f in fields(Recipe)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"no setting {key!r}{nearest(str(key), known)} in {where}")
+
+
+def parse_size(text: str) -> tuple[str, int]:
+    """`8B` or `1.5M` -> ("parameters", n); `20GB`, `16GiB` -> ("bytes", n).
+
+    Raises:
+        ValueError: neither form.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTB]?)(i?)(B?)\s*", text)
+    if found:
+        number, prefix, binary, byte = found.groups()
+        if not byte and not binary and prefix in ("K", "k", "M", "B", "T"):
+            scale = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[prefix]
+            return "parameters", round(float(number) * scale)
+        if byte and prefix != "B":
+            power = " kMGT".index(prefix.replace("K", "k") or " ")
+            return "bytes", round(float(number) * (1024 if binary else 1000) ** power)
+    raise ValueError(f"--size {text!r}: write parameters as 8B or 900M, bytes as 20GB or 16GiB")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or an error that says what is wanted."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ValueError(f"{_flag(name)} has no value")
+    kind = options[0]
+    if kind == tuple[str, ...]:
+        items = (value,) if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
+            return tuple(items)
+        raise ValueError(f"{_flag(name)} must be text or a list of texts, not {value!r}")
+    if typing.get_origin(kind) is not None:  # weights
+        return _weights(name, value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, (int, float)) and name == "size":
+        value = str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        wanted = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+        raise ValueError(f"{_flag(name)} must be {wanted[kind.__name__]}, not {value!r}")
+    return value
+
+
+def _weights(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{_flag(name)} must map domains to weights, not {value!r}")
+    for domain, weight in value.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < float("inf"):
+            raise ValueError(f"{_flag(name)}: {domain}: {weight!r} is not a weight of 0 or more")
+    if not any(value.values()):
+        raise ValueError(f"{_flag(name)}: every weight is 0")
+    return {str(k): float(v) for k, v in value.items()}
