@@ -7,12 +7,47 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_fair import __version__
+from moe_fair.options import (
+    Allocate,
+    BatchSize,
+    Calibration,
+    Debug,
+    Device,
+    Dtype,
+    Experts,
+    Heldout,
+    HeldoutSamples,
+    Json,
+    Length,
+    Method,
+    MinExperts,
+    Model,
+    MultipleOf,
+    Output,
+    PlanFile,
+    PlanOutput,
+    Protection,
+    Ratio,
+    RecipeFile,
+    Removal,
+    Revision,
+    Samples,
+    Seed,
+    Size,
+    StatisticsFolder,
+    Stats,
+    Taylor,
+    Tolerance,
+    Total,
+    Trust,
+    Weights,
+    option,
+)
 
 if TYPE_CHECKING:
     from moe_fair.recipe import Recipe
@@ -27,46 +62,9 @@ app = typer.Typer(
 )
 
 
-def _option(*names: str, text: str, panel: str | None = None) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
-
-
-TEXT, SCORE, TARGET, RUN = "Calibration text", "Scores and budget", "Target (exactly one)", "Running"
-
-Model = Annotated[str | None, typer.Argument(help="Model directory or Hub id", show_default=False)]
-Output = Annotated[Path, _option("-o", "--output", text="New directory for the result")]
-Revision = Annotated[str | None, _option("--revision", text="Branch, tag or commit on the Hub", panel=RUN)]
-Trust = Annotated[bool | None, _option("--trust-remote-code", text="Run code that lies beside the model's weights", panel=RUN)]
-Calibration = Annotated[list[str] | None, _option("-c", "--calibration", text="[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl or .parquet file, a directory of them, or a dataset id[:config][@split]. Repeat for a mix  [default: NeelNanda/pile-10k]", panel=TEXT)]
-Samples = Annotated[int | None, _option("--samples", text="Calibration sequences  [default: 128]", panel=TEXT)]
-Length = Annotated[int | None, _option("--length", text="Tokens in each  [default: 512]", panel=TEXT)]
-Seed = Annotated[int | None, _option("--seed", text="Decides which documents are drawn  [default: 0]", panel=TEXT)]
-BatchSize = Annotated[int | None, _option("--batch-size", text="Sequences per batch  [default: 8]", panel=RUN)]
-Dtype = Annotated[str | None, _option("--dtype", text="auto, checkpoint, float32, bfloat16 or float16  [default: auto: float32 on a CPU, as on disk elsewhere]", panel=RUN)]
-Device = Annotated[str | None, _option("--device", text="auto, cpu, cuda, ...  [default: auto]", panel=RUN)]
-Taylor = Annotated[bool | None, _option("--taylor/--no-taylor", text="Also run the backward and collect gate Taylor scores  [default: --taylor]", panel=TEXT)]
-Method = Annotated[str | None, _option("--method", text="fair (ToD), or a criterion: reap, frequency, ean, ...  [default: fair]", panel=SCORE)]
-Removal = Annotated[str | None, _option("--removal", text="Criterion whose lowest scores leave", panel=SCORE)]
-Protection = Annotated[str | None, _option("--protection", text="Criterion whose highest scores are protected", panel=SCORE)]
-Allocate = Annotated[str | None, _option("--allocate", text="tod, uniform, global or global-normalised", panel=SCORE)]
-Weights = Annotated[str | None, _option("--weights", text="Domain weights in the scores: python=2,rust-docs=1", panel=SCORE)]
-MinExperts = Annotated[int | None, _option("--min-experts", text="Fewest kept in any layer (never below top-k)", panel=SCORE)]
-MultipleOf = Annotated[int | None, _option("--multiple-of", text="Kept counts are multiples of this", panel=SCORE)]
-Experts = Annotated[float | None, _option("--experts", text="Experts kept per layer on average", panel=TARGET)]
-Total = Annotated[int | None, _option("--total", text="Experts kept over all layers", panel=TARGET)]
-Ratio = Annotated[float | None, _option("--ratio", text="Share of all experts removed, 0 to 1", panel=TARGET)]
-Size = Annotated[str | None, _option("--size", text="Most that the whole model may hold: 8B parameters, or 20GB", panel=TARGET)]
-Tolerance = Annotated[float | None, _option("--tolerance", text="ToD's α and no budget: each layer goes as deep as it allows", panel=TARGET)]
-RecipeFile = Annotated[Path | None, _option("--recipe", text="YAML file of settings; options given here win")]
-Heldout = Annotated[list[str] | None, _option("--heldout", text="Held-out text (as --calibration) on which original and pruned are measured", panel=TEXT)]
-HeldoutSamples = Annotated[int | None, _option("--heldout-samples", text="Most held-out windows  [default: 1024]", panel=TEXT)]
-Json = Annotated[bool, _option("--json", text="Print JSON for scripts")]
-Debug = Annotated[bool, _option("--debug", text="Show tracebacks")]
-
-
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, _option("--version", text="Print the version")] = False,
+    version: Annotated[bool, option("--version", text="Print the version")] = False,
 ) -> None:
     if version:
         print(f"moe-fair {__version__}")
@@ -95,8 +93,7 @@ def calibrate(
 
 @app.command()
 def plan(
-    statistics: Annotated[Path, typer.Argument(help="Directory that `calibrate` wrote", show_default=False)],
-    output: Annotated[Path | None, _option("-o", "--output", text="Also write the plan to this file")] = None,
+    statistics: StatisticsFolder, output: PlanOutput = None,
     recipe: RecipeFile = None, experts: Experts = None, total: Total = None, ratio: Ratio = None,
     size: Size = None, tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
     protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
@@ -121,8 +118,7 @@ def plan(
 @app.command()
 def prune(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
-    plan: Annotated[Path | None, _option("--plan", text="Plan file made before")] = None,
-    stats: Annotated[Path | None, _option("--stats", text="Directory that `calibrate` wrote")] = None,
+    plan: PlanFile = None, stats: Stats = None,
     experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
     tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
     protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
@@ -138,12 +134,13 @@ def prune(
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
     from moe_fair.core.units import Statistics
+    from moe_fair.recipe import TARGETS
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
 
     if plan is not None and stats is not None:
         raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
-    if plan is not None and any(getattr(settings, t) is not None for t in ("experts", "total", "ratio", "size", "tolerance")):
-        raise ValueError("a --plan already meets its own target; leave the target out, or give --stats")
+    if plan is not None and any(getattr(settings, t) is not None for t in TARGETS):
+        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
     done = pipeline.prune(
         settings,
         output,

@@ -12,7 +12,7 @@ from moe_fair.engines.batch import Batch, token_losses
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """Mean next-token negative log-likelihood in nats: over all predicted tokens, and per domain."""
+    """Mean next-token negative log-likelihood in nats, over all tokens and per domain."""
 
     mean: float
     domains: dict[str, float]

@@ -1,4 +1,4 @@
-"""The whole flow: calibration text -> statistics -> scores -> budget -> plan -> pruned checkpoint."""
+"""The whole flow: calibration text -> statistics -> scores -> budget -> plan -> checkpoint."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_fair.core.allocate import allocator
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
+from moe_fair.core.registry import pick
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
+from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
-from moe_fair.moe.checkpoint import check_output, count_key, partial_path, write_model
+from moe_fair.moe.checkpoint import (
+    check_output,
+    count_key,
+    fresh,
+    partial_path,
+    settle,
+    write_model,
+)
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
@@ -41,11 +49,12 @@ def calibrate(recipe: Recipe, output: Path | None = None, say: Say = lambda _: N
     if output is not None:
         check_output(output)
     source = open_model(recipe)
-    text = calibration_set(recipe, source, say)
-    statistics = collect(recipe, source, text, say)
+    statistics = collect(recipe, source, calibration_set(recipe, source, say), say)
     if output is not None:
-        statistics.save(output)
-        (output / "recipe.yaml").write_text(recipe.to_yaml())
+        folder = fresh(partial_path(output))
+        statistics.save(folder)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        settle(folder, output)
     return statistics
 
 
@@ -83,16 +92,16 @@ def prune(
         check_plan_settings(recipe, source.groups)
         if statistics is None:
             statistics = collect(recipe, source, calibration_set(recipe, source, say), say)
-        check_same_model(statistics.fingerprint, source, "statistics")
+        check_same_model(statistics.fingerprint, source, "statistics were")
         ready = plan(statistics, recipe)
-    check_same_model(ready.fingerprint, source, "plan")
+    check_same_model(ready.fingerprint, source, "plan was")
 
-    folder = partial_path(output)
+    folder = fresh(partial_path(output))
+    if statistics is not None:
+        statistics.save(folder / FOLDER)
     say(f"cutting {ready.before.parameters:,} parameters to {ready.after.parameters:,}")
     write_model(source, ready.kept, folder)
     ready.save(folder / FOLDER / "plan.json")
-    if statistics is not None:
-        statistics.save(folder / FOLDER)
     (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
     before = after = None
     if heldout is not None:
@@ -100,9 +109,7 @@ def prune(
         after = measure(recipe, Checkpoint(str(folder)), heldout, "held-out loss, pruned")
         losses = {"original": asdict(before), "pruned": asdict(after)}
         (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
-    if output.exists():
-        output.rmdir()  # empty, as checked
-    folder.rename(output)
+    settle(folder, output)
     return Pruned(output, ready, before, after)
 
 
@@ -152,7 +159,7 @@ def collect(recipe: Recipe, source: Checkpoint, text: CalibrationSet, say: Say) 
     )
     groups, size = source.groups, source.size
     model = source.load(recipe.dtype, recipe.device)
-    collector = ExpertCollector(find(model), groups, text.domains, taylor=recipe.taylor)
+    collector = ExpertCollector(find_blocks(model), groups, text.domains, taylor=recipe.taylor)
     batches = text.batches(recipe.batch_size)
     with collector:
         ResidentEngine(model).run(track(batches, "calibrating"), collector, backward=recipe.taylor)
@@ -165,13 +172,6 @@ def collect(recipe: Recipe, source: Checkpoint, text: CalibrationSet, say: Say) 
         {**source.fingerprint, "calibration": text.digest},
         {"calibration": run, "size": asdict(size), "model_type": source.config.model_type},
     )
-
-
-def find(model: Any) -> list[Any]:
-    """The MoE blocks of a loaded model."""
-    from moe_fair.moe.blocks import find_blocks
-
-    return find_blocks(model)
 
 
 def measure(recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str) -> HeldoutLoss:
@@ -191,8 +191,6 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     elif recipe.method in criteria():
         removal, rule = recipe.removal or recipe.method, recipe.allocate or "uniform"
     else:
-        from moe_fair.core.registry import pick
-
         pick({"fair": None, **criteria()}, recipe.method, "method")
         raise AssertionError
     paired = allocator(rule).needs_protection or recipe.protection or recipe.method == "fair"
@@ -233,7 +231,11 @@ def check_plan_settings(recipe: Recipe, groups: tuple[UnitGroup, ...]) -> None:
     removal, protection, _ = method(recipe)
     check_target(recipe, groups)
     for rule in (removal, protection):
-        if rule and not recipe.taylor and any(n.startswith("taylor") or n == "rows" for n in rule.needs):
+        if (
+            rule
+            and not recipe.taylor
+            and any(n.startswith("taylor") or n == "rows" for n in rule.needs)
+        ):
             raise ValueError(
                 f"criterion {rule.name!r} needs Taylor sums, which --no-taylor leaves out"
             )
@@ -244,7 +246,6 @@ def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str)
     for part in ("model", "tokenizer"):
         if fingerprint.get(part) != source.fingerprint[part]:
             raise ValueError(
-                f"these {what} were made from another {part} than {source.model}"
-                if what == "statistics"
-                else f"this {what} was made from another {part} than {source.model}"
+                f"the {what} made from another {part} than that of {source.model}; "
+                "calibrate this model, or give the one they belong to"
             )

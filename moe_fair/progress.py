@@ -21,7 +21,13 @@ def track(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
         yield from batches
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     total = sum(int(b.mask.sum()) for b in batches)
     columns = (

@@ -18,7 +18,8 @@ DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides a plan once the statistics are there
 PLANNING = (
-    "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of", "weights",
+    "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
+    "weights",
 )  # fmt: skip
 
 
@@ -185,7 +186,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if kind is str and isinstance(value, (int, float)) and name == "size":
         value = str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        wanted = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+        wanted = {
+            "int": "a whole number",
+            "float": "a number",
+            "str": "text",
+            "bool": "true or false",
+        }
         raise ValueError(f"{_flag(name)} must be {wanted[kind.__name__]}, not {value!r}")
     return value
 

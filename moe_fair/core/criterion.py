@@ -45,8 +45,8 @@ class Criterion:
             missing = [n for n in self.needs if n not in view]
             if missing:
                 raise ValueError(
-                    f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics do "
-                    "not hold; Taylor sums are left out by --no-taylor: calibrate without it"
+                    f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics "
+                    "do not hold; Taylor sums are left out by --no-taylor: calibrate without it"
                 )
             score = self.score(view).to(torch.float64)
             assert score.shape == (group.size,), (self.name, score.shape, group.size)

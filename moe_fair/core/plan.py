@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
-from moe_fair.core.allocate import tod
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
@@ -216,7 +216,13 @@ def _total(target: Target, groups: tuple[UnitGroup, ...]) -> int:
     return round(total)
 
 
-def _within_size(ranked, rule, groups, before: ModelSize, target: Target) -> Budget:
+def _within_size(
+    ranked: list[RankedGroup],
+    rule: Allocator,
+    groups: tuple[UnitGroup, ...],
+    before: ModelSize,
+    target: Target,
+) -> Budget:
     """The budget that keeps the most units while the model fits: totals shrink the model."""
     limit = target.parameters if target.parameters is not None else target.bytes
     unit = "parameters" if target.parameters is not None else "bytes"
@@ -288,7 +294,9 @@ def _tolerance(budget: Budget, tods: list[float | None]) -> float | None:
     if budget.allocator != tod.name:
         return None
     given = budget.explanation.get("tolerance")
-    return float(given) if given is not None else max((t for t in tods if t is not None), default=0.0)
+    return (
+        float(given) if given is not None else max((t for t in tods if t is not None), default=0.0)
+    )
 
 
 def _notes(plans: list[GroupPlan], budget: Budget, alpha: float | None) -> list[str]:

@@ -9,6 +9,7 @@ Shape legend: D calibration domains, N units of a group, S calibration sequences
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,7 +75,9 @@ class GroupView:
         return self.sums[name] if name in self.sums else self.constants[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.sums or name in self.constants or (name == "rows" and len(self.rows) > 0)
+        return (
+            name in self.sums or name in self.constants or (name == "rows" and len(self.rows) > 0)
+        )
 
 
 @dataclass
@@ -172,6 +175,7 @@ class Statistics:
         path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
         # one metadata key: the writer does not keep the order of several
         save_file(dict(self._tensors()), partial, {"moe_fair": json.dumps(header, sort_keys=True)})
+        partial.chmod(0o666 & ~_umask())  # the writer leaves it readable by its owner alone
         partial.replace(path)
         return path
 
@@ -196,12 +200,14 @@ class Statistics:
         """
         file = path / STATISTICS_FILE if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"no statistics at {path}: `moe-fair calibrate MODEL -o {path}` makes them")
+            raise ValueError(
+                f"no statistics at {path}; make them with `moe-fair calibrate MODEL -o {path}`"
+            )
         header, tensors = _read(file)
         if header.get("format") != STATISTICS_FORMAT:
             raise ValueError(
                 f"{file} is not a moe_fair statistics file of this version "
-                f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); calibrate again"
+                f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); redo it"
             )
         sums: dict[str, dict[str, Tensor]] = {}
         constants: dict[str, dict[str, Tensor]] = {}
@@ -230,11 +236,17 @@ class Statistics:
         )
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(file), framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("moe_fair", "{}"))
-            return header, {k: f.get_tensor(k) for k in f.keys()}
+            return header, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, json.JSONDecodeError) as e:
         raise ValueError(f"{file} cannot be read as a statistics file: {e}") from e
 

@@ -32,8 +32,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (t.to(device) for t in (self.input_ids, self.mask, self.sequence_ids))
-        return Batch(*moved, domain=self.domain)
+        ids, mask, sequences = (
+            t.to(device) for t in (self.input_ids, self.mask, self.sequence_ids)
+        )
+        return Batch(ids, mask, sequences, self.domain)
 
     @property
     def padded(self) -> bool:

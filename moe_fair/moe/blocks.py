@@ -62,9 +62,7 @@ class MoeBlock:
     def unit_parameters(self) -> int:
         """Parameters that leave with one expert: its matrices and its router entries."""
         own = sum(p.numel() for p in self.experts.parameters())
-        routing = sum(
-            getattr(m, t).numel() for m, t, _ in self.routed if t in m._parameters
-        )
+        routing = sum(getattr(m, t).numel() for m, t, _ in self.routed if t in m._parameters)
         return (own + routing) // self.num_experts
 
     def unit_group(self, bytes_per_parameter: float) -> UnitGroup:
@@ -83,7 +81,9 @@ class MoeBlock:
 
 def is_experts(module: nn.Module) -> bool:
     """The module follows the fused-experts contract of transformers."""
-    return all(hasattr(module, a) for a in ("_apply_gate", "has_gate", "is_transposed", "num_experts"))
+    return all(
+        hasattr(module, a) for a in ("_apply_gate", "has_gate", "is_transposed", "num_experts")
+    )
 
 
 def find_blocks(model: nn.Module) -> list[MoeBlock]:
@@ -98,8 +98,8 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"{kind}: no routed experts found. Looked for modules with fused experts "
-            "(num_experts, gate_up_proj [E, 2F, D], down_proj [E, D, F]) as transformers marks with "
-            "use_experts_implementation; a dense model has nothing to prune here"
+            "(num_experts, gate_up_proj [E, 2F, D], down_proj [E, D, F]) that transformers marks "
+            "with use_experts_implementation; a dense model has nothing to prune here"
         )
     return blocks
 

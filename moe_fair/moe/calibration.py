@@ -21,7 +21,9 @@ from moe_fair.engines.batch import Batch
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SHUFFLE_BUFFER = 10_000  # documents; a streamed dataset is shuffled within this window
-LOCAL_FORM = "give local text: --calibration name=path/to/text.jsonl (.txt, .jsonl, .parquet, or a directory)"
+LOCAL_FORM = (
+    "give local text: --calibration name=path/to/text.jsonl (.txt, .jsonl, .parquet, a directory)"
+)
 
 Document = str | list[dict[str, str]]  # plain text, or the messages of one chat
 
@@ -284,22 +286,24 @@ def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
     except ValueError as e:
         raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: expected an object with a \"text\" field")
+        raise ValueError(f'{path}, line {number}: expected an object with a "text" field')
     return row
 
 
 def _document(row: dict[str, Any], source: Source) -> Document:
     for field in ("messages", "conversations"):
         chat = row.get(field)
-        if isinstance(chat, list) and chat and all(
-            isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat
+        if (
+            isinstance(chat, list)
+            and chat
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat)
         ):
             return chat
     for field in ("text", "content"):
         if isinstance(row.get(field), str):
             return row[field]
     raise ValueError(
-        f"{source.where}: a row has neither \"text\" nor \"messages\"; its fields are "
+        f'{source.where}: a row has neither "text" nor "messages"; its fields are '
         f"{', '.join(map(str, row)) or 'none'}"
     )
 

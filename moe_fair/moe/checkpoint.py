@@ -43,6 +43,21 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def fresh(folder: Path) -> Path:
+    """An empty directory; what an interrupted run left there goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def settle(folder: Path, output: Path) -> None:
+    """Give a whole result its final name."""
+    if output.exists():
+        output.rmdir()  # empty: `check_output` saw to it
+    folder.rename(output)
+
+
 def write_model(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
     """Cut the model and write weights, config, modeling file and companions into `folder`.
 
@@ -62,6 +77,8 @@ def write_model(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: P
         setattr(model.config.get_text_config(), key, next(iter(counts.values())))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod((folder / "config.json").stat().st_mode)  # the writer makes them private
     if not uniform:
         layers = {b.layer: counts[b.name] for b in source.blocks}
         _describe_unequal(folder, type(model), key, counts, layers)

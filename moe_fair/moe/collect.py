@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
@@ -90,7 +90,10 @@ class ExpertCollector:
         return Statistics(
             groups=self.groups,
             domains=self.domains,
-            sums={n: {k: v.cpu() for k, v in t.sums.items()} for n, t in zip(names, self._taps, strict=True)},
+            sums={
+                n: {k: v.cpu() for k, v in t.sums.items()}
+                for n, t in zip(names, self._taps, strict=True)
+            },
             constants={n: t.constants for n, t in zip(names, self._taps, strict=True)},
             rows={n: t.stacked_rows(ids) for n, t in zip(names, self._taps, strict=True)}
             if self.taylor
@@ -157,7 +160,7 @@ class _Tap:
         self.sums[name][domain] += value
 
     def weigh(self) -> None:
-        """Σ|w| and Σw² over each expert's matrices, and their size: what data-free criteria need."""
+        """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
         if self.constants or next(self.experts.parameters()).is_meta:
             return
         matrices = [p for p in self.experts.parameters() if p.dim() == 3]
@@ -275,6 +278,6 @@ class _Gate(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.book.backward(gradient)
         return gradient, None, None

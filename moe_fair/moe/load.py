@@ -52,9 +52,7 @@ class Checkpoint:
 
     def _config(self) -> Any:
         try:
-            return AutoConfig.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
-            )
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (ValueError, OSError, KeyError) as e:
             raise ValueError(f"{self.model}: config.json cannot be used: {first_line(e)}") from e
 
@@ -169,7 +167,9 @@ def pick_device(device: str) -> torch.device:
         ValueError: no such device here.
     """
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        accelerator = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return accelerator or torch.device("cpu")
     try:
         found = torch.device(device)
@@ -230,7 +230,9 @@ def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise ValueError(f"{model}: no such directory; give a model directory or a Hub id (user/name)")
+        raise ValueError(
+            f"{model}: no such directory; give a model directory or a Hub id (user/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -13,7 +13,9 @@ from transformers import Qwen2MoeForCausalLM as StockModel
 def _cut(store, name, dim, count):
     tensor = store[name].detach().narrow(dim, 0, count).clone()
     old = store[name]
-    store[name] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    store[name] = (
+        nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    )
 
 
 def _cut_router(module, old, new):

@@ -16,7 +16,8 @@ def modeling_source(stock: type) -> str:
     """The text of the modeling file for a checkpoint of this stock class."""
     line = f"from {stock.__module__} import {stock.__name__} as StockModel"
     text, count = STOCK_IMPORT.subn(line, TEMPLATE.read_text())
-    assert count == 1 and STOCK_IMPORT.search(text), line
+    assert count == 1, "the template has one line that imports the stock class"
+    assert STOCK_IMPORT.search(text), line
     return text
 
 

@@ -46,8 +46,8 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     unknown = set(kept) - set(blocks)
     if unknown:
         raise ValueError(
-            f"the plan names {sorted(unknown)[0]}, which this model does not have; it is a plan for "
-            "another model"
+            f"the plan names {sorted(unknown)[0]}, which this model does not have; it was made "
+            "for another model"
         )
     for name, ids in kept.items():
         check_kept(blocks[name], ids)
@@ -68,9 +68,10 @@ def _cut_block(block: MoeBlock, ids: Tensor) -> None:
 
 
 def _take(module: nn.Module, name: str, dim: int, ids: Tensor) -> None:
-    store = module._parameters if name in module._parameters else module._buffers
-    t = store[name]
+    t = getattr(module, name)
     if t is None:
         return
     sliced = t.detach().index_select(dim, ids.to(t.device))
-    store[name] = nn.Parameter(sliced, t.requires_grad) if isinstance(t, nn.Parameter) else sliced
+    if name in module._parameters:
+        sliced = nn.Parameter(sliced, t.requires_grad)
+    setattr(module, name, sliced)

@@ -17,7 +17,7 @@ def feasible_total(ranked: Sequence[RankedGroup], remove: int) -> None:
     """Check that `remove` units can leave at all.
 
     Raises:
-        ValueError: they cannot; says the range, or the nearest totals when multiples are in the way.
+        ValueError: they cannot; says the range, or the nearest totals where multiples forbid it.
     """
     size = sum(r.group.size for r in ranked)
     least, most = (sum(int(r.depths[i]) for r in ranked) for i in (0, -1))

@@ -33,7 +33,9 @@ def by_threshold(
 ) -> Budget:
     """The climb in which a group's next step costs the mean score of the units that it removes."""
     if remove is None:
-        raise ValueError("a global threshold needs a budget; a tolerance alone is for --allocate tod")
+        raise ValueError(
+            "a global threshold needs a budget; a tolerance alone is for --allocate tod"
+        )
     feasible_total(ranked, remove)
     ordered = [s[r.removal_order] for s, r in zip(scores, ranked, strict=True)]
 

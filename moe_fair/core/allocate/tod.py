@@ -68,8 +68,7 @@ def allocate(
     curves = [curve(r) for r in ranked]
     # smallest ToD at this depth or deeper: the largest depth within α is a binary search away
     reach = [
-        np.minimum.accumulate(c[r.depths][::-1])[::-1]
-        for c, r in zip(curves, ranked, strict=True)
+        np.minimum.accumulate(c[r.depths][::-1])[::-1] for c, r in zip(curves, ranked, strict=True)
     ]
 
     def at(alpha: float) -> list[int]:

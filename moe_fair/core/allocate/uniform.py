@@ -21,7 +21,9 @@ def allocate(
         ValueError: a tolerance instead of a total, or a total that cannot be met.
     """
     if remove is None:
-        raise ValueError("uniform allocation needs a budget; a tolerance alone is for --allocate tod")
+        raise ValueError(
+            "uniform allocation needs a budget; a tolerance alone is for --allocate tod"
+        )
     feasible_total(ranked, remove)
     index = climb(ranked, remove, lambda g, i: (float(ranked[g].depths[i]) / ranked[g].group.size,))
     kept = {

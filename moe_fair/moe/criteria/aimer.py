@@ -19,4 +19,6 @@ def score(view: GroupView) -> Tensor:
     return -(view["weight_abs"] / count) / (view["weight_sq"] / count).sqrt().clamp(min=1e-300)
 
 
-criteria = (Criterion("aimer", ("weight_abs", "weight_sq", "weight_count"), "arXiv 2603.18492", score),)
+criteria = (
+    Criterion("aimer", ("weight_abs", "weight_sq", "weight_count"), "arXiv 2603.18492", score),
+)

@@ -26,4 +26,6 @@ def score(view: GroupView) -> Tensor:
     return (WEIGHT * fluctuation) * ((1 - WEIGHT) * usage)
 
 
-criteria = (Criterion("mone", ("tokens", "gate", "output", "output_sq"), "arXiv 2507.00390", score),)
+criteria = (
+    Criterion("mone", ("tokens", "gate", "output", "output_sq"), "arXiv 2507.00390", score),
+)

@@ -1,0 +1,151 @@
+"""The options of the command line, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def option(*names: str, text: str, panel: str | None = None) -> Any:
+    """An option with its help text, in a panel of the help screen."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+TEXT, SCORE, TARGET, RUN = (
+    "Calibration text",
+    "Scores and budget",
+    "Target (exactly one)",
+    "Running",
+)
+
+Model = Annotated[str | None, typer.Argument(help="Model directory or Hub id", show_default=False)]
+Output = Annotated[Path, option("-o", "--output", text="New directory for the result")]
+Revision = Annotated[
+    str | None, option("--revision", text="Branch, tag or commit on the Hub", panel=RUN)
+]
+Trust = Annotated[
+    bool | None,
+    option("--trust-remote-code", text="Run code that lies beside the model's weights", panel=RUN),
+]
+Calibration = Annotated[
+    list[str] | None,
+    option(
+        "-c",
+        "--calibration",
+        text="[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl or .parquet file, a directory of "
+        "them, or a dataset id[:config][@split]. Repeat for a mix  [default: NeelNanda/pile-10k]",
+        panel=TEXT,
+    ),
+]
+Samples = Annotated[
+    int | None, option("--samples", text="Calibration sequences  [default: 128]", panel=TEXT)
+]
+Length = Annotated[
+    int | None, option("--length", text="Tokens in each  [default: 512]", panel=TEXT)
+]
+Seed = Annotated[
+    int | None,
+    option("--seed", text="Decides which documents are drawn  [default: 0]", panel=TEXT),
+]
+BatchSize = Annotated[
+    int | None, option("--batch-size", text="Sequences per batch  [default: 8]", panel=RUN)
+]
+Dtype = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        text="auto, checkpoint, float32, bfloat16 or float16  [default: auto: float32 on a CPU, "
+        "as on disk elsewhere]",
+        panel=RUN,
+    ),
+]
+Device = Annotated[
+    str | None, option("--device", text="auto, cpu, cuda, ...  [default: auto]", panel=RUN)
+]
+Taylor = Annotated[
+    bool | None,
+    option(
+        "--taylor/--no-taylor",
+        text="Also run the backward and collect gate Taylor scores  [default: --taylor]",
+        panel=TEXT,
+    ),
+]
+Method = Annotated[
+    str | None,
+    option(
+        "--method",
+        text="fair (ToD), or a criterion: reap, frequency, ean, ...  [default: fair]",
+        panel=SCORE,
+    ),
+]
+Removal = Annotated[
+    str | None, option("--removal", text="Criterion whose lowest scores leave", panel=SCORE)
+]
+Protection = Annotated[
+    str | None,
+    option("--protection", text="Criterion whose highest scores are protected", panel=SCORE),
+]
+Allocate = Annotated[
+    str | None, option("--allocate", text="tod, uniform, global or global-normalised", panel=SCORE)
+]
+Weights = Annotated[
+    str | None,
+    option("--weights", text="Domain weights in the scores: python=2,rust-docs=1", panel=SCORE),
+]
+MinExperts = Annotated[
+    int | None,
+    option("--min-experts", text="Fewest kept in any layer (never below top-k)", panel=SCORE),
+]
+MultipleOf = Annotated[
+    int | None, option("--multiple-of", text="Kept counts are multiples of this", panel=SCORE)
+]
+Experts = Annotated[
+    float | None, option("--experts", text="Experts kept per layer on average", panel=TARGET)
+]
+Total = Annotated[int | None, option("--total", text="Experts kept over all layers", panel=TARGET)]
+Ratio = Annotated[
+    float | None, option("--ratio", text="Share of all experts removed, 0 to 1", panel=TARGET)
+]
+Size = Annotated[
+    str | None,
+    option(
+        "--size", text="Most that the whole model may hold: 8B parameters, or 20GB", panel=TARGET
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    option(
+        "--tolerance",
+        text="ToD's α and no budget: each layer goes as deep as it allows",
+        panel=TARGET,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, option("--recipe", text="YAML file of settings; options given here win")
+]
+Heldout = Annotated[
+    list[str] | None,
+    option(
+        "--heldout",
+        text="Held-out text (as --calibration) on which original and pruned are measured",
+        panel=TEXT,
+    ),
+]
+HeldoutSamples = Annotated[
+    int | None,
+    option("--heldout-samples", text="Most held-out windows  [default: 1024]", panel=TEXT),
+]
+Json = Annotated[bool, option("--json", text="Print JSON for scripts")]
+Debug = Annotated[bool, option("--debug", text="Show tracebacks")]
+
+
+StatisticsFolder = Annotated[
+    Path, typer.Argument(help="Directory that `calibrate` wrote", show_default=False)
+]
+PlanOutput = Annotated[Path | None, option("-o", "--output", text="Also write the plan here")]
+    Path | None, option("-o", "--output", text="Also write the plan to this file")
+]
+PlanFile = Annotated[Path | None, option("--plan", text="Plan file made before")]
+Stats = Annotated[Path | None, option("--stats", text="Directory that `calibrate` wrote")]
