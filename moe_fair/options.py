@@ -145,7 +145,5 @@ StatisticsFolder = Annotated[
     Path, typer.Argument(help="Directory that `calibrate` wrote", show_default=False)
 ]
 PlanOutput = Annotated[Path | None, option("-o", "--output", text="Also write the plan here")]
-    Path | None, option("-o", "--output", text="Also write the plan to this file")
-]
 PlanFile = Annotated[Path | None, option("--plan", text="Plan file made before")]
 Stats = Annotated[Path | None, option("--stats", text="Directory that `calibrate` wrote")]
