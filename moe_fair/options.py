@@ -10,7 +10,8 @@ import typer
 
 def option(*names: str, text: str, panel: str | None = None) -> Any:
     """An option with its help text, in a panel of the help screen."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+    plain = text.replace("[", "\\[")  # a bracket is not markup here
+    return typer.Option(*names, help=plain, rich_help_panel=panel, show_default=False)
 
 
 TEXT, SCORE, TARGET, RUN = (
