@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_fair.engines.shards import write_shards
+from moe_fair.moe.file_surgery import classify, cut_tensors
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, modeling_source
-from moe_fair.moe.surgery import cut
+from moe_fair.moe.names import model_names
+from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, is_ours, modeling_source
+from moe_fair.moe.surgery import check_all
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # files that come along as they are
@@ -58,33 +61,64 @@ def settle(folder: Path, output: Path) -> None:
     folder.rename(output)
 
 
-def write_model(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
-    """Cut the model and write weights, config, modeling file and companions into `folder`.
+def write_model(
+    source: Checkpoint,
+    kept: Mapping[str, Sequence[int]],
+    folder: Path,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write the pruned weights, config, modeling file and companions into `folder`.
+
+    Bytes are copied from shard to shard; memory does not depend on the model's size.
 
     Args:
         kept: block name -> ids that stay.
+        advance: told the number of bytes after each copy.
 
     Raises:
-        ValueError: the plan does not fit the model.
+        ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
     """
-    model = source.load(dtype="checkpoint", device="cpu")
-    counts = {b.name: b.num_experts for b in source.blocks}
-    cut(model, kept)
-    counts |= {name: len(ids) for name, ids in kept.items()}
-    key = count_key(model.config)
-    uniform = len(set(counts.values())) == 1
-    if uniform:
-        setattr(model.config.get_text_config(), key, next(iter(counts.values())))
+    check_all(source.blocks, kept)
+    name = model_names(source.skeleton)
+    parts = classify(source.tensors, {t.name: name(t.name) for t in source.tensors}, source.blocks)
+    counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    for shard in folder.glob("*.safetensors"):
-        shard.chmod((folder / "config.json").stat().st_mode)  # the writer makes them private
-    if not uniform:
-        layers = {b.layer: counts[b.name] for b in source.blocks}
-        _describe_unequal(folder, type(model), key, counts, layers)
+    write_shards(cut_tensors(source.tensors, parts, kept), folder, advance=advance)
+    _write_config(source, counts, folder)
     for pattern in COMPANIONS:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_config(source: Checkpoint, counts: Mapping[str, int], folder: Path) -> None:
+    config = json.loads((source.path / "config.json").read_text())
+    key = count_key(source.config)
+    for name in ("moe_fair", "per_layer_config", "allow_global_per_layer_attribute_access"):
+        config.pop(name, None)  # of an earlier pruning
+    stock = next(c for c in type(source.skeleton).__mro__ if c.__name__ != MODELING_CLASS)
+    if config.get("auto_map") is not None and is_ours(source.path):
+        del config["auto_map"]
+    config["architectures"] = [stock.__name__]
+    if len(set(counts.values())) == 1:
+        home = config.get("text_config") if key not in config else config
+        assert isinstance(home, dict)
+        home[key] = next(iter(counts.values()))
+    else:
+        layers = {b.layer: counts[b.name] for b in source.blocks}
+        config |= _unequal(key, counts, layers)
+        (folder / MODELING_FILE).write_text(modeling_source(stock))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _unequal(key: str, counts: Mapping[str, int], layers: Mapping[int, int]) -> dict[str, Any]:
+    return {
+        "architectures": [MODELING_CLASS],
+        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"},
+        "moe_fair": {"experts": dict(counts)},
+        "per_layer_config": {str(i): {key: n} for i, n in sorted(layers.items())},
+        # the stock class still reads the model-wide number while it is built
+        "allow_global_per_layer_attribute_access": True,
+    }
 
 
 def count_key(config: Any) -> str:
@@ -101,18 +135,3 @@ def count_key(config: Any) -> str:
         f"{config.model_type}: the config has none of {', '.join(COUNT_KEYS)} to write the new "
         "number of experts to"
     )
-
-
-def _describe_unequal(
-    folder: Path, stock: type, key: str, counts: Mapping[str, int], layers: Mapping[int, int]
-) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["architectures"] = [MODELING_CLASS]
-    config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"}
-    config["moe_fair"] = {"experts": dict(counts)}
-    config["per_layer_config"] = {str(i): {key: n} for i, n in sorted(layers.items())}
-    # the stock class still reads the model-wide number while it is built
-    config["allow_global_per_layer_attribute_access"] = True
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / MODELING_FILE).write_text(modeling_source(stock))

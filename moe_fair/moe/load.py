@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
+from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.own_code import is_ours
 
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 SAMPLED = 64  # pages of a large shard that enter its digest
@@ -85,31 +81,17 @@ class Checkpoint:
         """
         if not Path(self.model).is_dir():
             _locate(self.model, self.revision, [*SMALL_FILES, "*.safetensors"])
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{self.model}: the index names {name!r}, outside the checkpoint")
-            if not (self.path / name).is_file():
-                raise ValueError(
-                    f"{self.model}: {name} is missing from {self.path}; weights are read from "
-                    "safetensors files only"
-                )
-        return [self.path / n for n in names]
+        return shard_files(self.path)
 
     @cached_property
-    def headers(self) -> dict[str, dict[str, Any]]:
-        """Tensor name -> safetensors header entry (dtype, shape, data_offsets), over all shards."""
-        return {k: v for s in self.shards for k, v in read_header(s)[0].items()}
+    def tensors(self) -> list[StoredTensor]:
+        """Every tensor of the checkpoint, as it lies on disk."""
+        return [t for s in self.shards for t in stored_tensors(s)]
 
     @cached_property
     def size(self) -> ModelSize:
         """Parameters and bytes of the checkpoint, from its headers."""
-        counts = [(_numel(v["shape"]), v["data_offsets"]) for v in self.headers.values()]
-        return ModelSize(sum(n for n, _ in counts), sum(b - a for _, (a, b) in counts))
+        return ModelSize(sum(t.numel for t in self.tensors), sum(t.bytes for t in self.tensors))
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
@@ -195,32 +177,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """A safetensors header without its metadata, and where the data begins.
-
-    Raises:
-        ValueError: the file is no safetensors file, or is cut short.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise ValueError(f"{path}: not a whole safetensors file; download or copy it again")
-        try:
-            header = json.loads(f.read(length))
-        except ValueError as e:
-            raise ValueError(f"{path}: its safetensors header cannot be read: {e}") from e
-    header.pop("__metadata__", None)
-    end = max((v["data_offsets"][1] for v in header.values()), default=0)
-    if 8 + length + end > size:
-        raise ValueError(
-            f"{path}: {8 + length + end - size:,} bytes are missing at its end; download or copy "
-            "it again"
-        )
-    return header, 8 + length
-
-
 def first_line(e: BaseException) -> str:
     """The first line of an exception's text."""
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -243,10 +199,6 @@ def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"{model}: no such local directory, and the Hub did not give it ({type(e).__name__}); "
             "check the name, the network and `hf auth login`, or give a local model directory"
         ) from e
-
-
-def _numel(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _canonical(path: Path) -> bytes:

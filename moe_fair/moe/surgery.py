@@ -42,7 +42,20 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ValueError: an unknown block, or ids that routing cannot work with. Nothing is cut then.
     """
-    blocks = {b.name: b for b in find_blocks(model)}
+    found = find_blocks(model)
+    check_all(found, kept)
+    blocks = {b.name: b for b in found}
+    for name, ids in kept.items():
+        _cut_block(blocks[name], torch.as_tensor(list(ids)))
+
+
+def check_all(found: Sequence[MoeBlock], kept: Mapping[str, Sequence[int]]) -> None:
+    """The model has these blocks, and they can route among the ids.
+
+    Raises:
+        ValueError: an unknown block, or see `check_kept`.
+    """
+    blocks = {b.name: b for b in found}
     unknown = set(kept) - set(blocks)
     if unknown:
         raise ValueError(
@@ -51,8 +64,6 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         )
     for name, ids in kept.items():
         check_kept(blocks[name], ids)
-    for name, ids in kept.items():
-        _cut_block(blocks[name], torch.as_tensor(list(ids)))
 
 
 def _cut_block(block: MoeBlock, ids: Tensor) -> None:

@@ -1,0 +1,237 @@
+"""Safetensors files as byte ranges: read headers, map tensors, write shards without a model.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}}, and the tensors' bytes. Copying byte ranges keeps every data
+type as it is and needs no memory beyond one buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000  # as on the Hub
+BUFFER = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of bytes in a file."""
+
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies, or shall lie, on disk.
+
+    Attributes:
+        name, dtype, shape: of its safetensors header entry.
+        pieces: the bytes in order; one piece where the tensor is copied whole.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        return sum(p.length for p in self.pieces)
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+    def renamed(self, name: str) -> StoredTensor:
+        """The same bytes under another name."""
+        return StoredTensor(name, self.dtype, self.shape, self.pieces)
+
+    def take(self, ids: Iterable[int], dim: int = 0) -> StoredTensor:
+        """The tensor with these indices of one axis; dim 0, or dim 1 of a [1, n] tensor.
+
+        Neighbouring rows become one piece.
+        """
+        assert dim == 0 or (dim == 1 and self.shape[0] == 1), (self.name, self.shape, dim)
+        [whole] = self.pieces
+        row = whole.length // self.shape[dim]
+        pieces: list[Piece] = []
+        count = 0
+        for i in ids:
+            count += 1
+            start = whole.start + i * row
+            if pieces and pieces[-1].start + pieces[-1].length == start:
+                last = pieces.pop()
+                pieces.append(Piece(whole.file, last.start, last.length + row))
+            else:
+                pieces.append(Piece(whole.file, start, row))
+        shape = (*self.shape[:dim], count, *self.shape[dim + 1 :])
+        return StoredTensor(self.name, self.dtype, shape, tuple(pieces))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of their names.
+
+    Raises:
+        ValueError: there are none, one is missing, or the index points outside the folder.
+    """
+    index = folder / INDEX
+    names = [SINGLE]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index}: cannot be read as an index of shards: {e}") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder}: {name} is missing; weights are read from safetensors files only"
+            )
+    return [folder / n for n in names]
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file in the order of their bytes.
+
+    Raises:
+        ValueError: the file is no safetensors file, is cut short, or its header contradicts it.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{file}: not a whole safetensors file; download or copy it again")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            found = [_stored(file, 8 + length, n, v) for n, v in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{file}: its safetensors header cannot be read: {e}") from e
+    missing = max((t.pieces[0].start + t.bytes for t in found), default=0) - size
+    if missing > 0:
+        raise ValueError(
+            f"{file}: {missing:,} bytes are missing at its end; download or copy it again"
+        )
+    return sorted(found, key=lambda t: t.pieces[0].start)
+
+
+def _stored(file: Path, base: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end:
+        raise ValueError(f"{name} has offsets {begin}..{end}")
+    return StoredTensor(
+        name, entry["dtype"], tuple(entry["shape"]), (Piece(file, base + begin, end - begin),)
+    )
+
+
+def write_shards(
+    tensors: Iterable[StoredTensor],
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Copy tensors into new safetensors shards, with an index where there are several.
+
+    Args:
+        tensors: in the order in which they shall lie.
+        folder: an existing directory.
+        max_shard_bytes: a shard is closed before it grows beyond this.
+        advance: told the number of bytes after each copy.
+    """
+    shards = list(_divide(tensors, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(shard, folder / name, advance)
+        weight_map.update(dict.fromkeys((t.name for t in shard), name))
+    if len(shards) > 1:
+        total = {
+            "total_parameters": sum(t.numel for s in shards for t in s),
+            "total_size": sum(t.bytes for s in shards for t in s),
+        }
+        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _divide(tensors: Iterable[StoredTensor], most: int) -> Iterator[list[StoredTensor]]:
+    shard: list[StoredTensor] = []
+    size = 0
+    for t in tensors:
+        if shard and size + t.bytes > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(t)
+        size += t.bytes
+    if shard:
+        yield shard
+
+
+def _write_shard(shard: list[StoredTensor], path: Path, advance: Callable[[int], None]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in shard:
+        end = offset + t.bytes
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    handles: dict[Path, int] = {}
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(target, struct.pack("<Q", len(text)) + text)
+        for piece in _coalesced(p for t in shard for p in t.pieces):
+            if piece.file not in handles:
+                handles[piece.file] = os.open(piece.file, os.O_RDONLY)
+            _copy(handles[piece.file], target, piece, advance)
+    finally:
+        for handle in (target, *handles.values()):
+            os.close(handle)
+
+
+def _coalesced(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Neighbouring pieces of one file as one."""
+    last: Piece | None = None
+    for p in pieces:
+        if last and last.file == p.file and last.start + last.length == p.start:
+            last = Piece(p.file, last.start, last.length + p.length)
+        else:
+            if last:
+                yield last
+            last = p
+    if last:
+        yield last
+
+
+def _copy(source: int, target: int, piece: Piece, advance: Callable[[int], None]) -> None:
+    start, left = piece.start, piece.length
+    while left:
+        chunk = os.pread(source, min(left, BUFFER), start)
+        if not chunk:
+            raise ValueError(f"{piece.file} ended {left:,} bytes early while it was copied")
+        _write_all(target, chunk)
+        start, left = start + len(chunk), left - len(chunk)
+        advance(len(chunk))
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
