@@ -19,9 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_fair import pipeline
+from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate import heldout_loss
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.load import Checkpoint
@@ -85,8 +84,7 @@ def _seed(recipe: Recipe, source: Checkpoint, text: CalibrationSet, wanted: list
         pruned = copy.deepcopy(model)
         cut(pruned, plan.kept)
         batches = text.batches(recipe.batch_size)
-        with torch.no_grad():
-            loss = heldout_loss(pruned, batches, text.domains).mean
+        loss = heldout_loss(ResidentEngine(pruned), batches, text.domains).mean
         print(f"seed {recipe.seed} {method} {experts}: {loss:.4f}", flush=True)
         yield {"method": method, "experts": experts, "seed": recipe.seed, "loss": loss}
 

@@ -19,11 +19,13 @@ from moe_fair.options import (
     Debug,
     Device,
     Dtype,
+    EngineName,
     Experts,
     Heldout,
     HeldoutSamples,
     Json,
     Length,
+    MaxMemory,
     Method,
     MinExperts,
     Model,
@@ -76,7 +78,8 @@ def calibrate(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, revision: Revision = None, trust_remote_code: Trust = None,
+    device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
+    revision: Revision = None, trust_remote_code: Trust = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
@@ -126,7 +129,8 @@ def prune(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, heldout: Heldout = None,
     heldout_samples: HeldoutSamples = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, revision: Revision = None, trust_remote_code: Trust = None,
+    device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
+    revision: Revision = None, trust_remote_code: Trust = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moe_fair.engines.batch import Batch, token_losses
+from moe_fair.engines.batch import Batch, Engine
 
 
 @dataclass(frozen=True)
@@ -19,24 +19,16 @@ class HeldoutLoss:
     tokens: int
 
 
-@torch.no_grad()
-def heldout_loss(
-    model: torch.nn.Module, batches: Iterable[Batch], domains: tuple[str, ...]
-) -> HeldoutLoss:
+def heldout_loss(engine: Engine, batches: Sequence[Batch], domains: tuple[str, ...]) -> HeldoutLoss:
     """Measure a model on held-out windows.
 
     Args:
+        engine: runs the model.
         batches: of one domain each, see `CalibrationSet.batches`.
         domains: their names.
     """
-    device = next(model.parameters()).device
     total = torch.zeros(2, len(domains), dtype=torch.float64)
-    for batch in batches:
-        batch = batch.to(device)
-        logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask(), use_cache=False
-        ).logits
-        losses, weights = token_losses(logits, batch)
+    for batch, (losses, weights) in zip(batches, engine.losses(batches), strict=True):
         total[0, batch.domain] += (losses * weights).double().sum().cpu()
         total[1, batch.domain] += weights.double().sum().cpu()
     loss, count = total

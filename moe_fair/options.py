@@ -65,6 +65,19 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, option("--device", text="auto, cpu, cuda, ...  [default: auto]", panel=RUN)
 ]
+EngineName = Annotated[
+    str | None,
+    option(
+        "--engine",
+        text="auto, resident (the model in memory) or streaming (one layer at a time)  "
+        "[default: auto, by size and free memory]",
+        panel=RUN,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    option("--max-memory", text="The most that weights may take in memory, as 16GB", panel=RUN),
+]
 Taylor = Annotated[
     bool | None,
     option(

@@ -12,7 +12,6 @@ from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Statistics, UnitGroup
-from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
@@ -24,11 +23,12 @@ from moe_fair.moe.checkpoint import (
     settle,
     write_model,
 )
+from moe_fair.moe.choose import Choice, choose, start, weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
-from moe_fair.progress import track
-from moe_fair.recipe import Recipe, parse_size
+from moe_fair.progress import Progress
+from moe_fair.recipe import Recipe, parse_bytes, parse_size
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint: plan, statistics, recipe, held-out losses
 Say = Callable[[str], None]
@@ -157,27 +157,46 @@ def collect(recipe: Recipe, source: Checkpoint, text: CalibrationSet, say: Say) 
         f"calibrating on {len(text.sequences)} sequences, {text.tokens:,} tokens of "
         f"{', '.join(text.domains)}"
     )
-    groups, size = source.groups, source.size
-    model = source.load(recipe.dtype, recipe.device)
-    collector = ExpertCollector(find_blocks(model), groups, text.domains, taylor=recipe.taylor)
-    batches = text.batches(recipe.batch_size)
-    with collector:
-        ResidentEngine(model).run(track(batches, "calibrating"), collector, backward=recipe.taylor)
+    chosen = choose_engine(recipe, source)
+    say(f"engine: {chosen.engine} ({chosen.why})")
+    groups, batches = source.groups, text.batches(recipe.batch_size)
+    with Progress("calibrating", text.tokens * passes(chosen, source, recipe.taylor)) as progress:
+        engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
+        collector = ExpertCollector(find_blocks(model), groups, text.domains, taylor=recipe.taylor)
+        with collector:
+            engine.run(batches, collector, backward=recipe.taylor)
+    dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     run = {
         "model": recipe.model, "revision": recipe.revision, "calibration": list(recipe.calibration),
         "samples": len(text.sequences), "length": recipe.length, "seed": recipe.seed,
-        "batch_size": recipe.batch_size, "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": recipe.batch_size, "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     return collector.statistics(
         {**source.fingerprint, "calibration": text.digest},
-        {"calibration": run, "size": asdict(size), "model_type": source.config.model_type},
+        {"calibration": run, "size": asdict(source.size), "model_type": source.config.model_type},
     )
 
 
 def measure(recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str) -> HeldoutLoss:
     """Held-out loss of one checkpoint."""
-    model = source.load(recipe.dtype, recipe.device).eval()
-    return heldout_loss(model, track(text.batches(recipe.batch_size), what), text.domains)
+    chosen = choose_engine(recipe, source)
+    with Progress(what, text.tokens * passes(chosen, source, False)) as progress:
+        engine, _ = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
+        return heldout_loss(engine, text.batches(recipe.batch_size), text.domains)
+
+
+def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
+    """How often an engine goes over the batches: for the progress bar."""
+    layers = source.config.get_text_config().num_hidden_layers
+    return layers * (2 if backward else 1) if chosen.engine == "streaming" else 1
+
+
+def choose_engine(recipe: Recipe, source: Checkpoint) -> Choice:
+    """The engine that runs this checkpoint here."""
+    device = pick_device(recipe.device)
+    limit = parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
+    item = weight_dtype(source, recipe.dtype, device).itemsize
+    return choose(recipe.engine, source.size, item, device, limit)
 
 
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:

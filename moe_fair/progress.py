@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 
@@ -15,21 +16,45 @@ def memory() -> str:
     return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
 
 
-def track(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
-    """Yield the batches, showing tokens per second, time left and memory on a terminal."""
-    if not sys.stderr.isatty():
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+class Progress:
+    """A bar for work whose size in tokens is known; used as a context manager.
 
-    total = sum(int(b.mask.sum()) for b in batches)
+    Args:
+        what: said in front of the bar.
+        tokens: of the whole work, over all passes.
+    """
+
+    def __init__(self, what: str, tokens: int) -> None:
+        self._bar = _bar() if sys.stderr.isatty() else None
+        if self._bar:
+            self._task = self._bar.add_task(what, total=tokens, rate="", memory=memory())
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def visit(self, what: str, layer: int | None, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the batches of one pass, showing rate, time left and memory."""
+        for batch in batches:
+            yield batch
+            if self._bar:
+                where = what if layer is None else f"{what}, layer {layer}"
+                self._bar.advance(self._task, int(batch.mask.sum()))
+                speed = self._bar.tasks[0].speed
+                rate = f"{speed:,.0f} tokens/s" if speed else ""
+                self._bar.update(self._task, description=where, rate=rate, memory=memory())
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,11 +64,4 @@ def track(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total, rate="", memory=memory())
-        for batch in batches:
-            yield batch
-            progress.advance(task, int(batch.mask.sum()))
-            speed = progress.tasks[task].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            progress.update(task, rate=rate, memory=memory())
+    return Bar(*columns, console=Console(stderr=True), transient=True)

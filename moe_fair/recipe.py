@@ -35,6 +35,8 @@ class Recipe:
         seed: decides which documents are drawn.
         batch_size: sequences per batch.
         dtype: auto, checkpoint, float32, bfloat16 or float16; device: auto, cpu, cuda, ...
+        engine: auto, resident (the model in memory) or streaming (one layer at a time).
+        max_memory: the most that the weights may take in memory, as "16GB"; decides `auto`.
         taylor: also run the backward and collect gate Taylor scores.
         method: `fair`, or the name of a criterion, with that method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
@@ -57,6 +59,8 @@ class Recipe:
     batch_size: int = 8
     dtype: str = "auto"
     device: str = "auto"
+    engine: str = "auto"
+    max_memory: str | None = None
     taylor: bool = True
     method: str = "fair"
     removal: str | None = None
@@ -83,6 +87,8 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
+        if self.max_memory is not None:
+            parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]
         if len(given) > 1:
             raise ValueError(f"give one target, not {' and '.join(map(_flag, given))}")
@@ -160,6 +166,21 @@ def parse_size(text: str) -> tuple[str, int]:
             power = " kMGT".index(prefix.replace("K", "k") or " ")
             return "bytes", round(float(number) * (1024 if binary else 1000) ** power)
     raise ValueError(f"--size {text!r}: write parameters as 8B or 900M, bytes as 20GB or 16GiB")
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """`20GB` or `16GiB` -> bytes.
+
+    Raises:
+        ValueError: another form.
+    """
+    try:
+        unit, number = parse_size(text)
+    except ValueError:
+        unit, number = "", 0
+    if unit != "bytes":
+        raise ValueError(f"{flag} {text!r}: write bytes as 20GB or 16GiB")
+    return number
 
 
 def _flag(name: str) -> str:

@@ -5,7 +5,7 @@ Shape legend: B sequences of a batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,9 +42,22 @@ class Batch:
         """Some position is padding."""
         return not bool(self.mask.all())
 
+    def predicted(self) -> Tensor:
+        """[B] tokens of each sequence that are predicted from one before; at least 1."""
+        return self.mask[:, 1:].sum(1).clamp(min=1)
+
     def attention_mask(self) -> Tensor | None:
         """The mask, or None where nothing is padded (the fast path of every attention kernel)."""
         return self.mask if self.padded else None
+
+
+# visit(what, layer, batches): a pass over the batches, perhaps showing progress
+Visit = Callable[[str, int | None, Sequence[Batch]], Iterable[Batch]]
+
+
+def quietly(what: str, layer: int | None, batches: Sequence[Batch]) -> Iterable[Batch]:
+    """A pass that shows nothing."""
+    return batches
 
 
 class Observer(Protocol):
@@ -58,8 +71,12 @@ class Observer(Protocol):
 class Engine(Protocol):
     """How a model is run: whole, or a layer at a time."""
 
-    def run(self, batches: Iterable[Batch], observer: Observer, *, backward: bool = True) -> None:
+    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and backward of the summed sequence losses, over the batches."""
+        ...
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch: next-token losses [B, L - 1] and their weights, see `token_losses`."""
         ...
 
 
@@ -79,10 +96,13 @@ def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return flat.view_as(targets), weights
 
 
-def sequence_losses(logits: Tensor, batch: Batch) -> Tensor:
+def sequence_losses(losses: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
     """[B] mean next-token loss of each sequence (METHODS: L); what Taylor scores differentiate.
 
     The mean is per sequence, so a sequence's values do not depend on what shares its batch.
+
+    Args:
+        losses, weights: [B, L - 1] or some of its columns, from `token_losses`.
+        tokens: [B] predicted tokens of each sequence, see `Batch.predicted`.
     """
-    losses, weights = token_losses(logits, batch)
-    return (losses * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return (losses * weights).sum(1) / tokens

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from moe_fair.engines.batch import Batch, Observer, sequence_losses
+from moe_fair.engines.batch import Batch, Observer, Visit, quietly, sequence_losses, token_losses
 
 
 class ResidentEngine:
@@ -17,22 +18,33 @@ class ResidentEngine:
 
     Args:
         model: a causal language model; its weights are frozen and it is put in eval mode.
+        visit: see `batch.Visit`.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, visit: Visit = quietly) -> None:
+        self.visit = visit
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
 
-    def run(self, batches: Iterable[Batch], observer: Observer, *, backward: bool = True) -> None:
+    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
-        for batch in batches:
+        for batch in self.visit("calibrating", None, batches):
             batch = batch.to(self.device)
             observer.begin(batch)
             with torch.set_grad_enabled(backward):
-                logits = self.model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask(),
-                    use_cache=False,
-                ).logits
+                logits = self._logits(batch)
             if backward:
-                sequence_losses(logits, batch).sum().backward()
+                losses, weights = token_losses(logits, batch)
+                sequence_losses(losses, weights, batch.predicted()).sum().backward()
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Next-token losses of every batch and their weights, [B, L - 1] each."""
+        for batch in self.visit("measuring", None, batches):
+            batch = batch.to(self.device)
+            yield token_losses(self._logits(batch), batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask(), use_cache=False
+        ).logits

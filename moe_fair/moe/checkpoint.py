@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_fair.engines.names import model_names
 from moe_fair.engines.shards import write_shards
 from moe_fair.moe.file_surgery import classify, cut_tensors
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.names import model_names
 from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, is_ours, modeling_source
 from moe_fair.moe.surgery import check_all
 

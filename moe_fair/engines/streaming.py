@@ -1,0 +1,277 @@
+"""The streaming engine: exact statistics and gradients with one decoder layer in memory.
+
+Forward once through all layers, keeping each layer's input; the loss from the last hidden states;
+then backward layer by layer, each layer's forward run again from its kept input. An observer sees
+every batch at every layer, in the visit in which the gradient is there.
+
+The model's own forward runs with stub layers in place of the real ones, once to learn which
+arguments it hands to its layers (masks, positions, rotary tables) and once to turn the last hidden
+states into the loss; so nothing here knows any family.
+
+Shape legend: B sequences, L tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_fair.engines.batch import (
+    Batch,
+    Observer,
+    Visit,
+    quietly,
+    sequence_losses,
+    token_losses,
+)
+from moe_fair.engines.layers import LayeredModel
+
+LOGITS = 2**26  # elements; float32 logits of one chunk take four times as many bytes
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the model hands to one layer beside the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        output = layer(hidden, *self.arguments, **self.keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class StreamingEngine:
+    """Runs batches through a model that is never whole in memory.
+
+    Args:
+        layered: the model.
+        activation_bytes: boundary activations kept in memory; what is more goes to files.
+        visit: see `batch.Visit`.
+    """
+
+    def __init__(
+        self,
+        layered: LayeredModel,
+        *,
+        activation_bytes: int = 2**30,
+        visit: Visit = quietly,
+    ) -> None:
+        self.layered, self.model = layered, layered.model
+        self.activation_bytes, self.visit = activation_bytes, visit
+
+    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
+        """Forward, and with `backward` also backward, over the batches, telling the observer."""
+        batches = [b.to(self.layered.device) for b in batches]
+        with _Activations(self.activation_bytes) as kept:
+            calls, hidden = self._embed(batches)
+            hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
+            if backward:
+                gradients = self._gradients(batches, hidden)
+                self._backward(batches, calls, gradients, observer, kept)
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Next-token losses of every batch and their weights, [B, L - 1] each."""
+        batches = [b.to(self.layered.device) for b in batches]
+        calls, hidden = self._embed(batches)
+        hidden = self._forward(batches, calls, hidden, None, None)
+        for batch, last in zip(batches, hidden, strict=True):
+            losses, weights = zip(*self._token_losses(batch, last), strict=True)
+            yield torch.cat(losses, 1), torch.cat(weights, 1)
+
+    @torch.no_grad()
+    def _embed(self, batches: Sequence[Batch]) -> tuple[list[list[_Call]], list[Tensor]]:
+        """The arguments of every layer for every batch, and the first layer's input."""
+        calls: list[list[_Call]] = []
+        first: list[Tensor] = []
+        for batch in batches:
+            stubs = _Stubs(self.layered.base.layers)
+            with stubs.standing_in(self.layered.base):
+                self.layered.base(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask(),
+                    use_cache=False,
+                )
+            calls.append(stubs.calls)
+            first.append(stubs.first)
+        return calls, first
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        batches: Sequence[Batch],
+        calls: list[list[_Call]],
+        hidden: list[Tensor],
+        observer: Observer | None,
+        kept: _Activations | None,
+    ) -> list[Tensor]:
+        """The last layer's output, [B, L, D] a batch; every layer's input goes to `kept`.
+
+        Without gradients an observer of Taylor values books nothing here.
+        """
+        depth = len(self.layered)
+        for i in range(depth):
+            with self.layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
+                for j, batch in enumerate(self.visit("forward", i, batches)):
+                    if observer is not None:
+                        observer.begin(batch)
+                    if kept is not None:
+                        kept.put((i, j), hidden[j])
+                    hidden[j] = calls[j][i].run(layer, hidden[j])
+        return hidden
+
+    def _gradients(self, batches: Sequence[Batch], hidden: list[Tensor]) -> list[Tensor]:
+        """dL/d(last hidden states) for every batch, [B, L, D]."""
+        gradients = []
+        for batch, last in zip(batches, hidden, strict=True):
+            last = last.detach().requires_grad_(True)
+            for losses, weights in self._token_losses(batch, last):
+                sequence_losses(losses, weights, batch.predicted()).sum().backward()
+            assert last.grad is not None
+            gradients.append(last.grad)
+        return gradients
+
+    def _token_losses(self, batch: Batch, last: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Losses and weights of the predicted tokens, in chunks so that logits stay small.
+
+        A batch whose logits fit the limit is one chunk, computed as the resident engine does.
+        """
+        b, length = batch.mask.shape
+        vocabulary = self.model.config.get_text_config().vocab_size
+        chunk = max(1, LOGITS // (b * vocabulary))
+        if chunk >= length:
+            yield token_losses(self._logits(batch, last), batch)
+            return
+        for start in range(0, length - 1, chunk):
+            keep = torch.arange(start, min(start + chunk, length - 1), device=last.device)
+            logits = self._logits(batch, last, logits_to_keep=keep)
+            assert logits.shape[1] == len(keep), "the model does not know logits_to_keep"
+            targets = batch.input_ids[:, keep + 1]
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            yield losses.view_as(targets), batch.mask[:, keep + 1]
+
+    def _logits(self, batch: Batch, last: Tensor, **keep: Tensor) -> Tensor:
+        """The model's logits from its last hidden states, its layers standing aside."""
+        stubs = _Stubs(self.layered.base.layers, output=last)
+        with stubs.standing_in(self.layered.base), torch.set_grad_enabled(last.requires_grad):
+            return self.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask(),
+                use_cache=False,
+                **keep,
+            ).logits
+
+    def _backward(
+        self,
+        batches: Sequence[Batch],
+        calls: list[list[_Call]],
+        gradients: list[Tensor],
+        observer: Observer,
+        kept: _Activations,
+    ) -> None:
+        for i in reversed(range(len(self.layered))):
+            with self.layered.layer(i, i - 1 if i else None) as layer:
+                for j, batch in enumerate(self.visit("backward", i, batches)):
+                    observer.begin(batch)
+                    entry = kept.pop((i, j), self.layered.device).requires_grad_(True)
+                    with torch.enable_grad():
+                        output = calls[j][i].run(layer, entry)
+                    output.backward(gradients[j])
+                    assert entry.grad is not None
+                    gradients[j] = entry.grad
+
+
+class _Stubs:
+    """Layers that only note what they are called with; the last may hand out given states."""
+
+    def __init__(self, layers: nn.ModuleList, output: Tensor | None = None) -> None:
+        self.calls: list[_Call] = []
+        self.first: Tensor
+        self._list = nn.ModuleList(
+            _Stub(self, layer, output if i == len(layers) - 1 else None)
+            for i, layer in enumerate(layers)
+        )
+
+    @contextmanager
+    def standing_in(self, base: nn.Module) -> Iterator[None]:
+        real = base.layers
+        base.layers = self._list
+        try:
+            yield
+        finally:
+            base.layers = real
+
+
+class _Stub(nn.Module):
+    def __init__(self, stubs: _Stubs, real: nn.Module, output: Tensor | None) -> None:
+        super().__init__()
+        # not registered as a child: the stub list must not own the real layers
+        object.__setattr__(self, "real", real)
+        object.__setattr__(self, "stubs", stubs)
+        self.output = output
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        keywords = {k: v for k, v in keywords.items() if k not in CACHE_ARGUMENTS}
+        hidden = arguments[0] if arguments else keywords.pop("hidden_states")
+        if not self.stubs.calls:
+            self.stubs.first = hidden.detach()
+        self.stubs.calls.append(_Call(arguments[1:], keywords))
+        return hidden if self.output is None else self.output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what a model reads off its layers, such as attention_type
+            return getattr(self.__dict__["real"], name)
+
+
+class _Activations:
+    """Tensors by key: in memory up to a limit, then in files of a temporary directory."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+        self._memory: dict[tuple[int, int], Tensor] = {}
+        self._files: dict[tuple[int, int], tuple[Path, torch.dtype, torch.Size]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> _Activations:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._memory.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, key: tuple[int, int], tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.held + size <= self.most:
+            self._memory[key] = tensor.detach()
+            self.held += size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="moe_fair-activations-")
+        path = Path(self._folder.name) / f"{key[0]}-{key[1]}"
+        tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tofile(path)
+        self._files[key] = (path, tensor.dtype, tensor.shape)
+
+    def pop(self, key: tuple[int, int], device: torch.device) -> Tensor:
+        if key in self._memory:
+            tensor = self._memory.pop(key)
+            self.held -= tensor.numel() * tensor.element_size()
+            return tensor
+        path, dtype, shape = self._files.pop(key)
+        tensor = torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype).view(shape)
+        path.unlink()
+        return tensor.to(device)
