@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +101,9 @@ def prune(
     if statistics is not None:
         statistics.save(folder / FOLDER)
     say(f"cutting {ready.before.parameters:,} parameters to {ready.after.parameters:,}")
+    started = time.perf_counter()
     write_model(source, ready.kept, folder)
+    say(f"written in {time.perf_counter() - started:.1f} s")
     ready.save(folder / FOLDER / "plan.json")
     (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
     before = after = None
@@ -165,6 +168,7 @@ def collect(recipe: Recipe, source: Checkpoint, text: CalibrationSet, say: Say) 
         collector = ExpertCollector(find_blocks(model), groups, text.domains, taylor=recipe.taylor)
         with collector:
             engine.run(batches, collector, backward=recipe.taylor)
+    say("calibrated: " + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items()))
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     run = {
         "model": recipe.model, "revision": recipe.revision, "calibration": list(recipe.calibration),

@@ -69,7 +69,13 @@ class Observer(Protocol):
 
 
 class Engine(Protocol):
-    """How a model is run: whole, or a layer at a time."""
+    """How a model is run: whole, or a layer at a time.
+
+    Attributes:
+        seconds: phase -> wall time of the last run.
+    """
+
+    seconds: dict[str, float]
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and backward of the summed sequence losses, over the batches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ class LayeredModel:
             )
         self._stored = self._group([t for f in shard_files(folder) for t in stored_tensors(f)])
         self._ahead: threading.Thread | None = None
+        self.seconds = 0.0  # spent bringing weights in
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         self._load(OUTSIDE)
@@ -113,6 +115,7 @@ class LayeredModel:
 
     def _load(self, group: int) -> None:
         """Put one group's tensors into the model, by transformers' own conversion."""
+        started = time.perf_counter()
         by_file: dict[Path, list[StoredTensor]] = {}
         for t in self._stored.get(group, []):
             by_file.setdefault(t.pieces[0].file, []).append(t)
@@ -136,6 +139,7 @@ class LayeredModel:
             raise ValueError(f"tensor {wrong[0]} of the checkpoint does not fit the model")
         for p in self.model.parameters():
             p.requires_grad_(False)
+        self.seconds += time.perf_counter() - started
 
     def _check(self, module: nn.Module, skip: nn.Module | None = None) -> None:
         skipped = {id(p) for p in skip.parameters()} if skip is not None else set()

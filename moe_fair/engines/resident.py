@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,11 +24,13 @@ class ResidentEngine:
 
     def __init__(self, model: torch.nn.Module, *, visit: Visit = quietly) -> None:
         self.visit = visit
+        self.seconds: dict[str, float] = {}  # as the streaming engine has it; here one phase
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
+        started = time.perf_counter()
         for batch in self.visit("calibrating", None, batches):
             batch = batch.to(self.device)
             observer.begin(batch)
@@ -36,6 +39,9 @@ class ResidentEngine:
             if backward:
                 losses, weights = token_losses(logits, batch)
                 sequence_losses(losses, weights, batch.predicted()).sum().backward()
+        self.seconds = {
+            "forward and backward" if backward else "forward": time.perf_counter() - started
+        }
 
     @torch.no_grad()
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ Shape legend: B sequences, L tokens, D model, V vocabulary.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,16 +69,29 @@ class StreamingEngine:
     ) -> None:
         self.layered, self.model = layered, layered.model
         self.activation_bytes, self.visit = activation_bytes, visit
+        self.seconds: dict[str, float] = {}  # per phase of the last run, loading of layers apart
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
         batches = [b.to(self.layered.device) for b in batches]
+        self.seconds = {"reading weights": self.layered.seconds}
         with _Activations(self.activation_bytes) as kept:
-            calls, hidden = self._embed(batches)
-            hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
+            with self._timed("forward"):
+                calls, hidden = self._embed(batches)
+                hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
             if backward:
-                gradients = self._gradients(batches, hidden)
-                self._backward(batches, calls, gradients, observer, kept)
+                with self._timed("loss"):
+                    gradients = self._gradients(batches, hidden)
+                with self._timed("backward"):
+                    self._backward(batches, calls, gradients, observer, kept)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started, loaded = time.perf_counter(), self.layered.seconds
+        yield
+        loading = self.layered.seconds - loaded
+        self.seconds["reading weights"] += loading
+        self.seconds[phase] = time.perf_counter() - started - loading
 
     @torch.no_grad()
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
