@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import threading
 import time
@@ -17,21 +18,27 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_fair.engines.names import model_names
+from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 
 OUTSIDE = -1  # embeddings, final norm, head: what no decoder layer owns
+SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 READ_AHEAD = 8 * 2**20
 
 
 class LayeredModel:
     """A causal language model of which only one decoder layer is in memory.
 
-    Buffers that are computed (rotary tables) are there from the start; the weights outside the
-    layers are loaded once; `layer(i)` brings one layer's weights and takes them away again.
+    Buffers that are computed (rotary tables) are there from the start; `layer(i)` brings one
+    layer's weights and takes them away again, `outside()` does the same with the embeddings, final
+    norm and head.
 
     Args:
         folder: the checkpoint.
@@ -64,14 +71,12 @@ class LayeredModel:
                 f"{type(self.base).__name__} has no list of decoder layers to stream; use "
                 "--engine resident"
             )
+        self._destinations: dict[str, Destination] = {}
         self._stored = self._group([t for f in shard_files(folder) for t in stored_tensors(f)])
         self._ahead: threading.Thread | None = None
         self.seconds = 0.0  # spent bringing weights in
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
-        self._load(OUTSIDE)
-        self.model.tie_weights()
-        self._check(self.model, skip=self.base.layers)
 
     def __len__(self) -> int:
         return len(self.base.layers)
@@ -92,38 +97,84 @@ class LayeredModel:
         try:
             yield layer
         finally:
-            for module in layer.modules():
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        empty = torch.empty_like(p, device="meta")
-                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            _empty(layer)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embeddings, final norm and head with their weights; on leaving they are dropped."""
+        self._load(OUTSIDE)
+        self.model.tie_weights()
+        self._check(self.model, skip=self.base.layers)
+        try:
+            yield
+        finally:
+            _empty(self.model)
 
     def _group(self, tensors: list[StoredTensor]) -> dict[int, list[StoredTensor]]:
         """Stored tensors by the decoder layer that owns them in the model."""
-        name = model_names(self.model)
+        find = destinations(self.model)
         prefix = next(n for n, m in self.model.named_modules() if m is self.base.layers) + "."
         known = self.model.state_dict()
         groups: dict[int, list[StoredTensor]] = {}
         for t in tensors:
-            target = name(t.name)
-            if target.startswith(prefix):
-                index = int(target[len(prefix) :].split(".", 1)[0])
+            target = find(t.name)
+            self._destinations[t.name] = target
+            if target.name.startswith(prefix):
+                index = int(target.name[len(prefix) :].split(".", 1)[0])
                 groups.setdefault(index, []).append(t)
-            elif target in known:
+            elif target.name in known:
                 groups.setdefault(OUTSIDE, []).append(t)
         return groups
 
     def _load(self, group: int) -> None:
-        """Put one group's tensors into the model, by transformers' own conversion."""
+        """Put one group's tensors into the model."""
         started = time.perf_counter()
-        by_file: dict[Path, list[StoredTensor]] = {}
-        for t in self._stored.get(group, []):
-            by_file.setdefault(t.pieces[0].file, []).append(t)
+        handles: dict[Path, Any] = {}
         state: dict[str, Any] = {}
-        for file, tensors in by_file.items():
-            handle = safe_open(str(file), framework="pt", device="cpu")
-            state |= {t.name: handle.get_slice(t.name) for t in tensors}
-        with _no_bar():
+        for t in self._stored.get(group, []):
+            [piece] = t.pieces
+            if piece.file not in handles:
+                handles[piece.file] = safe_open(str(piece.file), framework="pt", device="cpu")
+            state[t.name] = handles[piece.file].get_slice(t.name)
+        self._stack_experts(state)
+        self._convert(state)
+        for p in self.model.parameters():
+            p.requires_grad_(False)
+        _return_memory()
+        self.seconds += time.perf_counter() - started
+
+    def _stack_experts(self, state: dict[str, Any]) -> None:
+        """Fused tensors that are plain stacks, filled one expert's matrix at a time.
+
+        transformers' own conversion gives the same bytes, but holds all matrices, their stacks and
+        the joined tensor at once. What is placed here leaves `state`.
+        """
+        groups: dict[str, list[tuple[str, Destination]]] = {}
+        for name in state:
+            target = self._destinations[name]
+            if target.part is not None:
+                groups.setdefault(target.name, []).append((name, target))
+        for fused_name, members in groups.items():
+            module_name, _, tensor = fused_name.rpartition(".")
+            module = self.model.get_submodule(module_name)
+            old = module._parameters[tensor]
+            assert old is not None
+            fused = torch.empty(old.shape, dtype=old.dtype, device=self.device)
+            if len(members) != len(fused) * members[0][1].parts:
+                continue  # transformers' own conversion will say what is missing
+            experts = sorted(members, key=lambda m: (m[1].part, dot_natural_key(m[0])))
+            for place, (name, where) in enumerate(experts):
+                assert where.part is not None
+                matrix = state.pop(name)[:]
+                rows = fused[place % len(fused)].chunk(where.parts)[where.part]
+                if rows.shape != matrix.shape:
+                    raise ValueError(f"tensor {name} of the checkpoint does not fit the model")
+                rows.copy_(matrix)
+            module._parameters[tensor] = nn.Parameter(fused, requires_grad=False)
+
+    def _convert(self, state: dict[str, Any]) -> None:
+        """Everything else, by transformers' own conversion."""
+        with _without_threads():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 state,
@@ -137,9 +188,6 @@ class LayeredModel:
         wrong = [*info.mismatched_keys, *info.conversion_errors]
         if wrong:
             raise ValueError(f"tensor {wrong[0]} of the checkpoint does not fit the model")
-        for p in self.model.parameters():
-            p.requires_grad_(False)
-        self.seconds += time.perf_counter() - started
 
     def _check(self, module: nn.Module, skip: nn.Module | None = None) -> None:
         skipped = {id(p) for p in skip.parameters()} if skip is not None else set()
@@ -175,15 +223,37 @@ def _touch(tensors: list[StoredTensor]) -> None:
             os.close(handle)
 
 
+def _empty(root: nn.Module) -> None:
+    """Put every parameter back on the meta device; a shared one stays shared."""
+    emptied: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not p.is_meta:
+                empty = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+                module._parameters[name] = emptied.setdefault(id(p), empty)
+
+
+def _return_memory() -> None:
+    """Give freed pages back to the system: glibc keeps them, and a layer's worth adds up."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
-def _no_bar() -> Iterator[None]:
-    """transformers draws a bar per load; a layer at a time that is a screen full."""
+def _without_threads() -> Iterator[None]:
+    """transformers loads with threads, whose memory pools keep what they freed; and draws a bar."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    bar, threads = logging.is_progress_bar_enabled(), os.environ.get(SYNCHRONOUS)
     logging.disable_progress_bar()
+    os.environ[SYNCHRONOUS] = "1"
     try:
         yield
     finally:
-        if enabled:
+        if bar:
             logging.enable_progress_bar()
+        if threads is None:
+            del os.environ[SYNCHRONOUS]
+        else:
+            os.environ[SYNCHRONOUS] = threads

@@ -1,29 +1,74 @@
-"""From a tensor's name in the checkpoint to its name in the model.
+"""From a tensor's name in the checkpoint to its place in the model.
 
 Hub checkpoints keep one matrix per expert under a family's own names, models of transformers 5 keep
-one fused tensor; transformers' conversion mapping knows both. This is the one place that calls it.
+one fused tensor; transformers' conversion mapping knows both. This is the one place that reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    rename_source_key,
+)
 
 
-def model_names(skeleton: nn.Module) -> Callable[[str], str]:
-    """A function from checkpoint names to names in `skeleton.state_dict()`."""
+@dataclass(frozen=True)
+class Destination:
+    """Where a stored tensor goes.
+
+    Attributes:
+        name: in `model.state_dict()`.
+        part, parts: for one expert's matrix of a fused tensor that is a plain stack of experts
+            (with gate and up side by side): which part of its expert's rows this is, of how many.
+            None where the conversion is another one, or none.
+    """
+
+    name: str
+    part: int | None = None
+    parts: int = 1
+
+
+def destinations(skeleton: nn.Module) -> Callable[[str], Destination]:
+    """A function from names in the checkpoint to places in the model."""
     transforms = get_model_conversion_mapping(skeleton)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    stacked = {
+        pattern: (i, len(c.source_patterns))
+        for c in converters
+        if _is_plain_stack(c)
+        for i, pattern in enumerate(c.source_patterns)
+    }
     state = skeleton.state_dict()
 
-    def name(stored: str) -> str:
-        renamed, _ = rename_source_key(
+    def find(stored: str) -> Destination:
+        renamed, pattern = rename_source_key(
             stored, renamings, converters, skeleton.base_model_prefix, state
         )
-        return renamed
+        if renamed not in state and stored in state:
+            renamed, pattern = stored, None
+        part, parts = stacked.get(pattern, (None, 1))
+        return Destination(renamed, part, parts)
 
-    return name
+    return find
+
+
+def _is_plain_stack(converter: WeightConverter) -> bool:
+    """Experts stacked on axis 0, and the parts of one expert joined on its rows."""
+    operations = converter.operations
+    kinds = [type(o) for o in operations]
+    if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]):
+        return False
+    several = len(converter.source_patterns) > 1
+    return (
+        [o.dim for o in operations] == ([0, 1] if len(operations) == 2 else [0])
+        and several == (len(operations) == 2)
+        and len(converter.target_patterns) == 1
+    )

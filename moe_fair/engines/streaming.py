@@ -35,7 +35,7 @@ from moe_fair.engines.batch import (
 )
 from moe_fair.engines.layers import LayeredModel
 
-LOGITS = 2**26  # elements; float32 logits of one chunk take four times as many bytes
+LOGITS = 2**25  # elements; float32 logits of one chunk take four times as many bytes
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
@@ -64,7 +64,7 @@ class StreamingEngine:
         self,
         layered: LayeredModel,
         *,
-        activation_bytes: int = 2**30,
+        activation_bytes: int = 2**28,
         visit: Visit = quietly,
     ) -> None:
         self.layered, self.model = layered, layered.model
@@ -80,7 +80,7 @@ class StreamingEngine:
                 calls, hidden = self._embed(batches)
                 hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
             if backward:
-                with self._timed("loss"):
+                with self._timed("loss"), self.layered.outside():
                     gradients = self._gradients(batches, hidden)
                 with self._timed("backward"):
                     self._backward(batches, calls, gradients, observer, kept)
@@ -99,25 +99,27 @@ class StreamingEngine:
         batches = [b.to(self.layered.device) for b in batches]
         calls, hidden = self._embed(batches)
         hidden = self._forward(batches, calls, hidden, None, None)
-        for batch, last in zip(batches, hidden, strict=True):
-            losses, weights = zip(*self._token_losses(batch, last), strict=True)
-            yield torch.cat(losses, 1), torch.cat(weights, 1)
+        with self.layered.outside():
+            for batch, last in zip(batches, hidden, strict=True):
+                losses, weights = zip(*self._token_losses(batch, last), strict=True)
+                yield torch.cat(losses, 1), torch.cat(weights, 1)
 
     @torch.no_grad()
     def _embed(self, batches: Sequence[Batch]) -> tuple[list[list[_Call]], list[Tensor]]:
         """The arguments of every layer for every batch, and the first layer's input."""
         calls: list[list[_Call]] = []
         first: list[Tensor] = []
-        for batch in batches:
-            stubs = _Stubs(self.layered.base.layers)
-            with stubs.standing_in(self.layered.base):
-                self.layered.base(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask(),
-                    use_cache=False,
-                )
-            calls.append(stubs.calls)
-            first.append(stubs.first)
+        with self.layered.outside():
+            for batch in batches:
+                stubs = _Stubs(self.layered.base.layers)
+                with stubs.standing_in(self.layered.base):
+                    self.layered.base(
+                        input_ids=batch.input_ids,
+                        attention_mask=batch.attention_mask(),
+                        use_cache=False,
+                    )
+                calls.append(stubs.calls)
+                first.append(stubs.first)
         return calls, first
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_fair.engines.names import model_names
+from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import write_shards
 from moe_fair.moe.file_surgery import classify, cut_tensors
 from moe_fair.moe.load import Checkpoint
@@ -79,8 +79,9 @@ def write_model(
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
     """
     check_all(source.blocks, kept)
-    name = model_names(source.skeleton)
-    parts = classify(source.tensors, {t.name: name(t.name) for t in source.tensors}, source.blocks)
+    find = destinations(source.skeleton)
+    names = {t.name: find(t.name).name for t in source.tensors}
+    parts = classify(source.tensors, names, source.blocks)
     counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(cut_tensors(source.tensors, parts, kept), folder, advance=advance)

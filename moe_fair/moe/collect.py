@@ -209,9 +209,10 @@ class _Booking:
     def forward(self, x: Tensor, y: Tensor) -> None:
         """All statistics that need no gradient."""
         self.tap.weigh()
-        norm = torch.linalg.vector_norm(self.f, dim=-1, dtype=torch.float32).double()
+        precise = torch.promote_types(self.f.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(self.f, dim=-1, dtype=precise).double()
         gated = self.g * norm
-        xf, yf = x.float(), y.float()
+        xf, yf = x.to(precise), y.to(precise)
         turn = 1 - torch.cosine_similarity(xf, xf + yf, dim=-1).double()
         values = {
             "tokens": torch.ones_like(norm),
