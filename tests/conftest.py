@@ -1,0 +1,56 @@
+"""Shared by all tests: few threads, no network, the reference model and a calibration run of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "eval" / "tiny-qwen2-moe"
+CALIBRATION = ROOT / "eval" / "text" / "calibration"
+HELDOUT = ROOT / "eval" / "text" / "heldout"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests say why they do not run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Remote code that a checkpoint brings is cached by transformers: not in the user's home."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("hf-modules"))
+
+
+@pytest.fixture(scope="session")
+def settings() -> dict[str, object]:
+    """A calibration run of a second."""
+    return {"calibration": str(CALIBRATION), "samples": 8, "length": 64, "batch_size": 4}
+
+
+@pytest.fixture(scope="session")
+def statistics_folder(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, object]
+) -> Path:
+    """Statistics of the reference model."""
+    import moe_fair
+
+    folder = tmp_path_factory.mktemp("calibrated") / "stats"
+    moe_fair.calibrate(str(MODEL), folder, **settings)
+    return folder
