@@ -196,18 +196,20 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         if "--debug" in arguments:
             traceback.print_exc()
-        sys.exit(_fail(e))
+        sys.exit(_fail(e, arguments))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(e: Exception) -> int:
+def _fail(e: Exception, arguments: list[str]) -> int:
     """Print one line for an exception and return the exit code: 2 where the user can mend it."""
     format_message = getattr(e, "format_message", None)  # what the option parser raises
     if format_message is not None:
         text = format_message()
         if not text:  # no arguments at all: the help was printed
             return getattr(e, "exit_code", 2)
-        _say(f"moe-fair: error: {' '.join(text.split())} (--help lists the options)")
+        option = next((a for a in arguments[:-1] if f"'{a}'" in text), None)
+        given = f"{option} {arguments[arguments.index(option) + 1]!r}: " if option else ""
+        _say(f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)")
         return 2
     text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, (ValueError, OSError)):

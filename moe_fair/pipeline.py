@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from moe_fair.core.allocate import allocator
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.registry import pick
-from moe_fair.core.units import Statistics, UnitGroup
+from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
@@ -90,7 +92,7 @@ def prune(
     source = open_model(recipe)
     heldout = heldout_set(recipe, source)
     if ready is None:
-        check_plan_settings(recipe, source.groups)
+        check_plan_settings(recipe, source)
         if statistics is None:
             statistics = collect(recipe, source, calibration_set(recipe, source, say), say)
         check_same_model(statistics.fingerprint, source, "statistics were")
@@ -249,10 +251,24 @@ def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...]) -> None:
         raise ValueError(f"--min-experts {recipe.min_experts}: layers have {most} experts")
 
 
-def check_plan_settings(recipe: Recipe, groups: tuple[UnitGroup, ...]) -> None:
+def check_plan_settings(recipe: Recipe, source: Checkpoint) -> None:
     """Everything about the plan that can be checked before anything is measured."""
-    removal, protection, _ = method(recipe)
-    check_target(recipe, groups)
+    removal, protection, rule_name = method(recipe)
+    check_target(recipe, source.groups)
+    # whether a target can be met depends on no score: any will do to try it
+    placeholder = Scores(
+        "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in source.groups}
+    )
+    make_plan(
+        source.groups,
+        placeholder,
+        placeholder,
+        target=target(recipe),
+        allocator=rule_name,
+        before=source.size,
+        min_units=recipe.min_experts,
+        multiple_of=recipe.multiple_of,
+    )
     for rule in (removal, protection):
         if (
             rule

@@ -10,11 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "eval" / "tiny-qwen2-moe"
-CALIBRATION = ROOT / "eval" / "text" / "calibration"
-HELDOUT = ROOT / "eval" / "text" / "heldout"
+from places import CALIBRATION, MODEL
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

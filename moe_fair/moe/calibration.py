@@ -67,8 +67,6 @@ def parse_source(spec: str) -> Source:
     head, _, tail = rest.rpartition(":")
     if head and not Path(rest).exists() and re.fullmatch(r"-?\d*\.?\d+", tail):
         rest, weight = head, float(tail)
-    if not rest:
-        raise ValueError(f"calibration source {spec!r} names no text; write [domain=]path[:weight]")
     if weight <= 0:
         raise ValueError(f"calibration source {spec!r}: the weight must be above 0")
     config, split = None, "train"
@@ -76,6 +74,8 @@ def parse_source(spec: str) -> Source:
         rest, _, given = rest.partition("@")
         rest, _, config_name = rest.partition(":")
         split, config = given or split, config_name or None
+    if not rest:
+        raise ValueError(f"calibration source {spec!r} names no text; write [domain=]path[:weight]")
     return Source(rest, domain or None, weight, config, split)
 
 

@@ -212,8 +212,8 @@ class _Booking:
         precise = torch.promote_types(self.f.dtype, torch.float32)
         norm = torch.linalg.vector_norm(self.f, dim=-1, dtype=precise).double()
         gated = self.g * norm
-        xf, yf = x.to(precise), y.to(precise)
-        turn = 1 - torch.cosine_similarity(xf, xf + yf, dim=-1).double()
+        xd, yd = x.double(), y.double()  # 1 - cos cancels where a layer turns little
+        turn = 1 - torch.cosine_similarity(xd, xd + yd, dim=-1)
         values = {
             "tokens": torch.ones_like(norm),
             "gate": self.g,

@@ -48,7 +48,9 @@ def test_a_whole_number_of_experts() -> None:
         plan(Target(mean_kept=7.3))
 
 
-@pytest.mark.parametrize("given", [{}, {"total": 3, "ratio": 0.5}, {"ratio": 1.0}, {"tolerance": 2.0}])
+@pytest.mark.parametrize(
+    "given", [{}, {"total": 3, "ratio": 0.5}, {"ratio": 1.0}, {"tolerance": 2.0}]
+)
 def test_targets_that_cannot_be(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"exactly one target|not between"):
         Target(**given)  # type: ignore[arg-type]

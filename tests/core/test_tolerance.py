@@ -97,9 +97,7 @@ def test_the_largest_depth_is_not_the_first_crossing() -> None:
 @given(st.integers(0, 10**6), st.lists(st.integers(4, 24), min_size=1, max_size=5))
 def test_total_rises_with_tolerance(seed: int, sizes: list[int]) -> None:
     ranked = make(seed, sizes)
-    totals = [
-        sum(tod.allocate(ranked, tolerance=a).kept.values()) for a in np.linspace(0, 1, 23)
-    ]
+    totals = [sum(tod.allocate(ranked, tolerance=a).kept.values()) for a in np.linspace(0, 1, 23)]
     assert all(a >= b for a, b in itertools.pairwise(totals))
 
 
@@ -140,9 +138,7 @@ def test_uniform_and_global_do_what_they_say() -> None:
     assert max(even) - min(even) <= 1
     kept = allocators()["global"].allocate(ranked, remove=17).kept
     lowest = sorted(x for r in ranked for x in r.removal)[:17]
-    gone = sorted(
-        r.removal[i] for r in ranked for i in r.removal_order[: 20 - kept[r.group.name]]
-    )
+    gone = sorted(r.removal[i] for r in ranked for i in r.removal_order[: 20 - kept[r.group.name]])
     assert gone == lowest
 
 
@@ -168,7 +164,10 @@ def test_null_depth_of_independent_rankings() -> None:
 def test_ties_fall_to_the_smaller_share_of_mass() -> None:
     """Where U and R agree ToD is 0 and the layer with a light tail gives more."""
     groups = (UnitGroup("flat", 0, 10), UnitGroup("skewed", 1, 10))
-    values = {"flat": torch.full((10,), 5.0) + torch.arange(10) * 0.01, "skewed": torch.arange(10.0) ** 3 + 1}
+    values = {
+        "flat": torch.full((10,), 5.0) + torch.arange(10) * 0.01,
+        "skewed": torch.arange(10.0) ** 3 + 1,
+    }
     scores = Scores("u", {k: v.double() for k, v in values.items()})
     budget = tod.allocate(rank(groups, scores, scores), remove=6)
     assert budget.kept["skewed"] < budget.kept["flat"]

@@ -1,0 +1,181 @@
+"""A pruned checkpoint of the reference model, opened where moe_fair does not exist."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from masking import masked
+from places import MODEL
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_fair
+from moe_fair.core.plan import Plan
+from moe_fair.moe.checkpoint import modeling_source
+from moe_fair.moe.own_code import is_ours
+
+STRANGER = """
+import json, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "moe_fair":
+            raise ImportError("moe_fair is not installed here")
+sys.meta_path.insert(0, Absent())
+sys.path[:] = [p for p in sys.path if p != sys.argv[2]]
+try:
+    import moe_fair
+except ImportError:
+    pass
+else:
+    raise SystemExit("moe_fair could be imported")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+out, uniform = sys.argv[1], sys.argv[3] == "uniform"
+torch.set_num_threads(1)
+load = lambda path: AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32, trust_remote_code=None if uniform else True).eval()
+model = load(out)
+ids = torch.arange(3, 99).view(2, 48)
+with torch.no_grad():
+    logits = model(ids).logits
+    model.set_experts_implementation("eager")
+    eager = model(ids).logits
+    model.set_experts_implementation("grouped_mm")
+make = lambda cache: model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]),
+    max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)[0].tolist()
+cached, plain = make(True), make(False)
+aux = float(model(ids, labels=ids, output_router_logits=True).aux_loss)
+model.save_pretrained(sys.argv[4])
+again = load(sys.argv[4])
+a, b = model.state_dict(), again.state_dict()
+with torch.no_grad():
+    same = torch.equal(again(ids).logits, logits)
+torch.save(logits, sys.argv[4] + "/logits.pt")
+experts = [m.num_experts for m in model.modules() if hasattr(m, "_apply_gate")]
+print(json.dumps({
+    "class": type(model).__name__, "experts": experts, "cached": cached == plain, "aux": aux,
+    "resaved": same and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
+    "eager": float((eager - logits).abs().max()), "config": getattr(model.config, "num_experts", 0),
+    "chat": bool(AutoTokenizer.from_pretrained(out).chat_template),
+    "implementation": [model.config._experts_implementation, model.config._attn_implementation],
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=["tod", "uniform"])
+def pruned(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    statistics_folder: Path,
+) -> Any:
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    return moe_fair.prune(
+        str(MODEL), out, statistics=statistics_folder, experts=40, allocate=request.param
+    )
+
+
+@pytest.fixture(scope="module")
+def stranger(pruned: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    resaved = tmp_path_factory.mktemp("resaved")
+    here = str(Path(moe_fair.__file__).parent.parent)
+    kind = "uniform" if pruned.plan.uniform else "unequal"
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(pruned.output), here, kind, str(resaved)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "logits": torch.load(resaved / "logits.pt")}
+
+
+def test_it_opens_where_moe_fair_is_not(pruned: Any, stranger: dict[str, Any]) -> None:
+    assert sum(stranger["experts"]) == 40 * 6
+    assert stranger["experts"] == [len(g.kept) for g in pruned.plan.groups]
+    assert stranger["cached"]
+    assert stranger["resaved"]
+    assert stranger["chat"]
+    assert 0 < stranger["aux"] < 100
+    assert stranger["eager"] < 1e-4
+    assert stranger["implementation"] == ["grouped_mm", "sdpa"]
+    uniform = pruned.plan.uniform
+    assert stranger["class"] == ("Qwen2MoeForCausalLM" if uniform else "MoeFairForCausalLM")
+    assert stranger["config"] == (40 if uniform else 60)
+
+
+def test_its_logits_are_the_masked_original(pruned: Any, stranger: dict[str, Any]) -> None:
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ids = torch.arange(3, 99).view(2, 48)
+    with torch.no_grad(), masked(original, pruned.plan.kept):
+        expected = original(ids).logits
+    with torch.no_grad():
+        whole = original(ids).logits
+    assert (stranger["logits"] - expected).abs().max() <= 1e-5
+    assert (stranger["logits"] - whole).abs().max() > 1e-2  # the mask did something
+
+
+def test_sizes_in_the_plan_are_those_on_disk(pruned: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        pruned.output, trust_remote_code=not pruned.plan.uniform
+    )
+    assert pruned.plan.after.parameters == sum(p.numel() for p in model.parameters())
+    data = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert pruned.plan.after.bytes == data
+
+
+def test_what_lies_beside_the_weights(pruned: Any) -> None:
+    inside = {p.name for p in (pruned.output / "moe_fair").iterdir()}
+    assert inside == {"plan.json", "statistics.safetensors", "recipe.yaml"}
+    assert Plan.load(pruned.output / "moe_fair" / "plan.json") == pruned.plan
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (pruned.output / name).read_bytes() == (MODEL / name).read_bytes()
+    config = json.loads((pruned.output / "config.json").read_text())
+    assert ("auto_map" in config) != pruned.plan.uniform
+    if not pruned.plan.uniform:
+        kept = {str(g.layer): {"num_experts": len(g.kept)} for g in pruned.plan.groups}
+        assert config["per_layer_config"] == kept
+    AutoTokenizer.from_pretrained(pruned.output)
+
+
+def test_only_our_own_code_runs_unasked(pruned: Any, tmp_path: Path) -> None:
+    assert is_ours(pruned.output) != pruned.plan.uniform
+    if pruned.plan.uniform:
+        return
+    text = modeling_source(AutoModelForCausalLM._model_mapping[type(_config())])
+    (tmp_path / "config.json").write_text((pruned.output / "config.json").read_text())
+    (tmp_path / "modeling_moe_fair.py").write_text(text)
+    assert is_ours(tmp_path)
+    (tmp_path / "modeling_moe_fair.py").write_text(text + "print('hello')\n")
+    assert not is_ours(tmp_path)
+
+
+def _config() -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(MODEL)
+
+
+def test_a_pruned_model_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None:
+    settings = {
+        "calibration": str(MODEL.parent / "text" / "calibration"),
+        "samples": 4,
+        "length": 32,
+    }
+    twice = moe_fair.prune(str(pruned.output), tmp_path / "out", experts=20, **settings)
+    assert sum(len(g.kept) for g in twice.plan.groups) == 120
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=not twice.plan.uniform, dtype=torch.float32
+    ).eval()
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    first = pruned.plan.kept
+    both = {n: [first[n][i] for i in ids] for n, ids in twice.plan.kept.items()}
+    ids = torch.arange(3, 35).view(1, 32)
+    with torch.no_grad(), masked(original, both):
+        expected = original(ids).logits
+    with torch.no_grad():
+        error = (model(ids).logits - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
