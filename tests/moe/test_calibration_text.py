@@ -1,0 +1,122 @@
+"""Calibration text: sources, domains, weights, packing, chats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from places import CALIBRATION, MODEL
+from transformers import AutoTokenizer
+
+from moe_fair.moe.calibration import CalibrationSet, Source, parse_source, sample, windows
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def draw(specs: list[str], tokenizer: Any, **settings: int) -> CalibrationSet:
+    values = {"samples": 4, "length": 16, "seed": 0, **settings}
+    return sample([parse_source(s) for s in specs], tokenizer, **values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "source"),
+    [
+        ("python=code.jsonl:0.5", Source("code.jsonl", "python", 0.5)),
+        ("code.jsonl", Source("code.jsonl")),
+        ("allenai/c4:en@train", Source("allenai/c4", config="en")),
+        ("c4=allenai/c4:en@validation:2", Source("allenai/c4", "c4", 2.0, "en", "validation")),
+        ("NeelNanda/pile-10k", Source("NeelNanda/pile-10k")),
+    ],
+)
+def test_how_a_source_is_written(spec: str, source: Source) -> None:
+    assert parse_source(spec) == source
+
+
+def test_a_directory_is_a_domain_a_file(tokenizer: Any) -> None:
+    text = draw([str(CALIBRATION)], tokenizer, samples=10)
+    assert text.domains == ("javascript", "python", "reference-manuals", "rust-docs")
+    counts = [sum(d == i for _, d in text.sequences) for i in range(4)]
+    assert counts == [3, 3, 2, 2]
+
+
+def test_weights_share_the_samples(tokenizer: Any) -> None:
+    python, rust = CALIBRATION / "python.jsonl", CALIBRATION / "rust-docs.jsonl"
+    text = draw([f"a={python}:3", f"b={rust}"], tokenizer, samples=8)
+    assert [d for _, d in text.sequences] == [0] * 6 + [1] * 2
+    assert text.domains == ("a", "b")
+
+
+def test_packing_loses_and_repeats_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    docs = ["one two three " * 9, "four five", "six " * 50]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in docs))
+    text = windows([Source(str(tmp_path / "t.jsonl"))], tokenizer, samples=99, length=16)
+    stream = []
+    for d in docs:
+        stream += [*tokenizer(d)["input_ids"], tokenizer.eos_token_id]
+    packed = [t for ids, _ in text.sequences for t in ids]
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) < 16
+    assert all(len(ids) == 16 for ids, _ in text.sequences)
+
+
+def test_the_seed_draws(tokenizer: Any) -> None:
+    a, b, c = (draw([str(CALIBRATION)], tokenizer, seed=s) for s in (0, 0, 1))
+    assert a == b
+    assert a.digest == b.digest != c.digest
+
+
+def test_another_source_does_not_change_what_one_gives(tokenizer: Any) -> None:
+    python, rust = CALIBRATION / "python.jsonl", CALIBRATION / "rust-docs.jsonl"
+    alone = draw([str(python)], tokenizer, samples=3)
+    both = draw([str(rust), str(python)], tokenizer, samples=6)
+    assert [ids for ids, _ in alone.sequences] == [ids for ids, d in both.sequences if d == 1]
+
+
+def test_chats_go_through_the_template(tokenizer: Any, tmp_path: Path) -> None:
+    chats = [
+        [{"role": "user", "content": "hello " * n}, {"role": "assistant", "content": "yes"}]
+        for n in (1, 5, 90)
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": c}) for c in chats))
+    text = windows([Source(str(tmp_path / "c.jsonl"))], tokenizer, samples=9, length=40)
+    rendered = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats]
+    want = [tuple(tokenizer(r)["input_ids"])[:40] for r in rendered]
+    assert [ids for ids, _ in text.sequences] == want
+    [batch] = text.batches(3)
+    assert batch.mask.sum(1).tolist() == [len(w) for w in want]
+    assert batch.padded
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        windows([Source(str(tmp_path / "c.jsonl"))], tokenizer, samples=9, length=40)
+
+
+def test_text_and_parquet_files(tokenizer: Any, tmp_path: Path) -> None:
+    words = "alpha beta gamma " * 20
+    (tmp_path / "t.txt").write_text(words)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [words]}), tmp_path / "t.parquet")
+    a, b = (draw([str(tmp_path / f"t.{x}")], tokenizer, samples=2) for x in ("txt", "parquet"))
+    assert a.sequences == b.sequences
+
+
+def test_too_little_for_all_samples_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("word " * 40)
+    text = draw([str(tmp_path / "t.txt")], tokenizer, samples=99)
+    assert "of the 99 asked for" in text.notes[0]
+
+
+def test_batches_hold_one_domain_each(tokenizer: Any) -> None:
+    text = draw([str(CALIBRATION)], tokenizer, samples=10)
+    batches = text.batches(2)
+    assert [len(b.sequence_ids) for b in batches] == [2, 1, 2, 1, 2, 2]
+    seen = sorted(i for b in batches for i in b.sequence_ids.tolist())
+    assert seen == list(range(10))
+    for b in batches:
+        assert all(text.sequences[i][1] == b.domain for i in b.sequence_ids.tolist())
