@@ -1,0 +1,303 @@
+"""Train a small Qwen2-MoE on text that lies on any Python machine, until its experts differ.
+
+    python eval/train_tiny_moe.py -o tiny                          # 55 minutes, as the one bundled
+    python eval/train_tiny_moe.py -o tiny --minutes 3              # a quick look
+    python eval/train_tiny_moe.py -o tiny --text notes=~/notes --text code=~/src
+
+60 routed experts of 48 hidden units, top-4 without renormalisation, one shared expert, 6 layers:
+the shape of Qwen1.5-MoE in miniature. Text is found by itself (Python sources, documentation and
+other text of the installed packages, C headers, manual pages), or given as `--text
+domain=directory`. A tenth of each domain's documents is held out. Writes the model, its tokenizer,
+`training.json` with the losses, and `text/{calibration,heldout}/<domain>.jsonl`. With `--steps` the
+same seed gives the same weights. A run that is killed goes on from its last checkpoint in
+OUT.partial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import random
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig
+
+SITE, LIBRARY = (Path(sysconfig.get_paths()[k]) for k in ("purelib", "stdlib"))
+FOUND = {  # domain -> (directory, suffixes)
+    "python": [(LIBRARY, (".py",)), (SITE, (".py",))],
+    "documents": [(SITE, (".md", ".rst", ".txt")), (LIBRARY, (".txt", ".rst"))],
+    "headers": [(Path("/usr/include"), (".h",)), (SITE, (".h", ".hpp", ".pyi"))],
+    "manuals": [(Path("/usr/share/man"), (".gz",)), (Path("/usr/share/doc"), (".gz", ".txt"))],
+}
+SPOKEN = (".py", ".js", ".rs", ".c", ".h", ".md", ".rst", ".txt", ".jsonl", ".json", ".html")
+END = "<|endoftext|>"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALIBRATION_BYTES, HELDOUT_BYTES = 280_000, 140_000
+SAVE_EVERY = 120  # seconds
+
+
+def documents(places: list[tuple[Path, tuple[str, ...]]], most: int, seed: int) -> list[str]:
+    """Texts under these directories, each once, in seeded order, up to so many bytes."""
+    files = sorted(
+        f for folder, suffixes in places if folder.is_dir() for f in walk(folder, suffixes)
+    )
+    random.Random(seed).shuffle(files)
+    seen: set[bytes] = set()
+    found: list[str] = []
+    size = 0
+    for file in files:
+        text = read(file)
+        digest = hashlib.sha256(text.encode()).digest()
+        if len(text) < 500 or digest in seen or max(map(len, text.splitlines())) > 1000:
+            continue  # too short, a copy, or not written by people
+        seen.add(digest)
+        found.append(text[:50_000])
+        size += len(found[-1])
+        if size > most:
+            break
+    return found
+
+
+def walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files with one of the suffixes, links not followed."""
+    for root, _, names in os.walk(folder):
+        yield from (Path(root) / n for n in names if n.endswith(suffixes))
+
+
+def read(file: Path) -> str:
+    """A text file's content; empty where it is none."""
+    try:
+        data = file.read_bytes()
+        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+    except (OSError, ValueError, EOFError):
+        return ""
+
+
+def gather(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
+    """Domain -> (training documents, held-out documents)."""
+    places: dict[str, Any] = FOUND
+    if args.text:
+        pairs = [t.partition("=") for t in args.text]
+        places = {name: [(Path(where).expanduser(), SPOKEN)] for name, _, where in pairs}
+    texts = {d: documents(p, args.max_bytes, args.seed) for d, p in places.items()}
+    texts = {d: t for d, t in texts.items() if len(t) >= 10}
+    if len(texts) < 2:
+        sys.exit(
+            f"train_tiny_moe: error: text of {len(texts)} domain(s) found, two are needed with ten "
+            "documents each; give --text name=directory"
+        )
+    return {d: (t[len(t) // 10 :], t[: len(t) // 10]) for d, t in texts.items()}
+
+
+def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END, "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    made.chat_template = CHAT
+    return made
+
+
+def make_model(args: argparse.Namespace, vocabulary: int) -> Any:
+    """The model with random weights."""
+    torch.manual_seed(args.seed)
+    config = Qwen2MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.expert_hidden,
+        moe_intermediate_size=args.expert_hidden,
+        shared_expert_intermediate_size=4 * args.expert_hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        norm_topk_prob=False,
+        max_position_embeddings=4 * args.length,
+        tie_word_embeddings=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.005,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def tokens_of(tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """All documents as one stream with an end mark after each."""
+    ids = tokenizer([t + END for t in texts], verbose=False)["input_ids"]
+    return torch.tensor([i for doc in ids for i in doc])
+
+
+def draw(streams: list[torch.Tensor], args: argparse.Namespace, step: int) -> torch.Tensor:
+    """The batch of one step, [batch, length]: windows of the domains in turn."""
+    rng = random.Random(f"{args.seed} {step}")
+    rows = []
+    for i in range(args.batch_size):
+        stream = streams[(step * args.batch_size + i) % len(streams)]
+        start = rng.randrange(max(1, len(stream) - args.length))
+        rows.append(stream[start : start + args.length])
+    return torch.stack(rows)
+
+
+def rate(args: argparse.Namespace, done: float) -> float:
+    """Learning rate after this share of the training: a short rise, then a cosine."""
+    if done < 0.02:
+        return args.lr * done / 0.02
+    return args.lr * (0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(done * 3.14159)))))
+
+
+def train(model: Any, streams: list[torch.Tensor], args: argparse.Namespace, work: Path) -> list:
+    """Train until the steps or the minutes are used up; returns [step, loss] pairs."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    step, spent, losses = resume(work, model, optimizer)
+    model.train()
+    started = saved = time.perf_counter()
+    while True:
+        elapsed = spent + time.perf_counter() - started
+        done = step / args.steps if args.steps else elapsed / (60 * args.minutes)
+        if done >= 1:
+            return losses
+        for group in optimizer.param_groups:
+            group["lr"] = rate(args, done)
+        batch = draw(streams, args, step)
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 10 == 0 or step == 1:
+            losses.append([step, round(loss.item(), 4)])
+            print(f"step {step} ({done:.0%}): loss {loss.item():.3f}, {elapsed:.0f} s", flush=True)
+        if time.perf_counter() - saved > SAVE_EVERY:
+            save_state(work, model, optimizer, step, elapsed, losses)
+            saved = time.perf_counter()
+
+
+def save_state(
+    work: Path, model: Any, optimizer: Any, step: int, spent: float, losses: list
+) -> None:
+    """A checkpoint, whole or not at all."""
+    state = {"optimizer": optimizer.state_dict(), "step": step, "spent": spent, "losses": losses}
+    torch.save({"model": model.state_dict(), **state}, work / "state.writing")
+    (work / "state.writing").replace(work / "state.pt")
+
+
+def resume(work: Path, model: Any, optimizer: Any) -> tuple[int, float, list]:
+    """Step, seconds and losses of an interrupted run, whose state is put back."""
+    if not (work / "state.pt").is_file():
+        return 0, 0.0, []
+    state = torch.load(work / "state.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"going on from step {state['step']}", flush=True)
+    return state["step"], state["spent"], state["losses"]
+
+
+@torch.no_grad()
+def examine(model: Any, heldout: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
+    """Held-out loss per domain, and how far apart the domains' routing lies in every layer."""
+    model.eval()
+    losses, shares = {}, []
+    for domain, stream in heldout.items():
+        rows = stream[: len(stream) // args.length * args.length].view(-1, args.length)[:32]
+        output = model(input_ids=rows, labels=rows)
+        losses[domain] = round(float(output.loss - 0.005 * output.aux_loss), 4)
+        routed = [logits.topk(args.top_k, -1).indices.flatten() for logits in output.router_logits]
+        counts = torch.stack([torch.bincount(r, minlength=args.experts) for r in routed])
+        shares.append(counts / counts.sum(1, keepdim=True))
+    pairs = [(a - b).abs().sum(1) / 2 for i, a in enumerate(shares) for b in shares[:i]]
+    apart = torch.stack(pairs).mean(0)
+    return {"heldout": losses, "routing_distance": [round(float(x), 3) for x in apart]}
+
+
+def write_texts(texts: dict[str, tuple[list[str], list[str]]], folder: Path) -> None:
+    """Calibration text from the training documents, held-out text from the others."""
+    for part, index, most in (("calibration", 0, CALIBRATION_BYTES), ("heldout", 1, HELDOUT_BYTES)):
+        (folder / "text" / part).mkdir(parents=True, exist_ok=True)
+        for domain, split in texts.items():
+            size = 0
+            with (folder / "text" / part / f"{domain}.jsonl").open("w") as f:
+                for text in split[index]:
+                    line = json.dumps({"text": text, "domain": domain}) + "\n"
+                    if size + len(line) > most and size:
+                        break
+                    size += f.write(line)
+
+
+def main() -> None:
+    """Gather, train, examine, write."""
+    args = arguments()
+    if args.output.exists() and any(args.output.iterdir()):
+        sys.exit(f"train_tiny_moe: error: {args.output} is not empty")
+    texts = gather(args)
+    for domain, (train_texts, held) in texts.items():
+        print(f"{domain}: {len(train_texts)} documents to train on, {len(held)} held out")
+    work = args.output.with_name(args.output.name + ".partial")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer([t for split, _ in texts.values() for t in split], args.vocab)
+    model = make_model(args, len(tokenizer))
+    streams = [tokens_of(tokenizer, split) for split, _ in texts.values()]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
+    losses = train(model, streams, args, work)
+    heldout = {d: tokens_of(tokenizer, held) for d, (_, held) in texts.items()}
+    report = {"losses": losses, **examine(model, heldout, args)}
+    print(f"held-out loss: {report['heldout']}")
+    print(f"distance between the domains' routing, per layer: {report['routing_distance']}")
+    model.config.output_router_logits = False
+    model.to(torch.bfloat16).save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    (work / "training.json").write_text(json.dumps(report, indent=1))
+    write_texts(texts, work)
+    (work / "state.pt").unlink(missing_ok=True)
+    if args.output.exists():
+        args.output.rmdir()
+    work.rename(args.output)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--text", action="append", help="domain=directory; repeat")
+    parser.add_argument("--max-bytes", type=int, default=6_000_000, help="per domain")
+    parser.add_argument("--minutes", type=float, default=55)
+    parser.add_argument("--steps", type=int, help="instead of --minutes; reproducible")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=60)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--expert-hidden", type=int, default=48)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
