@@ -29,9 +29,13 @@ SMALL: dict[str, Any] = {
     "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 8, "use_mamba_kernels": False,
 }  # fmt: skip
 
-# What a family needs beside or instead.
+# What a family needs beside or instead; None leaves the family's own value.
 EXTRA: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"n_routed_experts": 16, "n_group": 4, "topk_group": 2},
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
+    "deepseek_v3": {
+        "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
+        "head_dim": None,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
@@ -55,7 +59,8 @@ def tiny_config(kind: str, **extra: Any) -> Any:
     """A small config of this type."""
     known = CONFIG_MAPPING[kind]().to_dict()
     values = {k: v for k, v in SMALL.items() if k in known}
-    return CONFIG_MAPPING[kind](**{**values, **EXTRA.get(kind, {}), **extra})
+    values |= EXTRA.get(kind, {}) | extra
+    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if v is not None})
 
 
 def tiny_model(kind: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
