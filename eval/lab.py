@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair import pipeline
+from moe_fair.collecting import collect, measure
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate import heldout_loss
 from moe_fair.moe.calibration import CalibrationSet
@@ -51,7 +52,7 @@ def main() -> None:
     source = pipeline.open_model(recipe)
     text = pipeline.heldout_set(recipe, source)
     assert text is not None
-    original = pipeline.measure(recipe, source, text, "original").mean
+    original = measure(recipe, source, text, "original").mean
     print(f"{args.model}: held-out loss {original:.4f} on {text.tokens:,} tokens", flush=True)
     for seed in range(args.seeds):
         wanted = [(m, e) for m in args.methods for e in args.experts if (m, e, seed) not in done]
@@ -69,9 +70,7 @@ def main() -> None:
 
 def _seed(recipe: Recipe, source: Checkpoint, text: CalibrationSet, wanted: list) -> Any:
     """Calibrate once, then plan, cut and measure each wanted combination."""
-    statistics = pipeline.collect(
-        recipe, source, pipeline.calibration_set(recipe, source, print), print
-    )
+    statistics = collect(recipe, source, pipeline.calibration_set(recipe, source, print), print)
     model = source.load(recipe.dtype, recipe.device).eval()
     for method, experts in wanted:
         name, _, allocate = method.partition("/")

@@ -21,6 +21,7 @@ from moe_fair.options import (
     Dtype,
     EngineName,
     Experts,
+    Fresh,
     Heldout,
     HeldoutSamples,
     Json,
@@ -39,6 +40,7 @@ from moe_fair.options import (
     Removal,
     Revision,
     Samples,
+    SaveEvery,
     Seed,
     Size,
     StatisticsFolder,
@@ -79,6 +81,7 @@ def calibrate(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, batch_size: BatchSize = None, dtype: Dtype = None,
     device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
+    save_every: SaveEvery = None, fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -130,6 +133,7 @@ def prune(
     seed: Seed = None, taylor: Taylor = None, heldout: Heldout = None,
     heldout_samples: HeldoutSamples = None, batch_size: BatchSize = None, dtype: Dtype = None,
     device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
+    save_every: SaveEvery = None, fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip

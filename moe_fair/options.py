@@ -78,6 +78,16 @@ MaxMemory = Annotated[
     str | None,
     option("--max-memory", text="The most that weights may take in memory, as 16GB", panel=RUN),
 ]
+SaveEvery = Annotated[
+    int | None,
+    option(
+        "--save-every",
+        text="Batches after which partial statistics are saved, for a killed run to go on from  "
+        "[default: 32]",
+        panel=RUN,
+    ),
+]
+Fresh = Annotated[bool | None, option("--fresh", text="Discard what a killed run left", panel=RUN)]
 Taylor = Annotated[
     bool | None,
     option(

@@ -37,6 +37,8 @@ class Recipe:
         dtype: auto, checkpoint, float32, bfloat16 or float16; device: auto, cpu, cuda, ...
         engine: auto, resident (the model in memory) or streaming (one layer at a time).
         max_memory: the most that the weights may take in memory, as "16GB"; decides `auto`.
+        save_every: batches after which partial statistics are saved; a killed run goes on there.
+        fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         method: `fair`, or the name of a criterion, with that method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
@@ -61,6 +63,8 @@ class Recipe:
     device: str = "auto"
     engine: str = "auto"
     max_memory: str | None = None
+    save_every: int = 32
+    fresh: bool = False
     taylor: bool = True
     method: str = "fair"
     removal: str | None = None
@@ -83,7 +87,7 @@ class Recipe:
             object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
-            ("min_experts", 0), ("heldout_samples", 1), ("seed", 0),
+            ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")

@@ -236,3 +236,14 @@ def test_a_fault_of_ours_is_one_line_too(
     with pytest.raises(SystemExit, match="1"):
         main(["calibrate", str(MODEL), "-o", str(tmp_path / "out"), "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_full_disk_is_met_before_anything_is_measured(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**7))
+    said = fails("prune", MODEL, "--experts", 40, *TEXT, "-o", tmp_path / "out")
+    assert "0.0 GB are free" in said
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ ORDER = [
     {"moe", "vision"},
     {"report", "evaluate", "publish"},
     {"recipe", "progress", "options"},
+    {"checks", "collecting"},
     {"pipeline"},
     {"tables"},
     {"cli"},

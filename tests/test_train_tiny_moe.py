@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow  # about 20 s: two trainings
 
 SMALL = {
     "--steps": 40, "--layers": 2, "--experts": 8, "--top-k": 2, "--hidden": 32,

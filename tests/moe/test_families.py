@@ -26,6 +26,8 @@ from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.surgery import cut
 
+pytestmark = pytest.mark.slow  # about 60 s
+
 # served and tested; the rest of the registry comes with its own files and tests
 SERVED = [
     "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss",

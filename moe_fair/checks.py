@@ -1,0 +1,124 @@
+"""What a recipe's settings stand for, and whether they can be met, before anything is measured."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from moe_fair.core.allocate import allocator
+from moe_fair.core.criterion import Criterion
+from moe_fair.core.plan import Plan, Target, make_plan
+from moe_fair.core.registry import pick
+from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.moe.criteria import criteria, criterion
+from moe_fair.moe.load import Checkpoint
+from moe_fair.recipe import Recipe, parse_size
+
+
+def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
+    """Removal score, protection score and allocator that a recipe's method stands for.
+
+    `fair` is FAIR-Pruner's rule: routed output mass against |Taylor|, allocated by ToD. The name of
+    a criterion is that criterion with a uniform budget, as its paper has it.
+    """
+    if recipe.method == "fair":
+        removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
+    elif recipe.method in criteria():
+        removal, rule = recipe.removal or recipe.method, recipe.allocate or "uniform"
+    else:
+        pick({"fair": None, **criteria()}, recipe.method, "method")
+        raise AssertionError
+    paired = allocator(rule).needs_protection or recipe.protection or recipe.method == "fair"
+    protection = recipe.protection or "taylor"
+    return criterion(removal), criterion(protection) if paired else None, rule
+
+
+def target(recipe: Recipe) -> Target:
+    """The recipe's one target."""
+    size = dict([parse_size(recipe.size)]) if recipe.size else {}
+    return Target(
+        mean_kept=recipe.experts,
+        total=recipe.total,
+        ratio=recipe.ratio,
+        tolerance=recipe.tolerance,
+        **size,
+    )
+
+
+def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...]) -> None:
+    """The budget lies between the fewest experts that routing allows and all of them."""
+    target(recipe)
+    most, least = max(g.size for g in groups), min(g.floor for g in groups)
+    if recipe.experts is not None and not least <= recipe.experts <= most:
+        why = "the model has no more" if recipe.experts > most else f"the router picks top {least}"
+        raise ValueError(f"--experts {recipe.experts:g}: {why}; choose {least} to {most} per layer")
+    total, floor = sum(g.size for g in groups), sum(g.floor for g in groups)
+    if recipe.total is not None and not floor <= recipe.total <= total:
+        raise ValueError(
+            f"--total {recipe.total}: {len(groups)} layers can keep {floor} to {total} experts"
+        )
+    if recipe.min_experts > most:
+        raise ValueError(f"--min-experts {recipe.min_experts}: layers have {most} experts")
+
+
+def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
+    """Everything about the plan that can be checked before anything is measured.
+
+    Returns:
+        a plan of the right total from placeholder scores: its size is that of the result.
+    """
+    removal, protection, rule_name = method(recipe)
+    check_target(recipe, source.groups)
+    # whether a target can be met depends on no score: any will do to try it
+    placeholder = Scores(
+        "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in source.groups}
+    )
+    trial = make_plan(
+        source.groups,
+        placeholder,
+        placeholder,
+        target=target(recipe),
+        allocator=rule_name,
+        before=source.size,
+        min_units=recipe.min_experts,
+        multiple_of=recipe.multiple_of,
+    )
+    for rule in (removal, protection):
+        if (
+            rule
+            and not recipe.taylor
+            and any(n.startswith("taylor") or n == "rows" for n in rule.needs)
+        ):
+            raise ValueError(
+                f"criterion {rule.name!r} needs Taylor sums, which --no-taylor leaves out"
+            )
+    return trial
+
+
+def check_disk(need: int, output: Path) -> None:
+    """The result fits on the disk that it shall lie on.
+
+    Raises:
+        ValueError: it does not; says how much is needed and free.
+    """
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(
+            f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {folder}; "
+            "make room or write elsewhere"
+        )
+
+
+def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str) -> None:
+    """The statistics or plan were made from this very model."""
+    for part in ("model", "tokenizer"):
+        if fingerprint.get(part) != source.fingerprint[part]:
+            raise ValueError(
+                f"the {what} made from another {part} than that of {source.model}; "
+                "calibrate this model, or give the one they belong to"
+            )

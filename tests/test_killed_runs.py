@@ -1,0 +1,85 @@
+"""kill -9 at any moment: the rerun ends with the same bytes, and nothing half stands there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from places import CALIBRATION, MODEL
+
+pytestmark = pytest.mark.slow  # about 80 s: fifteen processes
+
+RUN = [
+    sys.executable, "-m", "moe_fair", "prune", str(MODEL), "--experts", "40", "-c",
+    str(CALIBRATION), "--samples", "24", "--length", "64", "--batch-size", "2", "--save-every", "2",
+]  # fmt: skip
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def finish(output: Path, engine: str) -> str:
+    run = [*RUN, "--engine", engine, "-o", str(output)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kill_once(output: Path, engine: str, wait_for: str) -> None:
+    """Start, wait until a path matching the pattern appears beside the output, kill -9."""
+    child = subprocess.Popen(
+        [*RUN, "--engine", engine, "-o", str(output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    give_up = time.monotonic() + 60
+    while not list(output.parent.glob(wait_for)) and child.poll() is None:
+        assert time.monotonic() < give_up, f"{wait_for} never appeared"
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("engine", ["resident", "streaming"])
+def test_a_killed_run_goes_on(tmp_path: Path, engine: str) -> None:
+    finish(tmp_path / "whole", engine)
+    expected = bytes_of(tmp_path / "whole")
+    output = tmp_path / "killed"
+    moments = [
+        "killed.calibrating/chunk-00000/*.safetensors",
+        "killed.calibrating/chunk-00003/*.safetensors",
+        "killed.partial/model.safetensors",
+    ]
+    for moment in moments:
+        kill_once(output, engine, moment)
+        assert not output.exists()
+    said = finish(output, engine)
+    assert "6 of 6 chunks were done before" in said
+    assert bytes_of(output) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_chunks_of_other_settings_are_passed_over(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    kill_once(output, "resident", "out.calibrating/chunk-00001/*.safetensors")
+    other = [*RUN, "--seed", "1", "-o", str(output)]
+    done = subprocess.run(other, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "going on" not in done.stderr
+    damaged = tmp_path / "again"
+    kill_once(damaged, "resident", "again.calibrating/chunk-00002/*.safetensors")
+    file = damaged.with_name("again.calibrating") / "chunk-00000" / "statistics.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert "going on" in finish(damaged, "resident")
+    fresh = tmp_path / "fresh"
+    kill_once(fresh, "resident", "fresh.calibrating/chunk-00001/*.safetensors")
+    done = subprocess.run([*RUN, "--fresh", "-o", str(fresh)], capture_output=True, text=True)
+    assert "going on" not in done.stderr
+    model = "model.safetensors"
+    assert (damaged / model).read_bytes() == (fresh / model).read_bytes()
