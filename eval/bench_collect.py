@@ -53,10 +53,12 @@ def main() -> None:
     if args.streaming:
         streaming, hollow = start(source, "streaming", args.dtype, args.device, lambda *a: a[2])
         assert isinstance(streaming, StreamingEngine)
-        rows["streaming against resident, all statistics"] = (
-            lambda: watch(streaming, hollow, source, batches, True),
-            watched(True),
-        )
+        rows = {
+            "streaming against resident, all statistics": (
+                lambda: watch(streaming, hollow, source, batches, True),
+                watched(True),
+            )
+        }
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor()
     print(f"{args.model}: {text.tokens} tokens, batches of {args.batch_size} × {args.length}")
     print(f"{name or 'cpu'}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
@@ -118,7 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--streaming", action="store_true", help="also against the resident engine")
+    parser.add_argument("--streaming", action="store_true", help="streaming against resident")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

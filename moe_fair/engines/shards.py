@@ -7,6 +7,7 @@ type as it is and needs no memory beyond one buffer.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -18,7 +19,7 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as on the Hub
-BUFFER = 16 * 2**20
+BUFFER = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -223,12 +224,25 @@ def _coalesced(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _copy(source: int, target: int, piece: Piece, advance: Callable[[int], None]) -> None:
     start, left = piece.start, piece.length
     while left:
-        chunk = os.pread(source, min(left, BUFFER), start)
-        if not chunk:
+        count = _copy_some(source, target, start, min(left, BUFFER))
+        if not count:
             raise ValueError(f"{piece.file} ended {left:,} bytes early while it was copied")
-        _write_all(target, chunk)
-        start, left = start + len(chunk), left - len(chunk)
-        advance(len(chunk))
+        start, left = start + count, left - count
+        advance(count)
+
+
+def _copy_some(source: int, target: int, start: int, most: int) -> int:
+    """Append up to `most` bytes; by the kernel where it can, else through a buffer."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, most, offset_src=start)
+        except OSError as e:
+            # other file systems, or an old kernel; a full disk is told as it is
+            if e.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    chunk = os.pread(source, most, start)
+    _write_all(target, chunk)
+    return len(chunk)
 
 
 def _write_all(handle: int, data: bytes) -> None:
