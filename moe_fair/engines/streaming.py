@@ -35,7 +35,7 @@ from moe_fair.engines.batch import (
 )
 from moe_fair.engines.layers import LayeredModel
 
-LOGITS = 2**25  # elements; float32 logits of one chunk take four times as many bytes
+LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
