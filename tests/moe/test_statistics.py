@@ -116,7 +116,10 @@ def test_forward_statistics_equal_a_naive_loop(implementation: str, norm_topk_pr
         for name in (*FORWARD, *VECTORS):
             a, b = got.sums[group.name][name], want[group.name][name]
             scale = b.abs().max() if name in VECTORS else b.abs().clamp(min=1e-30)
-            assert ((a - b).abs() / scale).max() < 1e-6, (group.name, name)
+            # eager experts sum a token's outputs in another order: y differs in its last float32
+            # bits, and 1 - cos(x, x + y) magnifies that
+            limit = 3e-6 if (implementation, name) == ("eager", "turned_norm") else 1e-6
+            assert ((a - b).abs() / scale).max() < limit, (group.name, name)
 
 
 def test_padding_is_never_counted() -> None:
