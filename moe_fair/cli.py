@@ -82,8 +82,8 @@ def calibrate(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
