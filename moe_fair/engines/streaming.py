@@ -40,7 +40,7 @@ CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_posi
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """What the model hands to one layer beside the hidden states."""
 
     arguments: tuple[Any, ...]
@@ -77,7 +77,7 @@ class StreamingEngine:
         self.seconds = {"reading weights": self.layered.seconds}
         with _Activations(self.activation_bytes) as kept:
             with self._timed("forward"):
-                calls, hidden = self._embed(batches)
+                calls, hidden = self.embed(batches)
                 hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
             if backward:
                 with self._timed("loss"), self.layered.outside():
@@ -97,17 +97,17 @@ class StreamingEngine:
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Next-token losses of every batch and their weights, [B, L - 1] each."""
         batches = [b.to(self.layered.device) for b in batches]
-        calls, hidden = self._embed(batches)
+        calls, hidden = self.embed(batches)
         hidden = self._forward(batches, calls, hidden, None, None)
         with self.layered.outside():
             for batch, last in zip(batches, hidden, strict=True):
-                losses, weights = zip(*self._token_losses(batch, last), strict=True)
+                losses, weights = zip(*self.losses_of(batch, last), strict=True)
                 yield torch.cat(losses, 1), torch.cat(weights, 1)
 
     @torch.no_grad()
-    def _embed(self, batches: Sequence[Batch]) -> tuple[list[list[_Call]], list[Tensor]]:
+    def embed(self, batches: Sequence[Batch]) -> tuple[list[list[LayerCall]], list[Tensor]]:
         """The arguments of every layer for every batch, and the first layer's input."""
-        calls: list[list[_Call]] = []
+        calls: list[list[LayerCall]] = []
         first: list[Tensor] = []
         with self.layered.outside():
             for batch in batches:
@@ -126,7 +126,7 @@ class StreamingEngine:
     def _forward(
         self,
         batches: Sequence[Batch],
-        calls: list[list[_Call]],
+        calls: list[list[LayerCall]],
         hidden: list[Tensor],
         observer: Observer | None,
         kept: _Activations | None,
@@ -151,13 +151,13 @@ class StreamingEngine:
         gradients = []
         for batch, last in zip(batches, hidden, strict=True):
             last = last.detach().requires_grad_(True)
-            for losses, weights in self._token_losses(batch, last):
+            for losses, weights in self.losses_of(batch, last):
                 sequence_losses(losses, weights, batch.predicted()).sum().backward()
             assert last.grad is not None
             gradients.append(last.grad)
         return gradients
 
-    def _token_losses(self, batch: Batch, last: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def losses_of(self, batch: Batch, last: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Losses and weights of the predicted tokens, in chunks so that logits stay small.
 
         A batch whose logits fit the limit is one chunk, computed as the resident engine does.
@@ -192,7 +192,7 @@ class StreamingEngine:
     def _backward(
         self,
         batches: Sequence[Batch],
-        calls: list[list[_Call]],
+        calls: list[list[LayerCall]],
         gradients: list[Tensor],
         observer: Observer,
         kept: _Activations,
@@ -213,7 +213,7 @@ class _Stubs:
     """Layers that only note what they are called with; the last may hand out given states."""
 
     def __init__(self, layers: nn.ModuleList, output: Tensor | None = None) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[LayerCall] = []
         self.first: Tensor
         self._list = nn.ModuleList(
             _Stub(self, layer, output if i == len(layers) - 1 else None)
@@ -243,7 +243,7 @@ class _Stub(nn.Module):
         hidden = arguments[0] if arguments else keywords.pop("hidden_states")
         if not self.stubs.calls:
             self.stubs.first = hidden.detach()
-        self.stubs.calls.append(_Call(arguments[1:], keywords))
+        self.stubs.calls.append(LayerCall(arguments[1:], keywords))
         return hidden if self.output is None else self.output
 
     def __getattr__(self, name: str) -> Any:
