@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "num_experts": 12, "num_local_experts": 12, "n_routed_experts": 12, "moe_num_experts": 12,
     "num_experts_per_tok": 4, "moe_k": 4, "moe_topk": 4, "num_shared_experts": 1,
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
-    "num_dense_layers": 1, "moe_layer_start_index": 1, "n_group": 1, "topk_group": 1,
+    "num_dense_layers": 1, "moe_layer_start_index": 1,
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "sliding_window": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
@@ -29,18 +29,31 @@ SMALL: dict[str, Any] = {
     "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 8, "use_mamba_kernels": False,
 }  # fmt: skip
 
+# Beside these for configs that limit tokens to some of the groups of experts.
+GROUPED: dict[str, Any] = {
+    "n_group": 4, "topk_group": 2, "num_experts": 16, "num_local_experts": 16,
+    "n_routed_experts": 16,
+}  # fmt: skip
+
 # What a family needs beside or instead; None leaves the family's own value.
 EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
-    "deepseek_v3": {
-        "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
-        "head_dim": None,
-    },
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 4, "num_experts": 12,
+        "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 16, "global_head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "kimi_linear": {"num_experts_per_tok": 4},
+    "bailing_hybrid": {"num_experts_per_tok": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 24, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+        "index_n_heads": 4, "index_head_dim": 16, "shared_experts_intermediate_size": 48},
 }  # fmt: skip
 
 
@@ -57,10 +70,15 @@ def fused_families() -> list[str]:
 
 def tiny_config(kind: str, **extra: Any) -> Any:
     """A small config of this type."""
-    known = CONFIG_MAPPING[kind]().to_dict()
-    values = {k: v for k, v in SMALL.items() if k in known}
+    cls = CONFIG_MAPPING[kind]
+    known = cls().to_dict()
+    small = SMALL | (GROUPED if "n_group" in known else {})
+    values = {k: v for k, v in small.items() if k in known}
     values |= EXTRA.get(kind, {}) | extra
-    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if v is not None})
+    text = cls.sub_configs.get("text_config")
+    if text is not None:
+        values["text_config"] = tiny_config(text.model_type)
+    return cls(**{k: v for k, v in values.items() if v is not None})
 
 
 def tiny_model(kind: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
@@ -73,6 +91,6 @@ def tiny_model(kind: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
             scale = 0.08 if p.dim() >= 2 else 0.02
             p.add_(torch.randn(p.shape, generator=generator) * scale)
         for name, b in model.named_buffers():
-            if "correction_bias" in name:
-                b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
+            if "bias" in name and b.is_floating_point():  # of routers: what corrects the choice
+                b.add_(torch.randn(b.shape, generator=generator) * 0.05)
     return model.eval()

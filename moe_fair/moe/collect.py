@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
-from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.blocks import Forward, MoeBlock
 
 FORWARD = (
     "tokens",  # n: routed tokens
@@ -111,25 +111,19 @@ class _Tap:
     """Stands before one experts module and books what passes."""
 
     def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
-        self.collector, self.experts = collector, block.experts
+        self.collector, self.block, self.experts = collector, block, block.experts
         self.size, self.domains = block.num_experts, domains
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
-        self._stock: Callable[..., Tensor] | None = None
+        self._stock: Forward
+        self.detach: Callable[[], None]
 
     def attach(self) -> None:
-        self._stock = self.experts.forward
-        self.experts.forward = self.forward
-
-    def detach(self) -> None:
-        del self.experts.forward  # the class's own shows again
-        if self.experts.forward != self._stock:  # accelerate had put a hook on the instance
-            self.experts.forward = self._stock  # type: ignore[assignment]
+        self._stock, self.detach = self.block.attach(self.forward)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output [T, D], as the stock forward gives it."""
-        assert self._stock is not None
         batch = self.collector.batch
         assert batch is not None, "an engine calls begin() before it runs a batch"
         taylor = self.collector.taylor
@@ -137,10 +131,7 @@ class _Tap:
         if unbooked and self._same_bits():
             return self._stock(hidden_states, top_k_index, top_k_weights)
         t, k = top_k_index.shape
-        ids = top_k_index.flatten()
-        rows = hidden_states.repeat_interleave(k, dim=0)
-        ones = torch.ones_like(ids, dtype=top_k_weights.dtype).unsqueeze(1)
-        f = self._stock(rows, ids.unsqueeze(1), ones)
+        f = self.block.outputs(self._stock, hidden_states, top_k_index, top_k_weights)
         if unbooked:
             weights, book = top_k_weights, None
         else:
@@ -171,7 +162,7 @@ class _Tap:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
         if self.constants or next(self.experts.parameters()).is_meta:
             return
-        matrices = [p for p in self.experts.parameters() if p.dim() == 3]
+        matrices = self.block.matrices()
         per_expert = torch.tensor(
             [
                 [
