@@ -157,7 +157,8 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
         ValueError: the model has no routed experts, or a block whose structure is unknown; says
             what was looked for.
     """
-    modules = dict(model.named_modules())
+    decoder = language_model(model)
+    modules = {n: m for n, m in model.named_modules() if (n + ".").startswith(decoder)}
     special = {n: f for n, m in modules.items() if (f := _family(m)) is not None}
     found: list[MoeBlock | None] = []
     for name, module in modules.items():
@@ -176,6 +177,18 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
             "model has nothing to prune here"
         )
     return blocks
+
+
+def language_model(model: nn.Module) -> str:
+    """Prefix of the modules of a model's text decoder: other towers may have experts of their own.
+
+    Returns:
+        `model.language_model.`, or the empty string where the model does not say.
+    """
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find else None
+    names = [n for n, m in model.named_modules() if m is decoder]
+    return f"{names[0]}." if names and names[0] else ""
 
 
 def _family(module: nn.Module) -> Callable[[str, nn.Module], MoeBlock | None] | None:

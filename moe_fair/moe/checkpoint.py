@@ -17,7 +17,7 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import write_shards
 from moe_fair.moe.blocks import COUNTERS, rows_of
 from moe_fair.moe.file_surgery import cut_tensors
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.load import Checkpoint, first_line
 from moe_fair.moe.own_code import (
     MODELING_CLASS,
     MODELING_FILE,
@@ -105,11 +105,14 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
         _save(_stock_config(source, next(iter(counts.values()))), folder)
         if not _misfit(folder, shapes):
             return
-    _save(_unequal_config(source, counts), folder)
     (folder / MODELING_FILE).write_text(modeling_source(_stock_class(source)))
-    wrong = _misfit(folder, shapes)
-    if wrong:
-        raise ValueError(f"{source.model}: layers of different sizes cannot be written: {wrong}")
+    config = _unequal_config(source, counts)
+    _save(_with_layers(config, source, counts), folder)
+    if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
+        _save(config, folder)
+        wrong = _misfit(folder, shapes)
+        if wrong:
+            raise ValueError(f"{source.model}: layers of different sizes cannot be written: {wrong}")
 
 
 def _save(config: Mapping[str, Any], folder: Path) -> None:
@@ -131,7 +134,11 @@ def _shapes(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, 
 
 def _misfit(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What transformers would build otherwise from this folder's config; nothing where all fits."""
-    built = {n: tuple(t.shape) for n, t in Checkpoint(str(folder)).skeleton.state_dict().items()}
+    try:
+        state = Checkpoint(str(folder)).skeleton.state_dict()
+    except (ValueError, RuntimeError) as e:
+        return first_line(e)
+    built = {n: tuple(t.shape) for n, t in state.items()}
     for name in sorted(built.keys() | shapes.keys()):
         if built.get(name) != shapes.get(name):
             return f"{name} is {built.get(name)} in the model and {shapes.get(name)} in the result"
@@ -148,16 +155,12 @@ def _own_config(source: Checkpoint) -> dict[str, Any]:
     if config.get("auto_map") is not None and is_ours(source.path):
         del config["auto_map"]
     config["architectures"] = [_stock_class(source).__name__]
-    if config.pop("moe_fair", None) is not None:
-        home, key = _home(config), count_path(source.config)[-1]
-        layers = {
-            i: {k: v for k, v in layer.items() if k != key}
-            for i, layer in home.pop("per_layer_config", {}).items()
-        }
-        if any(layers.values()):
-            home["per_layer_config"] = {i: layer for i, layer in layers.items() if layer}
-        else:
-            home.pop("allow_global_per_layer_attribute_access", None)
+    home, key = _home(config), count_path(source.config)[-1]
+    if config.pop("moe_fair", None) is not None and all(
+        layer.keys() == {key} for layer in home.get("per_layer_config", {}).values()
+    ):
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            home.pop(name, None)
     return config
 
 
@@ -179,17 +182,8 @@ def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
 
 
 def _unequal_config(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
-    config = _own_config(source)
-    key = count_path(source.config)[-1]
-    home = _home(config)
-    layers: dict[str, Any] = dict(home.get("per_layer_config") or {})
-    for b in sorted(source.blocks, key=lambda b: b.layer):
-        layers[str(b.layer)] = {**layers.get(str(b.layer), {}), key: counts[b.name]}
-    home["per_layer_config"] = layers
-    # the stock class still reads the model-wide number while it is built
-    home["allow_global_per_layer_attribute_access"] = True
     auto = auto_class(source.config).__name__
-    return config | {
+    return _own_config(source) | {
         "architectures": [MODELING_CLASS],
         "auto_map": {auto: REFERENCE},
         "moe_fair": {
@@ -198,6 +192,24 @@ def _unequal_config(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, 
             "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
         },
     }
+
+
+def _with_layers(
+    config: dict[str, Any], source: Checkpoint, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """The config with `per_layer_config` as well, where the family has none of its own."""
+    if _home(config).get("per_layer_config"):
+        return config
+    key = count_path(source.config)[-1]
+    layers = {b.layer: counts[b.name] for b in source.blocks}
+    extra = {
+        "per_layer_config": {str(i): {key: n} for i, n in sorted(layers.items())},
+        # the stock class still reads the model-wide number while it is built
+        "allow_global_per_layer_attribute_access": True,
+    }
+    if _home(config) is config:
+        return config | extra
+    return config | {"text_config": config["text_config"] | extra}
 
 
 def count_path(config: Any) -> tuple[str, ...]:

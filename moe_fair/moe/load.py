@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
@@ -53,8 +54,9 @@ class Checkpoint:
     def _config(self) -> Any:
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as e:
-            raise ValueError(f"{self.model}: config.json cannot be used: {first_line(e)}") from e
+        except (ValueError, OSError, KeyError, StrictDataclassError) as e:
+            why = first_line(e.__cause__ or e)
+            raise ValueError(f"{self.model}: config.json cannot be used: {why}") from e
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:

@@ -46,6 +46,16 @@ class MoeFairForCausalLM(StockModel):
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
 
+    @classmethod
+    def is_custom_code(cls):
+        """The weights have the stock class's names: transformers' own conversion applies."""
+        return False
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        """Asked of the stock class, because transformers answers by the name of the class."""
+        return StockModel._supports_default_dynamic_cache()
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         with torch.no_grad():
