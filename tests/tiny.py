@@ -64,7 +64,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 4, "num_experts": 12,
         "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128,
         "hidden_size_per_layer_input": 16, "global_head_dim": 16},
-    "dots3_note_vision": {"pyramid_num_routed": [4]},  # one layer, with experts
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [4]},  # one layer, with experts
+    "phimoe": {"num_experts_per_tok": 2},  # what its router does whatever the config says
+    "beam": {"mlp_layer_types": ["dense", "sparse"] * 2},
+    "nemotron_h": {"layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,

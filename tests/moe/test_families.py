@@ -2,20 +2,28 @@
 
 The families are the registry's, so a new one in transformers is met here at once. Each either
 passes everything or is refused, before anything is measured, with the reason that stands in
-`families.json`; the README's table is made from that file (`eval/families_table.py`).
+`eval/families.json`; the README's table is made from that file (`eval/families_table.py`).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flow import check_cut, check_generation, check_naive, check_streaming
+from places import EVAL
 from tiny import fused_families, tiny_model
+from transformers import __version__
 
 from moe_fair.moe.load import Checkpoint
+from moe_fair.pipeline import open_model
+from moe_fair.recipe import Recipe
 
+RECORD = json.loads((EVAL / "families.json").read_text())
+REFUSED: dict[str, str] = RECORD["refused"]
 # one of each way to route: softmax; sigmoid with bias in groups; biased and transposed experts;
 # a correction bias on the block; hybrid layers
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba")
@@ -23,18 +31,26 @@ QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba")
 FAMILIES = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
     for kind in fused_families()
+    if kind not in REFUSED
 ]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_model(request.param).save_pretrained(folder)
+    return _saved(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def _saved(kind: str, folder: Path) -> Checkpoint:
+    tiny_model(kind).save_pretrained(folder)
     return Checkpoint(str(folder))
 
 
 def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> None:
-    check_streaming(checkpoint)
+    if checkpoint.config.model_type in RECORD["resident_only"]:
+        with pytest.raises(ValueError, match="hands the next more than hidden states"):
+            check_streaming(checkpoint)
+    else:
+        check_streaming(checkpoint)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -47,3 +63,16 @@ def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: b
     loaded = check_cut(checkpoint, tmp_path / "out", uniform)
     assert (type(loaded).__name__ == "MoeFairForCausalLM") != uniform
     check_generation(loaded)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_before_anything_is_measured(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(REFUSED[kind])):
+        open_model(Recipe(model=str(tmp_path)))
+
+
+@pytest.mark.skipif(__version__ != RECORD["transformers"], reason="another registry")
+def test_the_record_is_of_this_registry() -> None:
+    assert sorted(RECORD["served"] + list(REFUSED)) == sorted(fused_families())
+    assert set(RECORD["resident_only"]) <= set(RECORD["served"])
