@@ -234,7 +234,9 @@ def _check_sizes(before: Checkpoint, after: Checkpoint, kept: dict[str, list[int
     assert planned == after.size
 
 
-def check_generation(loaded: Any, implementations: tuple[str, ...] = ("eager", "grouped_mm")) -> None:
+def check_generation(
+    loaded: Any, implementations: tuple[str, ...] = ("eager", "grouped_mm")
+) -> None:
     """Greedy text is one and the same with and without cache, whatever runs the experts."""
     prompt = batches()[0].input_ids[:1, :6]
     texts = []

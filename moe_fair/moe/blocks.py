@@ -99,15 +99,13 @@ class MoeBlock:
 
         return stock, detach
 
-    def outputs(self, stock: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """f_e(x_t) of every (token, slot) before its weight, [S, D], by the stock kernel.
+    def outputs(self, stock: Forward, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """f_e(x) before its weight, one (token, slot) a row [S, D], by the stock kernel.
 
         Args:
-            hidden, ids, weights: [T, D], [T, K], [T, K] as the experts are called with.
+            rows, ids, weights: [S, D], [S], [S]: what the experts would be given of each.
         """
-        rows = hidden.repeat_interleave(ids.shape[1], dim=0)
-        ones = torch.ones_like(ids.view(-1, 1), dtype=weights.dtype)
-        return stock(rows, ids.view(-1, 1), ones)
+        return stock(rows, ids.unsqueeze(1), torch.ones_like(weights).unsqueeze(1))
 
     def matrices(self) -> list[Tensor]:
         """The experts' weights, [E, ...] each."""
@@ -254,9 +252,7 @@ def _router(name: str, block: nn.Module, experts: nn.Module, size: int) -> nn.Mo
     return found[0]
 
 
-def _expert_axes(
-    name: str, block: nn.Module, router: nn.Module, size: int
-) -> Iterator[Axis]:
+def _expert_axes(name: str, block: nn.Module, router: nn.Module, size: int) -> Iterator[Axis]:
     for module in router.modules():
         for tensor, t in own_tensors(module):
             if t.shape[0] == size:

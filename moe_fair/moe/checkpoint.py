@@ -112,7 +112,9 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
         _save(config, folder)
         wrong = _misfit(folder, shapes)
         if wrong:
-            raise ValueError(f"{source.model}: layers of different sizes cannot be written: {wrong}")
+            raise ValueError(
+                f"{source.model}: layers of different sizes cannot be written: {wrong}"
+            )
 
 
 def _save(config: Mapping[str, Any], folder: Path) -> None:
@@ -176,7 +178,9 @@ def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
     home = _home(config)
     for folder in folders:
         home = home.setdefault(folder, {})
-    names = {old for old, new in source.config.get_text_config().attribute_map.items() if new == key}
+    names = {
+        old for old, new in source.config.get_text_config().attribute_map.items() if new == key
+    }
     home.update(dict.fromkeys({key} | (names & home.keys()), count))
     return config
 

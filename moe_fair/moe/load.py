@@ -107,7 +107,9 @@ class Checkpoint:
             ValueError: the checkpoint's layout of experts is unknown.
         """
         find = destinations(self.skeleton)
-        return classify(self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks)
+        return classify(
+            self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks
+        )
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
