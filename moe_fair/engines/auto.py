@@ -17,7 +17,7 @@ def auto_class(config: Any) -> Any:
     """The auto class for this config: that of its `architectures`, else the first that knows it.
 
     Args:
-        config: a transformers config; one that brings code names the auto class itself (`auto_map`).
+        config: a transformers config; one that brings code names the auto class (`auto_map`).
     """
     autos = {n: getattr(transformers, n) for n in NAMES if hasattr(transformers, n)}
     for name in getattr(config, "auto_map", None) or {}:

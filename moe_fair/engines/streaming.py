@@ -37,8 +37,8 @@ from moe_fair.engines.layers import LayeredModel
 
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
 NOT_ALONE = (
-    "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; use "
-    "--engine resident"
+    "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; "
+    "use --engine resident"
 )
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 

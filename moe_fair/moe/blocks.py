@@ -3,8 +3,8 @@
 transformers keeps the experts of a layer in one module of fused 3-D parameters, under the contract
 of `use_experts_implementation`: `num_experts`, `_apply_gate`, and
 `forward(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K])`. The router is the sibling
-that carries the same `num_experts`. A block that is built otherwise has a file in `families/`, whose
-class says what differs; what fits neither raises before anything is measured.
+that carries the same `num_experts`. A block that is built otherwise has a file in `families/` that
+says what differs; what fits neither raises before anything is measured.
 
 Shape legend: T tokens, E experts, K top-k, S = T·K (token, slot) rows, D model, F hidden.
 """
@@ -28,7 +28,7 @@ COUNTERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 class Axis(NamedTuple):
-    """A tensor with an expert axis: `length // E` rows an expert, then `length % E` of no expert."""
+    """A tensor with an expert axis: `length // E` rows an expert, then `length % E` of none."""
 
     module: nn.Module
     tensor: str
@@ -193,7 +193,7 @@ def _family(module: nn.Module) -> Callable[[str, nn.Module], MoeBlock | None] | 
     """The view of the family whose block this is, if it is one of the exceptions."""
     for family in families().values():
         if type(module).__name__ in family.blocks:
-            return family.view  # type: ignore[no-any-return]
+            return family.view
     return None
 
 
