@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,10 @@ from moe_fair.engines.batch import (
 from moe_fair.engines.layers import LayeredModel
 
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
+NOT_ALONE = (
+    "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; "
+    "use --engine resident"
+)
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
@@ -47,8 +51,13 @@ class LayerCall:
     keywords: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        shared = [v for v in self.keywords.values() if isinstance(v, MutableMapping)]
+        before = [len(v) for v in shared]
         output = layer(hidden, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        if any(r is not None for r in rest) or before != [len(v) for v in shared]:
+            raise ValueError(NOT_ALONE.format(type(layer).__name__))
+        return hidden
 
 
 class StreamingEngine:
@@ -113,11 +122,15 @@ class StreamingEngine:
             for batch in batches:
                 stubs = _Stubs(self.layered.base.layers)
                 with stubs.standing_in(self.layered.base):
-                    self.layered.base(
-                        input_ids=batch.input_ids,
-                        attention_mask=batch.attention_mask(),
-                        use_cache=False,
-                    )
+                    try:
+                        self.layered.base(
+                            input_ids=batch.input_ids,
+                            attention_mask=batch.attention_mask(),
+                            use_cache=False,
+                        )
+                    except (ValueError, TypeError) as e:  # more than hidden states was unpacked
+                        layer = type(stubs.real[0]).__name__
+                        raise ValueError(NOT_ALONE.format(layer)) from e
                 calls.append(stubs.calls)
                 first.append(stubs.first)
         return calls, first
@@ -215,6 +228,7 @@ class _Stubs:
     def __init__(self, layers: nn.ModuleList, output: Tensor | None = None) -> None:
         self.calls: list[LayerCall] = []
         self.first: Tensor
+        self.real = layers
         self._list = nn.ModuleList(
             _Stub(self, layer, output if i == len(layers) - 1 else None)
             for i, layer in enumerate(layers)

@@ -217,6 +217,10 @@ class Candidates:
         """[R] token of each extra candidate."""
         return self.extra.div(self.ids.shape[1], rounding_mode="floor")
 
+    def extra_ids_and_weights(self) -> tuple[Tensor, Tensor]:
+        """[R] expert of each extra candidate, and its largest weight in any of the cases."""
+        return self.ids.flatten()[self.extra], self.change.amax(1).flatten()[self.extra]
+
     def chunks(self, width: int) -> Iterator[slice]:
         """Tokens in runs whose [tokens, M, width] and [tokens, R, M] fit a fixed memory."""
         tokens, removals, m = self.change.shape
