@@ -35,6 +35,7 @@ from moe_fair.moe.tune import tune
 from moe_fair.moe.watch import Watch
 
 HELD_OUT = 5  # every fifth sequence judges the fits
+ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 REPAIR_FORMAT = "moe_fair.repair/1"
 
@@ -291,7 +292,7 @@ def _fit(
         tried.append((error(routed.output(w), target[judge]), ridge))
     del fitting, routed
     after, ridge = min(tried)
-    if not after < before:
+    if not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before)
     write_down(block.experts, kind.fit(Routed(block.experts, x, ids, weights), target, ridge))
     return LayerRepair(block.name, kind.name, ridge, before, after)

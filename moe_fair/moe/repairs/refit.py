@@ -15,7 +15,7 @@ from moe_fair.moe.repairs.scale import factor
 from moe_fair.moe.routed import Routed, read_down
 
 name = "refit"
-ridges = (0.03, 0.3, 3.0)
+ridges = (0.01, 0.1, 1.0)
 ITERATIONS = 15
 SOLVED = 1e-6  # of the right-hand side's norm
 
