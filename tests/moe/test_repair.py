@@ -137,11 +137,13 @@ def test_fits_equal_their_closed_forms(kind: str) -> None:
     eye = torch.eye(phi.shape[1], dtype=y.dtype)
     stacked = torch.cat([phi, lam.sqrt() * eye]), torch.cat([target, lam.sqrt() * a * flat])
     best = torch.linalg.lstsq(*stacked).solution
-    got = refit.fit(routed, target, 0.3, iterations=2000, solved=1e-13)
-    torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(routed.gram, phi.T @ phi)
+    for direct in (10**6, 0):  # the matrix, and conjugate gradients
+        got = refit.fit(routed, target, 0.3, direct=direct, iterations=2000, solved=1e-13)
+        torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
     # what a run does, 15 steps, is most of the way there
     error = lambda w: float((target - phi @ w).square().sum())  # noqa: E731
-    short = refit.fit(routed, target, 0.3).flatten(0, 1)
+    short = refit.fit(routed, target, 0.3, direct=0).flatten(0, 1)
     assert error(short) - error(best) < 0.05 * (error(a * flat) - error(best))
 
 
