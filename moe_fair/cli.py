@@ -167,6 +167,30 @@ def prune(
         pruned_summary(done)
 
 
+@app.command()
+def oracle(
+    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
+    stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
+    length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
+    device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
+    revision: Revision = None, trust_remote_code: Trust = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure the loss change of each expert removed alone; compare every criterion with it."""
+    settings = _settings(locals())
+    from moe_fair import pipeline
+    from moe_fair.core.units import Statistics
+    from moe_fair.tables import oracle_table
+
+    found, table = pipeline.oracle(
+        settings, output, statistics=Statistics.load(stats) if stats else None, say=_say
+    )
+    if as_json:
+        print((output / "agreement.json").read_text(), end="")
+    else:
+        oracle_table(found, table)
+
+
 def _settings(given: dict[str, Any]) -> Recipe:
     """The recipe file, with the options of the command line over it."""
     from moe_fair.recipe import Recipe, load_recipe

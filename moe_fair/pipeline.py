@@ -18,6 +18,7 @@ from moe_fair.checks import (
     target,
 )
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.evaluate import HeldoutLoss
@@ -32,6 +33,7 @@ from moe_fair.moe.checkpoint import (
 )
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair
+from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
 
@@ -63,6 +65,37 @@ def calibrate(recipe: Recipe, output: Path | None = None, say: Say = lambda _: N
         settle(folder, output)
         discard(work)
     return statistics
+
+
+def oracle(
+    recipe: Recipe,
+    output: Path,
+    *,
+    statistics: Statistics | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Oracle, dict[str, Agreement]]:
+    """Measured loss change of every expert removed alone, and every criterion's agreement with it.
+
+    Args:
+        output: new directory for the oracle, the table and the recipe.
+        statistics: to score with; without them they are collected on the same text.
+    """
+    check_output(output)
+    source = open_model(recipe)
+    if statistics is not None:
+        check_same_model(statistics.fingerprint, source, "statistics were")
+    text = calibration_set(recipe, source, say)
+    work = work_folder(output, recipe)
+    if statistics is None:
+        statistics = collect(recipe, source, text, say, work)
+    found = measure_oracle(recipe, source, text, work / "oracle", say)
+    table = agreements(found, statistics)
+    folder = fresh(partial_path(output))
+    save_oracle(folder, found, table)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    settle(folder, output)
+    discard(work)
+    return found, table
 
 
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:

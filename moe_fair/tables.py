@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import Plan
 from moe_fair.pipeline import Pruned
 
@@ -47,6 +49,24 @@ def plan_table(plan: Plan) -> None:
         )
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def oracle_table(oracle: Oracle, table: Mapping[str, Agreement]) -> None:
+    """Correlations of every criterion with the measured loss changes."""
+    console = Console(highlight=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("criterion", "Pearson", "Spearman", "within layers", "Spearman within"):
+        shown.add_column(name, justify="left" if name == "criterion" else "right")
+    for name, a in table.items():
+        values = (a.pearson, a.spearman, a.pearson_within, a.spearman_within)
+        shown.add_row(name, *(f"{v:.3f}" for v in values))
+    console.print(shown)
+    count = sum(len(c) for c in oracle.changes.values())
+    console.print(
+        f"\nagainst the loss change of each of {count} experts removed alone, on "
+        f"{oracle.tokens:,} tokens (loss {oracle.loss:.4f})",
+        soft_wrap=True,
+    )
 
 
 def pruned_summary(done: Pruned) -> None:

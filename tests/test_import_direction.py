@@ -19,7 +19,7 @@ ORDER = [
     {"report", "evaluate", "publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
-    {"repairing"},
+    {"repairing", "oracle"},
     {"pipeline"},
     {"tables"},
     {"cli"},
