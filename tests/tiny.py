@@ -105,6 +105,8 @@ def tiny_config(kind: str, **extra: Any) -> Any:
     cls = CONFIG_MAPPING[kind]
     values = _known(cls, SMALL) | EXTRA.get(kind, {}) | extra
     for name, part in cls.sub_configs.items():
+        if name in extra:
+            continue
         if name == "text_config":
             values[name] = tiny_config(part.model_type)
         elif isinstance(part, type) and part is not AutoConfig:

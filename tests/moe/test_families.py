@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow import check_cut, check_generation, check_naive, check_streaming
+from flow import check_counterfactual, check_cut, check_generation, check_naive, check_streaming
 from places import EVAL
 from tiny import fused_families, tiny_model
 from transformers import __version__
@@ -56,6 +56,10 @@ def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> N
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: str) -> None:
     check_naive(checkpoint, implementation)
+
+
+def test_without_each_expert(checkpoint: Checkpoint) -> None:
+    check_counterfactual(checkpoint)
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
