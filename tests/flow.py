@@ -64,6 +64,11 @@ def some(block: MoeBlock, index: int, uniform: bool) -> list[int]:
     return sorted(int(i) for c in chosen for i in c)
 
 
+def kept_experts(checkpoint: Checkpoint, uniform: bool) -> dict[str, list[int]]:
+    """What `check_cut` keeps of every block."""
+    return {b.name: some(b, i, uniform) for i, b in enumerate(checkpoint.blocks)}
+
+
 def check_streaming(checkpoint: Checkpoint) -> None:
     """A layer at a time gives the statistics of the whole model, bit for bit."""
     model = original(checkpoint)
@@ -226,7 +231,7 @@ def check_cut(checkpoint: Checkpoint, folder: Path, uniform: bool) -> Any:
     Returns:
         the loaded result.
     """
-    kept = {b.name: some(b, i, uniform) for i, b in enumerate(checkpoint.blocks)}
+    kept = kept_experts(checkpoint, uniform)
     write_model(checkpoint, kept, folder)
     stock = not (folder / "modeling_moe_fair.py").exists()
     result = Checkpoint(str(folder))

@@ -68,7 +68,22 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"num_experts_per_tok": 2},  # what its router does whatever the config says
     "beam": {"mlp_layer_types": ["dense", "sparse"] * 2},
     "nemotron_h": {"layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"] * 2},
+    "doge": {"is_moe": True, "num_experts": 16},
+    "jetmoe": {"kv_channels": 16},
+    "longcat_flash": {
+        "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
+    "glm4v_moe_text": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 16], "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2],
+        },
+    },
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
