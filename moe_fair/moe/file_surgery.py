@@ -77,7 +77,7 @@ def classify(
             companion = _companion(t, prefixes, fused)
             if companion:
                 found[t.name] = companion
-    _check_complete(found, blocks)
+    _check_complete(found, {b.name for b in fused.values()}, blocks)
     return found
 
 
@@ -187,7 +187,9 @@ def _companion(
     return None
 
 
-def _check_complete(found: Mapping[str, ExpertTensor], blocks: Sequence[MoeBlock]) -> None:
+def _check_complete(
+    found: Mapping[str, ExpertTensor], fused: set[str], blocks: Sequence[MoeBlock]
+) -> None:
     for b in blocks:
         parts = [p for p in found.values() if p.block == b.name]
         numbers = {p.expert for p in parts if p.expert is not None}
@@ -196,5 +198,8 @@ def _check_complete(found: Mapping[str, ExpertTensor], blocks: Sequence[MoeBlock
                 f"{b.name}: the checkpoint has {len(numbers)} numbered experts where the block has "
                 f"{b.num_experts}; whose the others are is unknown"
             )
-        if not parts:
-            raise ValueError(f"{b.name}: none of its tensors was found in the checkpoint")
+        if not numbers and b.name not in fused:
+            raise ValueError(
+                f"{b.name}: none of its experts' tensors was found in the checkpoint under a name "
+                "that transformers knows"
+            )
