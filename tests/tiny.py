@@ -61,6 +61,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "llama4": {"vision_feature_layer": -1},
+    "llama4_vision_model": {
+        "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    },
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 4, "num_experts": 12,
         "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128,
         "hidden_size_per_layer_input": 16, "global_head_dim": 16},

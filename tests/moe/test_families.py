@@ -8,12 +8,13 @@ passes everything or is refused, before anything is measured, with the reason th
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flow import check_counterfactual, check_cut, check_generation, check_naive, check_streaming
-from places import RECORD
+from places import EVAL, RECORD
 from tiny import fused_families, tiny_model
 from transformers import __version__
 
@@ -80,3 +81,11 @@ def test_the_record_is_of_this_registry() -> None:
     fused = set(fused_families())
     assert set(RECORD["served"]) == fused - set(REFUSED)
     assert set(RECORD["resident_only"]) <= set(RECORD["served"])
+
+
+def test_the_readme_shows_the_record() -> None:
+    sys.path.insert(0, str(EVAL))
+    from families_table import replaced, table
+
+    readme = (EVAL.parent / "README.md").read_text()
+    assert replaced(readme, table(RECORD)) == readme

@@ -61,6 +61,19 @@ def recorded(model: Any) -> Iterator[Calls]:
         h.remove()
 
 
+def test_inside_the_multimodal_model(tmp_path: Path) -> None:
+    name = "Llama4ForConditionalGeneration"
+    model = tiny_model("llama4", architectures=[name])
+    assert type(model).__name__ == name
+    model.save_pretrained(tmp_path / "in")
+    checkpoint = Checkpoint(str(tmp_path / "in"))
+    check_streaming(checkpoint)
+    check_naive(checkpoint, None, expert, recorded)
+    loaded = check_cut(checkpoint, tmp_path / "out", uniform=False)
+    assert type(loaded).__mro__[1] is type(model)
+    assert loaded.config.vision_config.to_dict() == model.config.vision_config.to_dict()
+
+
 def test_only_every_second_layer_has_experts(checkpoint: Checkpoint) -> None:
     assert [b.layer for b in checkpoint.blocks] == [1, 3]
 
