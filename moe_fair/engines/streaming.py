@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ class LayerCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         shared = [v for v in self.keywords.values() if isinstance(v, MutableMapping)]
         before = [len(v) for v in shared]
         output = layer(hidden, *self.arguments, **self.keywords)
