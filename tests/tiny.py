@@ -128,7 +128,9 @@ def tiny_config(kind: str, **extra: Any) -> Any:
         if name in extra:
             continue
         if name == "text_config":
-            values[name] = tiny_config(part.model_type)
+            values[name] = tiny_config(
+                part.model_type, **{k: v for k, v in extra.items() if k == "vocab_size"}
+            )
         elif isinstance(part, type) and part is not AutoConfig:
             values[name] = part(**_known(part, TOWER) | EXTRA.get(part.model_type, {}))
     return cls(**{k: v for k, v in values.items() if v is not None})

@@ -40,9 +40,13 @@ from moe_fair.engines.loaded import LoadedLayers
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
 NOT_ALONE = (
     "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; "
-    "use --engine resident"
+    "use --engine resident and --repair none"
 )
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
+
+
+class NotLayerwise(ValueError):
+    """What a procedure needs that goes layer by layer does not hold for this model."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class LayerCall:
         output = layer(hidden, *self.arguments, **self.keywords)
         hidden, *rest = output if isinstance(output, tuple) else (output,)
         if any(r is not None for r in rest) or before != [len(v) for v in shared]:
-            raise ValueError(NOT_ALONE.format(type(layer).__name__))
+            raise NotLayerwise(NOT_ALONE.format(type(layer).__name__))
         return hidden
 
 
@@ -132,7 +136,7 @@ class StreamingEngine:
                         )
                     except (ValueError, TypeError) as e:  # more than hidden states was unpacked
                         layer = type(stubs.real[0]).__name__
-                        raise ValueError(NOT_ALONE.format(layer)) from e
+                        raise NotLayerwise(NOT_ALONE.format(layer)) from e
                 calls.append(stubs.calls)
                 first.append(stubs.first)
         return calls, first
