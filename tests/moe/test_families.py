@@ -23,9 +23,8 @@ from moe_fair.pipeline import open_model
 from moe_fair.recipe import Recipe
 
 REFUSED: dict[str, dict[str, str]] = RECORD["refused"]
-# one of each way to route: softmax; sigmoid with bias in groups; biased and transposed experts;
-# a correction bias on the block; hybrid layers
-QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba")
+# softmax; sigmoid with bias in groups; biased and transposed experts; a correction bias on the block
+QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2")
 
 FAMILIES = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
@@ -57,6 +56,7 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: s
     check_naive(checkpoint, implementation)
 
 
+@pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 

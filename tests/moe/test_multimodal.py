@@ -46,14 +46,17 @@ def _saved(kind: str, folder: Path, **extra: Any) -> Checkpoint:
     return Checkpoint(str(folder))
 
 
+@pytest.mark.slow
 def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> None:
     check_streaming(checkpoint)
 
 
+@pytest.mark.slow
 def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint) -> None:
     check_naive(checkpoint, "grouped_mm")
 
 
+@pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 

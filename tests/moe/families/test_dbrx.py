@@ -47,6 +47,7 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint) -> None:
     check_naive(checkpoint, None, expert)
 
 
+@pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 

@@ -61,6 +61,7 @@ def recorded(model: Any) -> Iterator[Calls]:
         h.remove()
 
 
+@pytest.mark.slow
 def test_inside_the_multimodal_model(tmp_path: Path) -> None:
     name = "Llama4ForConditionalGeneration"
     model = tiny_model("llama4", architectures=[name])
@@ -86,6 +87,7 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint) -> None:
     check_naive(checkpoint, None, expert, recorded)
 
 
+@pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint, recorded)
 
