@@ -23,7 +23,7 @@ from moe_fair.pipeline import open_model
 from moe_fair.recipe import Recipe
 
 REFUSED: dict[str, dict[str, str]] = RECORD["refused"]
-# softmax; sigmoid with bias in groups; biased and transposed experts; a correction bias on the block
+# softmax; sigmoid with bias in groups; biased, transposed experts; a correction bias on the block
 QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2")
 
 FAMILIES = [
