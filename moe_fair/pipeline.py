@@ -31,6 +31,7 @@ from moe_fair.moe.checkpoint import (
     settle,
     write_model,
 )
+from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
@@ -195,6 +196,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    if source.unpacking and recipe.engine == "streaming":
+        raise ValueError(f"{recipe.model}: {PACKED}")
     assert source.groups  # finds the experts in model and files, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import Plan
+from moe_fair.engines.auto import auto_class
+from moe_fair.moe.load import Checkpoint
 from moe_fair.pipeline import Pruned
 
 BAR = 24  # columns
@@ -81,10 +83,11 @@ def pruned_summary(done: Pruned) -> None:
             table.add_row(name, f"{b:.4f}", f"{a:.4f}", f"{a - b:+.4f}")
         console.print()
         console.print(table)
-    remote = "" if done.plan.uniform else ", trust_remote_code=True"
+    result = Checkpoint(str(done.output))
+    remote = ", trust_remote_code=True" if result.trust_remote_code else ""
     console.print(
         f"\n{done.output}: load it with "
-        f'AutoModelForCausalLM.from_pretrained("{done.output}"{remote})',
+        f'{auto_class(result.config).__name__}.from_pretrained("{done.output}"{remote})',
         soft_wrap=True,
     )
 

@@ -1,5 +1,6 @@
 """Where the reference model, its texts and the record of families lie."""
 
+import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -7,3 +8,4 @@ EVAL = ROOT / "eval"
 MODEL = EVAL / "tiny-qwen2-moe"
 CALIBRATION = EVAL / "text" / "calibration"
 HELDOUT = EVAL / "text" / "heldout"
+RECORD = json.loads((EVAL / "families.json").read_text())

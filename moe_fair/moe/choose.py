@@ -19,6 +19,9 @@ ENGINES = ("auto", "resident", "streaming")
 USABLE = 0.7
 
 
+PACKED = "quantised weights cannot be streamed; use --engine resident on a machine that holds them"
+
+
 @dataclass(frozen=True)
 class Choice:
     """An engine's name, and why it was chosen."""
@@ -67,6 +70,8 @@ def start(
     if engine == "resident":
         model = source.load(dtype, device)
         return ResidentEngine(model, visit=visit), model
+    if source.unpacking:
+        raise ValueError(f"{source.model}: {PACKED}")
     layered = LayeredModel(
         source.path,
         source.config,

@@ -21,6 +21,7 @@ from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.own_code import is_ours
+from moe_fair.moe.quantised import unpacking
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -163,8 +164,21 @@ class Checkpoint:
             dtype=pick_dtype(dtype, where),
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            **self.unpacking,
         )
         return model.to(where)
+
+    @property
+    def unpacking(self) -> dict[str, Any]:
+        """See `quantised.unpacking`.
+
+        Raises:
+            ValueError: quantised weights that cannot be scored.
+        """
+        try:
+            return unpacking(self.config)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
 
 
 def pick_device(device: str) -> torch.device:
