@@ -107,7 +107,9 @@ PASSAGES_TASK = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "text",
-    "metric_list": [{"metric": "bits_per_byte"}],
+    "metric_list": [
+        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+    ],
 }
 
 
