@@ -20,6 +20,7 @@ ORDER = [
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
     {"pipeline"},
+    {"evaluating"},
     {"tables"},
     {"cli"},
     {"__main__", "__init__"},

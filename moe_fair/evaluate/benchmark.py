@@ -158,6 +158,6 @@ def _write(path: Path, lines: Any) -> None:
     partial.replace(path)
 
 
-def suite_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Names from `a,b c` lists as the command line takes them."""
+def names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Task names from lists as the command line takes them: `a,b`, repeated."""
     return tuple(n for t in tasks for n in t.replace(",", " ").split())

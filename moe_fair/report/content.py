@@ -92,7 +92,7 @@ def _summary(s: Sources, kept: int, size: int) -> Iterator[Block]:
     if s.routing:
         domains = len(s.routing.domains)
         tiles.append(
-            Tile("calibrated on", f"{amount(s.routing.tokens)}tokens",
+            Tile("calibration tokens", f"{s.routing.tokens:,}",
                  f"{domains} domain{'s' if domains > 1 else ''}")
         )  # fmt: skip
     yield Tiles(tuple(tiles))
@@ -140,10 +140,12 @@ def _tod(s: Sources) -> Iterator[Block]:
     if s.plan.protection is None:
         yield Text("There are no protection scores in this plan, so there is no ToD to draw.")
         return
-    curves = [
-        figures.Curve(f"layer {g.layer}", tod.curve(r), g.depth)
-        for g, r in zip(s.plan.groups, _ranked(s), strict=True)
-    ]
+    pairs = list(zip(s.plan.groups, _ranked(s), strict=True))
+    if any(r.kept(g.depth) != g.kept for g, r in pairs):
+        # group-limited routing without the statistics that say so, or ids changed by hand
+        yield Text("The kept experts do not follow from the scores alone: there is no ToD to draw.")
+        return
+    curves = [figures.Curve(f"layer {g.layer}", tod.curve(r), g.depth) for g, r in pairs]
     yield Figure(
         "tod",
         figures.tod_curves(curves, s.plan.tolerance),
@@ -210,7 +212,7 @@ def _routing(s: Sources) -> Iterator[Block]:
         picture,
         "Heat maps of routed tokens, layers by experts, one a calibration domain",
         "How often each domain's calibration tokens are routed to an expert, against even use of "
-        "all experts of the layer. A dot marks the removed ones."
+        "all experts of the layer. A white dot marks the removed ones."
         + (f" {more} more domains are not drawn." if more else ""),
     )
 

@@ -32,7 +32,7 @@ STYLE: Any = {
     "axes.titlesize": 9.0,
     "legend.frameon": False,
 }
-FOLD = 3.0  # routing maps end at 2^3 times even use, and at 2^-3
+FOLD = 4.0  # routing maps end at 2^4 times even use, and at 2^-4
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def kept_bars(
                       label="null depth: rankings that know nothing of each other")  # fmt: skip
         if len(x) <= 40:
             for i, n in enumerate(kept):
-                axes.text(i, n, str(n), ha="center", va="top", color="white", fontsize=8)
+                axes.text(i, 0, f"{n}\n", ha="center", va="bottom", color="white", linespacing=0.6)
         _ticks(axes, x, labels, 48)
         axes.set(xlabel="layer", ylabel=f"{unit}s", xlim=(-0.7, len(x) - 0.3))
         axes.margins(y=0.02)
@@ -163,14 +163,15 @@ def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> 
                 row[: len(g.values)] = np.log2(np.maximum(g.values, 2.0**-FOLD))
             image = axes.imshow(values, cmap="PuOr_r", norm=norm, aspect="auto",
                                 interpolation="none")  # fmt: skip
-            _mark(axes, marked, "black", ".")
+            _mark(axes, marked, "white", "o")
             _map_axes(axes, marked, unit)
             axes.label_outer()
             axes.set_title(name, loc="left", pad=3)
         for axes in grid.flat[len(domains) :]:
             axes.set_visible(False)
-        bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.02, ticks=[-3, 0, 3])
-        bar.ax.set_yticklabels(["⅛ or less", "even use", "8 times"])
+        bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.02, ticks=[-FOLD, 0, FOLD])
+        most = f"{2**FOLD:.0f}"
+        bar.ax.set_yticklabels([f"1/{most} or less", "even use", f"{most} times"])
     return done()
 
 
@@ -179,7 +180,12 @@ def _mark(axes: Axes, groups: Sequence[Marked], color: str, marker: str) -> None
     if points:
         x, y = zip(*points, strict=True)
         cell = 640 / max(len(g.values) for g in groups)  # points across one cell, at full width
-        axes.scatter(x, y, s=_fit(cell * 0.55, 0.8, 5) ** 2, c=color, marker=marker, linewidths=0.9)
+        if marker == "x":
+            size = _fit(cell * 0.55, 0.8, 5)
+            axes.scatter(x, y, s=size**2, c=color, marker="x", linewidths=0.9)
+        else:  # a ring, to be seen on every colour
+            size = _fit(cell * 0.2, 0.5, 2.5)
+            axes.scatter(x, y, s=size**2, c=color, edgecolors="black", linewidths=size / 6)
 
 
 def _map_axes(axes: Axes, groups: Sequence[Marked], unit: str) -> None:

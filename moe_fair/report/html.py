@@ -41,6 +41,7 @@ tbody tr + tr td { border-top: 1px solid #eceff3; }
 figure { margin: 14px 0 4px; }
 figure img { display: block; height: auto; max-width: 100%; }
 figcaption { color: #566174; font-size: .9rem; margin-top: 6px; max-width: 90ch; }
+code { background: #f3f5f8; border-radius: 4px; padding: 1px 4px; font-size: .9em; }
 pre { background: #f3f5f8; border-radius: 8px; padding: 12px 14px; overflow-x: auto;
   font-size: .85rem; line-height: 1.45; margin: 10px 0; }
 footer { color: #566174; font-size: .85rem; margin-top: 20px; }
@@ -82,11 +83,10 @@ def _block(block: Block) -> str:
 
 @_block.register
 def _(block: Text) -> str:
-    return (
-        f'<p class="note">{escape(block.text)}</p>'
-        if block.note
-        else f"<p>{escape(block.text)}</p>"
-    )
+    # what stands between backquotes is code; the pieces are escaped one by one
+    parts = [escape(part) for part in block.text.split("`")]
+    text = "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
+    return f'<p class="note">{text}</p>' if block.note else f"<p>{text}</p>"
 
 
 @_block.register

@@ -19,9 +19,10 @@ def render(document: Document, footer: str, pictures: str) -> str:
     return "\n\n".join([*parts, plain(footer)]) + "\n"
 
 
-def plain(text: str) -> str:
+def plain(text: str, strip: bool = True) -> str:
     """Text on one line that Markdown and the HTML in it leave alone."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("&", "&amp;")
+    text = " ".join(text.split()) if strip else text
+    return _SPECIAL.sub(r"\\\1", text.replace("&", "&amp;"))
 
 
 def table(block: Table) -> str:
@@ -50,7 +51,10 @@ def _block(block: Block, pictures: str) -> str:
 
 @_block.register
 def _(block: Text, pictures: str) -> str:
-    return f"> {plain(block.text)}" if block.note else plain(block.text)
+    # what stands between backquotes is code
+    parts = " ".join(block.text.split()).split("`")
+    text = "".join(f"`{p}`" if i % 2 else plain(p, False) for i, p in enumerate(parts))
+    return f"> {text}" if block.note else text
 
 
 @_block.register
