@@ -89,7 +89,8 @@ def run_agreement(
                 checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit
             )
             engines.append(engine)
-        found = agreement(*engines, text.batches(size), text.domains)
+        original, pruned = engines
+        found = agreement(original, pruned, text.batches(size), text.domains)
     if folder is not None:
         save_agreement(folder, found)
     return found
