@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moe_fair.publish.push import Upload
 
 BAR = 24  # columns
+MOST_COLUMNS = 1000  # of a table
 
 
 def plan_table(plan: Plan) -> None:
@@ -117,6 +119,9 @@ def _print(console: Console, made: document.Table) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in made.rows:
         table.add_row(*map(Text, row))  # a name is not markup
+    # a terminal that is too narrow breaks the lines; a pipe has no width: no number is cut short
+    unbounded = console.options.update(width=MOST_COLUMNS)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
     console.print(table)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
@@ -110,28 +113,48 @@ def run(source: Checkpoint, benchmark: Benchmark) -> dict[str, Any]:
     dtype = pick_dtype(benchmark.dtype, device)
     source.shards  # noqa: B018  # downloaded, or told to be missing, before lm-eval starts
     try:
-        return lm_eval.simple_evaluate(
-            model="hf",
-            model_args={
-                "pretrained": str(source.path),
-                "dtype": dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
-                # our own unequal checkpoints bring a modeling file: see Checkpoint
-                "trust_remote_code": source.trust_remote_code,
-            },
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=benchmark.num_fewshot,
-            limit=benchmark.limit,
-            batch_size=benchmark.batch_size,
-            device=str(device),
-            apply_chat_template=benchmark.apply_chat_template,
-            log_samples=True,
-        )
+        with _quiet_git():
+            return lm_eval.simple_evaluate(
+                model="hf",
+                model_args={
+                    "pretrained": str(source.path),
+                    "dtype": dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
+                    # our own unequal checkpoints bring a modeling file: see Checkpoint
+                    "trust_remote_code": source.trust_remote_code,
+                },
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=benchmark.num_fewshot,
+                limit=benchmark.limit,
+                batch_size=benchmark.batch_size,
+                device=str(device),
+                apply_chat_template=benchmark.apply_chat_template,
+                log_samples=True,
+            )
     except OSError as e:
         raise ValueError(
             f"lm-eval could not run {', '.join(names)}: {first_line(e)}; its data sets come from "
             "the Hub (without a network: local tasks and --include-path)"
         ) from e
+
+
+@contextmanager
+def _quiet_git() -> Iterator[None]:
+    """lm-eval asks git for a commit to record; outside of a repository git complains on screen."""
+    stock = evaluator.get_git_commit_hash
+
+    def ask() -> str | None:
+        given = ["git", "describe", "--always"]
+        try:
+            return subprocess.run(given, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    evaluator.get_git_commit_hash = ask
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = stock
 
 
 def save(results: Mapping[str, Any], folder: Path, name: str, samples: bool) -> Path:

@@ -32,7 +32,11 @@ p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
 .tile .label { color: #566174; font-size: .85rem; }
 .tile .value { font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile .detail { color: #566174; font-size: .85rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 10px 0; }
+.scroll { overflow-x: auto; margin: 10px 0; background:
+  linear-gradient(to right, #fff 20px, transparent) left / 40px 100% no-repeat local,
+  linear-gradient(to left, #fff 20px, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to right, #0003, transparent) left / 10px 100% no-repeat scroll,
+  linear-gradient(to left, #0003, transparent) right / 10px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: pre; }
@@ -48,6 +52,9 @@ footer { color: #566174; font-size: .85rem; margin-top: 20px; }
 @media (max-width: 640px) {
   main { padding: 14px 10px 40px; }
   section { padding: 14px 12px; border-radius: 8px; }
+  table { font-size: .86rem; }
+  th, td { padding-right: 9px; }
+  figcaption::after { content: " The picture is wider than this screen: scroll it sideways."; }
 }
 """
 # a figure wider than the screen keeps at least this width on a phone, and scrolls
