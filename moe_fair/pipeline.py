@@ -22,7 +22,7 @@ from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import (
     check_output,
-    count_key,
+    count_path,
     fresh,
     partial_path,
     settle,
@@ -140,8 +140,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
-    assert source.blocks  # finds them, or says what was looked for
-    count_key(source.config)
+    assert source.groups  # finds the experts in model and files, or says what was looked for
+    count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.length > limit:
         raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
+from moe_fair.engines.auto import auto_class
+from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.own_code import is_ours
+from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
+from moe_fair.moe.own_code import MODELING_FILE, is_ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -45,18 +50,24 @@ class Checkpoint:
         # the file that our own pruning put there is run without asking; no other code is
         self.trust_remote_code = trust_remote_code or is_ours(self.path)
         self.config = self._config()
+        if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
+            raise ValueError(
+                f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
+                "of moe_fair writes it; read it, then allow it with --trust-remote-code"
+            )
 
     def _config(self) -> Any:
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as e:
-            raise ValueError(f"{self.model}: config.json cannot be used: {first_line(e)}") from e
+        except (ValueError, OSError, KeyError, StrictDataclassError) as e:
+            why = first_line(e.__cause__ or e)
+            raise ValueError(f"{self.model}: config.json cannot be used: {why}") from e
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model on the meta device: structure without weights."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(self.config).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
 
@@ -94,10 +105,29 @@ class Checkpoint:
         return ModelSize(sum(t.numel for t in self.tensors), sum(t.bytes for t in self.tensors))
 
     @cached_property
+    def parts(self) -> dict[str, ExpertTensor]:
+        """Stored name -> what it is, for the tensors that a cut changes.
+
+        Raises:
+            ValueError: the checkpoint's layout of experts is unknown.
+        """
+        find = destinations(self.skeleton)
+        return classify(
+            self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks
+        )
+
+    @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
-        """The routed experts of every MoE layer as unit groups."""
-        per_parameter = self.size.bytes / max(self.size.parameters, 1)
-        return tuple(b.unit_group(per_parameter) for b in self.blocks)
+        """The routed experts of every MoE layer as unit groups, with their sizes on disk.
+
+        Raises:
+            ValueError: as `parts`.
+        """
+        sizes = unit_sizes(self.tensors, self.parts)
+        return tuple(
+            replace(b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1])
+            for b in self.blocks
+        )
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -133,7 +163,7 @@ class Checkpoint:
         """
         where = pick_device(device)
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(self.config).from_pretrained(
             self.path,
             dtype=pick_dtype(dtype, where),
             trust_remote_code=self.trust_remote_code,

@@ -159,7 +159,7 @@ def test_a_broken_record_says_so(tmp_path: Path) -> None:
     save_agreement(tmp_path, Agreements(one, {"a": one}))
     file = tmp_path / "agreement.json"
     file.write_text(file.read_text()[:40])
-    with pytest.raises(ValueError, match="is not JSON.*remove it"):
+    with pytest.raises(ValueError, match=r"is not JSON.*remove it"):
         load_agreement(tmp_path)
     file.write_text('{"mean": {"tokens": 1}, "domains": {}}')
     with pytest.raises(ValueError, match="not a table of ours"):

@@ -146,9 +146,7 @@ def test_groups(subtasks: int) -> None:
 
 def test_the_average_is_that_of_the_tasks() -> None:
     pairs = {f"t{i}": drawn(60 + i, i) for i in range(8)}
-    pruned, original = (
-        results({n: p[side].tolist() for n, p in pairs.items()}) for side in (1, 0)
-    )
+    pruned, original = (results({n: p[side].tolist() for n, p in pairs.items()}) for side in (1, 0))
     *rows, average = compare(pruned, original)
     assert average.task == "average of 8"
     assert average.pruned == pytest.approx(np.mean([r.pruned for r in rows]))

@@ -38,7 +38,7 @@ def test_the_script_made_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_choices(domain: str) -> None:
-    """The labelled continuation follows the context in one document, the others follow elsewhere."""
+    """The labelled continuation follows the context in its document, the others do not."""
     lines = (HELDOUT / f"{domain}.jsonl").read_text().splitlines()
     documents = [json.loads(line)["text"] for line in lines]
     lines = (TASKS / f"local_choice_{domain}.jsonl").read_text().splitlines()
