@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+# HTTPError is that of the client's HTTP library, which differs by version
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from moe_fair.engines.shards import shard_files
+from moe_fair.moe.load import first_line
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
 from moe_fair.report.sources import FOLDER, Sources, gather
 
@@ -98,8 +101,10 @@ def push(
             ignore_patterns=LEFT_OUT,
             commit_message=f"Pruned from {sources.model} with moe_fair",
         )
-    except (HfHubHTTPError, OSError) as e:
-        raise ValueError(_refusal(e, repo_id)) from e
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as e:
+        # the client wraps what stopped a large file into a RuntimeError
+        cause = e.__cause__ if isinstance(e, RuntimeError) else e
+        raise ValueError(_refusal(cause or e, repo_id)) from e
     return Upload(repo_id, made.files, card, notes, str(commit.commit_url))
 
 
@@ -113,7 +118,7 @@ def find_base(sources: Sources, base_model: str | None) -> Base:
     try:
         validate_repo_id(name)
         return Base(name, ModelCard.load(name, ignore_metadata_errors=True).data.to_dict())
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError):
+    except (HFValidationError, HfHubHTTPError, HTTPError, OSError, ValueError):
         # not on the Hub, without a card, or out of reach; only what the user says is taken as given
         return Base(base_model, local)
 
@@ -154,7 +159,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name!r} is not a Hub name: {e}; write USER/NAME") from e
 
 
-def _refusal(e: Exception, repo_id: str) -> str:
+def _refusal(e: BaseException, repo_id: str) -> str:
     response = getattr(e, "response", None)
     status = getattr(response, "status_code", None)
     if status in (401, 403):
@@ -162,7 +167,7 @@ def _refusal(e: Exception, repo_id: str) -> str:
             f"{repo_id}: the Hub does not let this token write there (HTTP {status}); log in with "
             "`hf auth login` and a token that may write"
         )
-    line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    line = first_line(e)
     return (
         f"{repo_id}: the upload stopped: {line}; run the same command again, what has arrived is "
         "not sent twice"

@@ -50,8 +50,9 @@ class Hub:
         parts: of large files that come in parts of `part` bytes.
         requests: (method, path) of all.
         unknown: requests that this server has no answer for.
-        stall: called with the number of large files that are there before another is taken; where
-            it says so, the server stops answering for good.
+        breaks: `hang` or `drop`: what happens to further large files once `enough` are there; the
+            server never answers, or closes the connection.
+        broke: it has happened.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -61,8 +62,9 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     part: int = 2**40
-    stall: Callable[[int], bool] = lambda _: False
-    stalled: threading.Event = field(default_factory=threading.Event)
+    breaks: str = ""
+    enough: int = 2
+    broke: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
@@ -97,12 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
-        large = path.startswith("/lfs/")
-        with self.hub.lock:
-            stall = large and self.hub.stall(len(self.hub.objects))
-        if stall:
-            self.hub.stalled.set()
-            threading.Event().wait()
+        if (
+            path.startswith("/lfs/")
+            and self.hub.breaks
+            and len(self.hub.objects) >= self.hub.enough
+        ):
+            self.hub.broke.set()
+            if self.hub.breaks == "hang":
+                threading.Event().wait()
+            self.close_connection = True
+            return None
         body = self._body()
         for pattern, answer in ROUTES:
             if found := re.fullmatch(pattern, path):

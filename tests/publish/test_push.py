@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,18 +39,14 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def pruned(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, statistics_folder: Path
-) -> Path:
+def pruned(tmp_path_factory: pytest.TempPathFactory, kind: str, statistics_folder: Path) -> Path:
     """The reference model with 40 experts a layer, in several shards as large models are."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
     statistics = moe_fair.Statistics.load(statistics_folder)
     allocate = "uniform" if kind == "uniform" else "tod"
     sharded = partial(write_shards, max_shard_bytes=2_000_000)
     with mock.patch.object(checkpoint, "write_shards", sharded):
-        moe_fair.prune(
-            str(MODEL), folder, statistics=statistics, experts=40, allocate=allocate
-        )
+        moe_fair.prune(str(MODEL), folder, statistics=statistics, experts=40, allocate=allocate)
     return folder
 
 
@@ -128,23 +122,39 @@ def test_what_is_pushed_loads_by_its_name(hub: Hub, out: Path, kind: str, tmp_pa
     assert set(hub.arrived.values()) == {1}
 
 
+def interrupted(hub: Hub, out: Path, how: str) -> str:
+    """Push until the server breaks; kill the client, or see what it says."""
+    hub.breaks = how
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_fair", "push", str(out), NAME],
+        env=environment(hub, out.parent / "home"), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        try:
+            assert hub.broke.wait(60)
+            if how == "drop":
+                assert process.wait(200) == 2
+        finally:
+            process.kill()
+        hub.breaks = ""
+        assert process.stderr is not None
+        return process.stderr.read()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unequal"], indirect=True)
-@pytest.mark.parametrize("end", ["killed", "network"])
-def test_interrupted_in_the_middle(hub: Hub, out: Path, kind: str, end: str, tmp_path: Path) -> None:
-    """The process dies, or the network does; the same command finishes with the rest."""
-    large = [p for p in out.rglob("*.safetensors")]
-    hub.stall = lambda there: there >= 2
-    command = [sys.executable, "-m", "moe_fair", "push", str(out), NAME]
-    process = subprocess.Popen(command, env=environment(hub, tmp_path / "home"))
-    assert hub.stalled.wait(60)
+@pytest.mark.parametrize("how", ["hang", "drop"])
+def test_interrupted_in_the_middle(hub: Hub, out: Path, kind: str, how: str) -> None:
+    """The process is killed, or the network fails; the same command finishes with the rest."""
+    large = {p.relative_to(out).as_posix(): p for p in out.rglob("*.safetensors")}
+    said = interrupted(hub, out, how)
+    assert how == "hang" or "run the same command again" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert WRITES not in said
     arrived = set(hub.objects)
     assert 2 <= len(arrived) < len(large)
-    process.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
-    assert process.wait(60) != 0
     assert hub.repositories[NAME].branches["main"] == {}  # never half a model
 
-    hub.stall = lambda _: False
     before = len(hub.requests)
     done = push(hub, out)
     assert done.returncode == 0, done.stderr
@@ -153,4 +163,57 @@ def test_interrupted_in_the_middle(hub: Hub, out: Path, kind: str, end: str, tmp
     assert not any(digest in path for path in sent for digest in arrived)
     assert set(hub.arrived.values()) == {1}
     files = hub.repositories[NAME].branches["main"]
-    assert all(files[p.relative_to(out).as_posix()] == p.read_bytes() for p in large)
+    assert {n: files[n] for n in large} == {n: p.read_bytes() for n, p in large.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unequal"], indirect=True)
+def test_private_on_a_branch_in_parts(hub: Hub, out: Path, kind: str, tmp_path: Path) -> None:
+    hub.part = 700_000
+    done = push(hub, out, "--private", "--revision", "forty")
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories[NAME]
+    assert repository.private
+    assert set(repository.branches) == {"main", "forty"}
+    assert repository.branches["main"] == {}
+    assert [c["branch"] for c in repository.commits] == ["forty"]
+    assert any(path.endswith("/2") for _, path in hub.requests if path.startswith("/lfs/"))
+    found = logits(hub, tmp_path, NAME, kind, "forty")
+    with torch.no_grad():
+        wanted = Checkpoint(str(out)).load("float32")(torch.arange(3, 35).view(2, 16)).logits
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["uniform"], indirect=True)
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [(None, "no Hub token: log in with"), (READS, "HTTP 403"), ("hf_" + "x" * 34, "HTTP 401")],
+)
+def test_tokens(hub: Hub, out: Path, kind: str, token: str | None, said: str) -> None:
+    done = push(hub, out, token=token)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not token or token not in done.stdout + done.stderr
+    assert set(hub.repositories) == {BASE}
+    assert not hub.objects
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["uniform"], indirect=True)
+def test_the_licence_is_the_base_models(hub: Hub, out: Path, kind: str) -> None:
+    """A dry run reads the base model's card, writes nothing on the Hub, and needs no token."""
+    done = push(hub, out, "--base-model", BASE, "--dry-run", token=None)
+    assert done.returncode == 0, done.stderr
+    found = read_metadata(out / "README.md")
+    assert found["license"] == "other"
+    assert found["license_name"] == "tongyi"
+    assert found["language"] == ["en"]
+    assert found["base_model"] == BASE
+    assert "has no licence line" not in done.stderr
+    assert set(hub.repositories) == {BASE}
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+    assert "model-00001-of-" in done.stdout
+    assert "README.md" in done.stdout
