@@ -45,9 +45,10 @@ def load_agreement(folder: Path) -> Agreements | None:
     """The agreement, or None where it was not measured."""
     raw = _read(folder / AGREEMENT)
     try:
-        return raw and Agreements(
-            Agreement(**raw["mean"]), {d: Agreement(**a) for d, a in raw["domains"].items()}
-        )
+        if raw is None:
+            return None
+        domains = {d: Agreement(**a) for d, a in raw["domains"].items()}
+        return Agreements(Agreement(**raw["mean"]), domains)
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder / AGREEMENT} is not a table of ours: {e}; remove it") from e
 
@@ -56,7 +57,9 @@ def load_heldout(folder: Path) -> tuple[HeldoutLoss, HeldoutLoss] | None:
     """Held-out losses of original and pruned, or None where `prune` had no --heldout."""
     raw = _read(folder / HELDOUT)
     try:
-        return raw and (HeldoutLoss(**raw["original"]), HeldoutLoss(**raw["pruned"]))
+        if raw is None:
+            return None
+        return HeldoutLoss(**raw["original"]), HeldoutLoss(**raw["pruned"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder / HELDOUT} is not a table of ours: {e}; remove it") from e
 
