@@ -168,7 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'tester'}/{asked['name']}"
         known = name in self.hub.repositories
         if not known:
-            self.hub.repositories[name] = Repository(bool(asked.get("private")))
+            # clients differ in how they say it
+            private = bool(asked.get("private")) or asked.get("visibility") == "private"
+            self.hub.repositories[name] = Repository(private)
         url = f"{self.hub.url}/{name}"
         self._say(409 if known else 200, {"url": url, "name": name, "id": name})
 
