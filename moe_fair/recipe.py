@@ -48,6 +48,8 @@ class Recipe:
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
+            unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
         heldout_samples: most held-out windows.
     """
@@ -80,6 +82,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
 

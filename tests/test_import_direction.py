@@ -21,6 +21,7 @@ ORDER = [
     {"publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
+    {"repairing"},
     {"pipeline"},
     {"evaluating"},
     {"tables"},

@@ -66,9 +66,7 @@ class Oracle:
         if header.get("format") != ORACLE_FORMAT:
             raise ValueError(f"{path} is not an oracle ({ORACLE_FORMAT})")
         about = json.loads(header["about"])
-        return Oracle(
-            changes, about["loss"], about["tokens"], about["fingerprint"], about["facts"]
-        )
+        return Oracle(changes, about["loss"], about["tokens"], about["fingerprint"], about["facts"])
 
 
 @dataclass(frozen=True)

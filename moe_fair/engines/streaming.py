@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from moe_fair.engines.batch import (
     token_losses,
 )
 from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.loaded import LoadedLayers
 
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
 NOT_ALONE = (
@@ -50,7 +51,7 @@ class LayerCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         shared = [v for v in self.keywords.values() if isinstance(v, MutableMapping)]
         before = [len(v) for v in shared]
         output = layer(hidden, *self.arguments, **self.keywords)
@@ -71,7 +72,7 @@ class StreamingEngine:
 
     def __init__(
         self,
-        layered: LayeredModel,
+        layered: LayeredModel | LoadedLayers,
         *,
         activation_bytes: int = 2**28,
         visit: Visit = quietly,

@@ -95,7 +95,7 @@ class MoeBlock:
         def detach() -> None:
             del experts.forward  # the class's own shows again
             if experts.forward != stock:  # accelerate had put a hook on the instance
-                experts.forward = stock  # type: ignore[assignment]
+                experts.forward = stock
 
         return stock, detach
 

@@ -18,6 +18,7 @@ from moe_fair.engines.shards import write_shards
 from moe_fair.moe.blocks import COUNTERS, rows_of
 from moe_fair.moe.file_surgery import cut_tensors
 from moe_fair.moe.load import Checkpoint, first_line
+from moe_fair.moe.overlay import with_repairs
 from moe_fair.moe.own_code import (
     MODELING_CLASS,
     MODELING_FILE,
@@ -72,6 +73,7 @@ def write_model(
     kept: Mapping[str, Sequence[int]],
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
+    repaired: Path | None = None,
 ) -> None:
     """Write the pruned weights, config, modeling file and companions into `folder`.
 
@@ -80,6 +82,7 @@ def write_model(
     Args:
         kept: block name -> ids that stay.
         advance: told the number of bytes after each copy.
+        repaired: folder of repaired layers whose tensors replace the original ones.
 
     Raises:
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
@@ -87,7 +90,11 @@ def write_model(
     check_all(source.blocks, kept)
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(source, kept, folder)
-    write_shards(cut_tensors(source.tensors, source.parts, kept), folder, advance=advance)
+    if repaired is not None:
+        tensors = with_repairs(source, kept, repaired)
+    else:
+        tensors = cut_tensors(source.tensors, source.parts, kept)
+    write_shards(tensors, folder, advance=advance)
     for pattern in COMPANIONS:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -159,7 +159,9 @@ class _Tap:
             if self.rerouting is not None:
                 routes = self.rerouting.routes(top_k_index, top_k_weights.detach())
                 book.reroute(
-                    hidden_states.detach(), f.detach(), Candidates.of(top_k_index, *routes, self.size)
+                    hidden_states.detach(),
+                    f.detach(),
+                    Candidates.of(top_k_index, *routes, self.size),
                 )
                 if taylor:
                     y.register_hook(book.output_gradient)

@@ -10,7 +10,7 @@ Shape legend: B sequences, L tokens, T = B·L, K top-k, R removals, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.counterfactual import Candidates, Rerouting
+from moe_fair.moe.watch import Watch
 
 # out + Δ stands for the layer run again where the two agree to this, relative to the output
 ADDITIVE = 1e-5
@@ -93,7 +94,7 @@ def _without(
     layer: nn.Module, call: LayerCall, block: MoeBlock, hidden: Tensor, sets: Sets
 ) -> tuple[Tensor, Iterator[Tensor]]:
     """The layer's output [B, L, D], and that without each of the sets."""
-    tap, rerouting = _Watch(block), Rerouting(block)
+    tap, rerouting = Watch(block), Rerouting(block)
     rerouting.attach()
     try:
         with tap:
@@ -118,50 +119,18 @@ def _without(
     return out, variants()
 
 
-def _differences(tap: _Watch, block: MoeBlock, ids: Tensor, weights: Tensor) -> Iterator[Tensor]:
+def _differences(tap: Watch, block: MoeBlock, ids: Tensor, weights: Tensor) -> Iterator[Tensor]:
     """[T, D] change of the routed output for each removal."""
     candidates = Candidates.of(tap.index, ids, weights, block.num_experts)
     flat = candidates.ids.flatten()
     real = (flat >= 0).nonzero().flatten()
     t, m = candidates.ids.shape
-    ones = tap.weights.new_ones(len(real), 1)
-    rows = tap.stock(tap.x[real.div(m, rounding_mode="floor")], flat[real, None], ones)
+    tokens = real.div(m, rounding_mode="floor")
+    weights_like = tap.weights.new_ones(len(real))
+    rows = block.outputs(tap.stock, tap.x[tokens], flat[real], weights_like)
     f = rows.new_zeros(t * m, rows.shape[-1])
     f[real] = rows
     f = f.view(t, m, -1)
     for r in range(candidates.change.shape[1]):
         c = candidates.change[:, r].to(f.dtype)
         yield torch.bmm(c.unsqueeze(1), f).squeeze(1)
-
-
-class _Watch:
-    """Notes what one experts module is called with; can make it answer with another routing."""
-
-    def __init__(self, block: MoeBlock) -> None:
-        self.experts = block.experts
-        self.stock: Callable[..., Tensor] = self.experts.forward
-        self.x: Tensor
-        self.index: Tensor
-        self.weights: Tensor
-        self._instead: tuple[Tensor, Tensor] | None = None
-
-    def __enter__(self) -> _Watch:
-        self.experts.forward = self._forward
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._instead = None
-        del self.experts.forward
-        if self.experts.forward != self.stock:  # accelerate had put a hook on the instance
-            self.experts.forward = self.stock
-
-    def answering(self, index: Tensor, weights: Tensor) -> _Watch:
-        """Use as a context: the experts run with this routing instead."""
-        self._instead = (index, weights)
-        return self
-
-    def _forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if self._instead is not None:
-            return self.stock(x, *self._instead)
-        self.x, self.index, self.weights = x, index, weights
-        return self.stock(x, index, weights)

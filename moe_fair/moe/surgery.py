@@ -46,7 +46,7 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     check_all(found, kept)
     blocks = {b.name: b for b in found}
     for name, ids in kept.items():
-        _cut_block(blocks[name], ids)
+        cut_block(blocks[name], ids)
 
 
 def check_all(found: Sequence[MoeBlock], kept: Mapping[str, Sequence[int]]) -> None:
@@ -66,7 +66,8 @@ def check_all(found: Sequence[MoeBlock], kept: Mapping[str, Sequence[int]]) -> N
         check_kept(blocks[name], ids)
 
 
-def _cut_block(block: MoeBlock, ids: Sequence[int]) -> None:
+def cut_block(block: MoeBlock, ids: Sequence[int]) -> None:
+    """Keep only these experts of one block, in place; `check_kept` says whether it can."""
     size = block.num_experts
     tensors, numbers = list(block.tensors()), list(block.numbers())
     for module, name, dim in tensors:
