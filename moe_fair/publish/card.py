@@ -103,9 +103,15 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     )
     scores = plan.removal + (f" against {plan.protection}" if plan.protection else "")
     yield f"# {plain(repo_id.rpartition('/')[2])}"
+    after = "Nothing was fine-tuned."
+    if s.repairs:
+        after = (
+            "The remaining experts were then repaired on calibration text, layer by layer, to give "
+            "what the original's layers give; no labels were used."
+        )
     yield (
         f"{original} with {kept} of its {size} routed experts: pruned by moe_fair, "
-        f"{plain(plan.allocator)} on {plain(scores)}. Nothing was fine-tuned."
+        f"{plain(plan.allocator)} on {plain(scores)}. {after}"
     )
     yield table(_sizes(s))
     yield "## Load it"

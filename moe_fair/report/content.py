@@ -11,6 +11,7 @@ from moe_fair.core.allocate import tod
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.moe.repair import LayerRepair
 from moe_fair.report import figures
 from moe_fair.report.document import (
     Block,
@@ -30,6 +31,7 @@ from moe_fair.report.numbers import (
     benchmark_table,
     change,
     heldout_table,
+    repair_table,
     size_table,
 )
 from moe_fair.report.sources import Routing, Sources
@@ -52,6 +54,7 @@ def document(s: Sources) -> Document:
                 ("Tolerance of Difference", _tod(s)),
                 ("Scores", _scores(s.plan)),
                 ("Which domain uses which experts", _routing(s)),
+                *([("Repair", _repair(s.repairs))] if s.repairs else []),
                 ("Size", [size_table(s.plan.before, s.plan.after)]),
                 ("Held-out loss", _heldout(s)),
                 ("Agreement with the original", _agreement(s)),
@@ -221,6 +224,15 @@ def _use(routing: Routing, group: str, domain: int) -> np.ndarray:
     """[N] routed tokens of each unit over the group's mean, in one domain."""
     use = routing.use[group][domain].numpy()
     return use / use.mean() if use.any() else np.ones_like(use)
+
+
+def _repair(repairs: list[LayerRepair]) -> Iterator[Block]:
+    yield Text(
+        "After the cut the remaining experts were fitted, layer by layer, to what the original's "
+        "layers gave on the calibration text. Squared errors relative to the target's square, on "
+        "sequences that the fit did not see; a layer where the fit did not help was left alone."
+    )
+    yield repair_table(repairs)
 
 
 def _heldout(s: Sources) -> Iterator[Block]:

@@ -8,6 +8,7 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.heldout import HeldoutLoss
+from moe_fair.moe.repair import LayerRepair
 from moe_fair.report.document import Table
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
@@ -46,6 +47,20 @@ def heldout_table(original: HeldoutLoss, pruned: HeldoutLoss) -> Table:
         ("held-out loss", "original", "pruned", "change"),
         tuple((d, f"{o:.4f}", f"{p:.4f}", f"{p - o:+.4f}") for d, o, p in rows),
     )
+
+
+def repair_table(repairs: Sequence[LayerRepair]) -> Table:
+    """Relative squared errors on held-out sequences, with layers only cut, and repaired."""
+    tuned = any(r.epoch for r in repairs)
+    more = ("layer error before", "distilled", "epoch kept") if tuned else ()
+    return Table(
+        ("layer", "repair", "expert error before", "fitted", *more),
+        tuple(
+            (r.name, r.repair, f"{r.before:.4f}", f"{r.after:.4f}",
+             *((f"{r.tuned_before:.4f}", f"{r.tuned_after:.4f}", str(r.epoch)) if tuned else ()))
+            for r in repairs
+        ),
+    )  # fmt: skip
 
 
 def agreement_table(found: Agreements) -> Table:

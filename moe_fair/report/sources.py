@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.heldout import HeldoutLoss
 from moe_fair.evaluate.record import load_agreement, load_benchmarks, load_heldout
+from moe_fair.moe.repair import LayerRepair
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint
 USE = "tokens"  # the statistic that routing maps show
@@ -40,6 +41,7 @@ class Sources:
     plan: Plan
     recipe: str
     routing: Routing | None
+    repairs: list[LayerRepair] | None
     heldout: tuple[HeldoutLoss, HeldoutLoss] | None
     agreement: Agreements | None
     benchmarks: list[Row] | None
@@ -67,10 +69,22 @@ def gather(output: Path) -> Sources:
         plan=Plan.load(folder / "plan.json"),
         recipe=recipe.read_text() if recipe.is_file() else "",
         routing=_routing(folder / STATISTICS_FILE),
+        repairs=_repairs(folder / "repair.json"),
         heldout=load_heldout(folder),
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
     )
+
+
+def _repairs(file: Path) -> list[LayerRepair] | None:
+    if not file.is_file():
+        return None
+    known = {f.name for f in fields(LayerRepair)}  # another version may know more
+    try:
+        layers = json.loads(file.read_text())
+        return [LayerRepair(**{k: v for k, v in layer.items() if k in known}) for layer in layers]
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is not a table of repairs: {e}; remove it") from e
 
 
 def _routing(file: Path) -> Routing | None:

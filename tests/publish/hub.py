@@ -33,10 +33,14 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def head(self) -> str:
-        """The commit that every branch is said to be at."""
-        return f"{len(self.commits):040x}"
+    def head(self, branch: str) -> str:
+        """The commit that a branch is at."""
+        count = sum(c["branch"] == branch for c in self.commits)
+        return hashlib.sha1(f"{branch} {count}".encode()).hexdigest()
+
+    def branch(self, name: str) -> str:
+        """The branch of this name, or the one that is at this commit."""
+        return next((b for b in self.branches if name in (b, self.head(b))), "main")
 
 
 @dataclass
@@ -264,24 +268,26 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
             else:
                 self.hub.unknown.append(f"commit entry {entry['key']}")
-        url = f"{self.hub.url}/{name}/commit/{repository.head}"
-        self._say(200, {"success": True, "commitUrl": url, "commitOid": repository.head})
+        head = repository.head(branch)
+        url = f"{self.hub.url}/{name}/commit/{head}"
+        self._say(200, {"success": True, "commitUrl": url, "commitOid": head})
 
     # reading
 
-    def _info(self, body: bytes, name: str, branch: str | None = None) -> None:
+    def _info(self, body: bytes, name: str, branch: str = "main") -> None:
         repository = self._repository(name)
         if repository is None:
             return
-        names = [{"rfilename": f} for f in repository.branches.get(branch or "main", {})]
-        self._say(200, {"id": name, "sha": repository.head, "siblings": names, "tags": []})
+        branch = repository.branch(branch)
+        names = [{"rfilename": f} for f in repository.branches[branch]]
+        self._say(200, {"id": name, "sha": repository.head(branch), "siblings": names, "tags": []})
 
     def _tree(self, body: bytes, name: str, branch: str) -> None:
         repository = self._repository(name)
         if repository is None:
             return
         entries = []
-        for path, content in self._files(repository, branch).items():
+        for path, content in repository.branches[repository.branch(branch)].items():
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
             entry["oid"] = _digest(path, content)
             if path.endswith(LARGE):
@@ -293,25 +299,19 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         if repository is None:
             return
-        files = self._files(repository, branch)
+        branch = repository.branch(branch)
+        files, head = repository.branches[branch], repository.head(branch)
         if path not in files:
-            self._say(
-                404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound",
-                X_Repo_Commit=repository.head,
-            )  # fmt: skip
-            return
+            missing = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": head}
+            return self._say(404, {"error": "Entry not found"}, **missing)
         content, tag = files[path], f'"{_digest(path, files[path])}"'
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        headers = {"X_Repo_Commit": repository.head, "ETag": tag, "Accept_Ranges": "bytes"}
+        headers = {"X_Repo_Commit": head, "ETag": tag, "Accept_Ranges": "bytes"}
         if asked is None:
             return self._say(200, content, **headers)
         first, last = int(asked[1]), int(asked[2] or len(content) - 1)
         headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
         return self._say(206, content[first : last + 1], **headers)
-
-    def _files(self, repository: Repository, branch: str) -> dict[str, bytes]:
-        # a client that has asked for a branch goes on with the commit that it was told
-        return repository.branches.get(branch, repository.branches["main"])
 
     def _card_is_valid(self, body: bytes) -> None:
         self._say(200, {"errors": [], "warnings": []})

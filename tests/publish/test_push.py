@@ -89,10 +89,11 @@ def push(
 
 def logits(hub: Hub, home: Path, name: str, kind: str, revision: str = "") -> torch.Tensor:
     """What a user gets who knows nothing but the name."""
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", LOAD, name, str(home / "logits"), revision, kind],
-        check=True, capture_output=True, env=environment(hub, home / "home"), cwd=home,
+        capture_output=True, text=True, env=environment(hub, home / "home"), cwd=home,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(home / "logits")
 
 

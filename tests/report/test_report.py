@@ -84,7 +84,13 @@ class Page(HTMLParser):
 def pruned(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Path:
     folder = tmp_path_factory.mktemp("pruned") / "out"
     moe_fair.prune(
-        str(MODEL), folder, experts=40, heldout=str(HELDOUT), heldout_samples=8, **settings
+        str(MODEL),
+        folder,
+        experts=40,
+        heldout=str(HELDOUT),
+        heldout_samples=8,
+        repair="scale",
+        **settings,
     )
     one = Agreement(100, 2.5, 2.75, 0.125, 0.875, 0.9375)
     save_agreement(folder / "moe_fair", Agreements(one, {"python": one}))
