@@ -104,10 +104,11 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     scores = plan.removal + (f" against {plan.protection}" if plan.protection else "")
     yield f"# {plain(repo_id.rpartition('/')[2])}"
     after = "Nothing was fine-tuned."
-    if s.repairs:
+    done = sorted({r.repair for r in s.repairs or () if r.repair != "none"})
+    if done:
         after = (
-            "The remaining experts were then repaired on calibration text, layer by layer, to give "
-            "what the original's layers give; no labels were used."
+            f"What remains was then repaired ({plain(', '.join(done))}) on calibration text, "
+            "layer by layer, to give what the original's layers give; no labels were used."
         )
     yield (
         f"{original} with {kept} of its {size} routed experts: pruned by moe_fair, "

@@ -228,9 +228,10 @@ def _use(routing: Routing, group: str, domain: int) -> np.ndarray:
 
 def _repair(repairs: list[LayerRepair]) -> Iterator[Block]:
     yield Text(
-        "After the cut the remaining experts were fitted, layer by layer, to what the original's "
-        "layers gave on the calibration text. Squared errors relative to the target's square, on "
-        "sequences that the fit did not see; a layer where the fit did not help was left alone."
+        "After the cut the remaining experts (`distill`: router and shared experts as well) were "
+        "fitted, layer by layer, to what the original's layers gave on the calibration text. "
+        "Squared errors relative to the target's square, on sequences that the fit did not see; a "
+        "layer where the fit did not help was left alone."
     )
     yield repair_table(repairs)
 

@@ -244,7 +244,9 @@ def test_a_walk_goes_on_where_it_was_killed(
     last.write_bytes(last.read_bytes()[:1000])  # damaged: counts as missing
     fits = []
     stock = refit.fit
-    monkeypatch.setattr(repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k))
+    monkeypatch.setattr(
+        repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k)
+    )
     resumed = copy.deepcopy(original)
     assert walk(resumed, kept, "distill", tmp_path / "w") == done
     assert len(fits) == len(refit.ridges) + 1  # of the last layer alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_the_card_holds_plan_and_recipe(pruned: Path) -> None:
         assert f"| {g.layer} | {g.size} | {len(g.kept)} |" in text
     fenced = text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(fenced) == yaml.safe_load(sources.recipe)
+
+
+def test_the_card_says_what_was_trained(out: Path) -> None:
+    table = [{"name": "model.layers.0.mlp", "repair": "refit", "ridge": 0.1, "before": 1.0,
+              "after": 0.5, "from_another_version": 1}]  # fmt: skip
+    (out / "moe_fair" / "repair.json").write_text(json.dumps(table))
+    text = make_card(gather(out), "tester/pruned", Base())
+    assert "repaired (refit) on calibration text" in text
+    assert "Nothing was fine-tuned" not in text
 
 
 def test_a_licence_given_wins_over_the_base_models(pruned: Path) -> None:

@@ -134,13 +134,19 @@ def test_prune_writes_it(pruned: Path) -> None:
 def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
     assert page.headings == [
         "In short", "Experts kept per layer", "Tolerance of Difference", "Scores",
-        "Which domain uses which experts", "Size", "Held-out loss", "Agreement with the original",
-        "Benchmarks", "Recipe",
+        "Which domain uses which experts", "Repair", "Size", "Held-out loss",
+        "Agreement with the original", "Benchmarks", "Recipe",
     ]  # fmt: skip
     sources = gather(pruned)
-    budget, size, heldout, agreement, benchmarks, prints = page.tables
+    budget, repair, size, heldout, agreement, benchmarks, prints = page.tables
     assert [[int(x) for x in row[:4]] for row in budget[1:]] == [
         [g.layer, g.size, len(g.kept), g.size - len(g.kept)] for g in sources.plan.groups
+    ]
+    assert sources.repairs is not None
+    assert repair[0] == ["layer", "repair", "expert error before", "fitted"]
+    assert [r[0] for r in repair[1:]] == [g.name for g in sources.plan.groups]
+    assert [r[2:4] for r in repair[1:]] == [
+        [f"{r.before:.4f}", f"{r.after:.4f}"] for r in sources.repairs
     ]
     assert size[1][1:] == ["8.05 M", "5.82 M", "-27.7%"]
     assert sources.heldout is not None
@@ -307,6 +313,7 @@ def test_ids_that_do_not_follow_from_the_scores(out: Path) -> None:
         ("benchmarks.json", "{", "is not JSON"),
         ("agreement.json", "{}", "is not a table of ours"),
         ("heldout.json", '{"original": 1}', "is not a table of ours"),
+        ("repair.json", '[{"name": 1}]', "is not a table of repairs"),
         ("statistics.safetensors", "x", "cannot be read as a statistics file"),
     ],
 )
