@@ -41,7 +41,8 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
-        method: `fair`, or the name of a criterion, with that method's usual allocation.
+        method: `second-order` (ours), `fair` (the paper's), or the name of a criterion, with that
+            method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
@@ -70,7 +71,7 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
-    method: str = "fair"
+    method: str = "second-order"
     removal: str | None = None
     protection: str | None = None
     allocate: str | None = None

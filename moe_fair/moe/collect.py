@@ -36,8 +36,8 @@ FORWARD = (
 )
 VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
 TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
-# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e², see `counterfactual`
-REMOVED = ("removed_error", "removed_first", "removed_second")
+# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e δ_f ([E, E]), see `counterfactual`
+REMOVED = ("removed_error", "removed_first", "removed_gram")
 
 
 class ExpertCollector:
@@ -329,7 +329,9 @@ class _Booking:
         tokens = self.batch.predicted().repeat_interleave(self.batch.mask.shape[1])
         delta = candidates.first_order(products * tokens.unsqueeze(1))
         self.sums["removed_first"] = self._over_tokens(delta)
-        self.sums["removed_second"] = self._over_tokens(delta.square())
+        if self.counted is not None:
+            delta = delta * self.batch.mask.flatten().to(delta).unsqueeze(1)
+        self.sums["removed_gram"] = delta.T @ delta
 
     def commit(self) -> None:
         """Enter the batch's sums."""

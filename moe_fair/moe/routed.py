@@ -11,6 +11,7 @@ Shape legend: T tokens, K top-k, E experts, F hidden (one more with a bias), D m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,25 @@ class Routed:
     def adjoint(self, r: Tensor) -> Tensor:
         """[E, F, D] from [T, D]: the transpose of `output`."""
         return torch.stack([h.T @ r[tokens] for tokens, h in self.features()])
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """[E·F, E·F] float64, `adjoint ∘ output` as a matrix: only tokens that share two experts
+        count between them. For few and narrow experts."""
+        every = list(self.features())
+        size, width = len(every), every[0][1].shape[1]
+        g = self.x.new_zeros(size, width, size, width, dtype=torch.float64)
+        row = torch.full((len(self.x),), -1, device=self.x.device)
+        for e, (tokens, h) in enumerate(every):
+            row.fill_(-1)
+            row[tokens] = torch.arange(len(tokens), device=row.device)
+            for other in range(e, size):
+                shared, h_other = every[other]
+                at = row[shared]
+                both = at >= 0
+                g[e, :, other] = (h[at[both]].T @ h_other[both]).double()
+                g[other, :, e] = g[e, :, other].T
+        return g.view(size * width, size * width)
 
     def squares(self) -> Tensor:
         """[E, F] Σ (g·h)²: the diagonal of `adjoint ∘ output`, the same for every column."""

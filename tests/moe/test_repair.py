@@ -1,4 +1,4 @@
-"""Repairs: each fit against its closed form, the walk in both engines, the checkpoint they leave."""
+"""Repairs: each fit against its closed form, the walk in both engines, the checkpoint left."""
 
 from __future__ import annotations
 
@@ -137,11 +137,13 @@ def test_fits_equal_their_closed_forms(kind: str) -> None:
     eye = torch.eye(phi.shape[1], dtype=y.dtype)
     stacked = torch.cat([phi, lam.sqrt() * eye]), torch.cat([target, lam.sqrt() * a * flat])
     best = torch.linalg.lstsq(*stacked).solution
-    got = refit.fit(routed, target, 0.3, iterations=2000, solved=1e-13)
-    torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(routed.gram, phi.T @ phi)
+    for direct in (10**6, 0):  # the matrix, and conjugate gradients
+        got = refit.fit(routed, target, 0.3, direct=direct, iterations=2000, solved=1e-13)
+        torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
     # what a run does, 15 steps, is most of the way there
     error = lambda w: float((target - phi @ w).square().sum())  # noqa: E731
-    short = refit.fit(routed, target, 0.3).flatten(0, 1)
+    short = refit.fit(routed, target, 0.3, direct=0).flatten(0, 1)
     assert error(short) - error(best) < 0.05 * (error(a * flat) - error(best))
 
 
@@ -244,9 +246,7 @@ def test_a_walk_goes_on_where_it_was_killed(
     last.write_bytes(last.read_bytes()[:1000])  # damaged: counts as missing
     fits = []
     stock = refit.fit
-    monkeypatch.setattr(
-        repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k)
-    )
+    monkeypatch.setattr(repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k))
     resumed = copy.deepcopy(original)
     assert walk(resumed, kept, "distill", tmp_path / "w") == done
     assert len(fits) == len(refit.ridges) + 1  # of the last layer alone
@@ -262,7 +262,7 @@ def test_another_layout_is_not_written(tmp_path: Path) -> None:
         for b in find_blocks(model):
             b.experts.down_proj.mul_(1.5)  # as if the checkpoint kept them scaled
     walk(model, kept, "refit", tmp_path / "r")
-    with pytest.raises(ValueError, match="another layout than the model.*--repair none"):
+    with pytest.raises(ValueError, match=r"another layout than the model.*--repair none"):
         write_model(checkpoint, kept, tmp_path / "out", repaired=tmp_path / "r")
 
 
@@ -270,5 +270,5 @@ def test_experts_behind_a_norm_are_refused() -> None:
     model = tiny_model("qwen2_moe")
     block = find_blocks(model)[0]
     block.experts.has_post_expert_norm = True
-    with pytest.raises(ValueError, match="not a linear map of down_proj.*--repair none"):
+    with pytest.raises(ValueError, match=r"not a linear map of down_proj.*--repair none"):
         Repairer(StreamingEngine(LoadedLayers(model)), {block.name: [0, 1, 2, 3]}, "refit")

@@ -2,8 +2,9 @@
 
     min over W   Σ_t ‖y(t) - Σ_e g_e h_e(t) W_e‖² + λ Σ_e ‖W_e - a W_e⁰‖²
 
-by conjugate gradients on the normal equations, forward and adjoint only, with their diagonal as the
-preconditioner: experts that few tokens reach have much smaller equations than busy ones.
+Few and narrow experts: the normal equations are solved as they are. Else by conjugate gradients,
+forward and adjoint only, with the diagonal as the preconditioner: experts that few tokens reach
+have much smaller equations than busy ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moe_fair.moe.routed import Routed, read_down
 
 name = "refit"
 ridges = (0.01, 0.1, 1.0)
+DIRECT = 4096  # unknowns per column up to which the matrix is formed
 ITERATIONS = 15
 SOLVED = 1e-6  # of the right-hand side's norm
 
@@ -25,12 +27,14 @@ def fit(
     target: Tensor,
     ridge: float,
     *,
+    direct: int = DIRECT,
     iterations: int = ITERATIONS,
     solved: float = SOLVED,
 ) -> Tensor:
     """[E, F, D]; λ is the ridge times the mean of Σ (g·h)² over hidden activations.
 
     Args:
+        direct: most E·F for which the normal equations are solved directly.
         iterations, solved: conjugate gradients stop after so many, or when the residual has come
             down to this share.
     """
@@ -40,9 +44,14 @@ def fit(
     w = a * start
     squares = routed.squares()
     weight = ridge * float(squares.mean())
-    scale = (squares + weight).clamp(min=torch.finfo(w.dtype).tiny).unsqueeze(-1)
-
     residual = routed.adjoint(target - a * y)  # the ridge has no pull at its own centre
+    if squares.numel() <= direct:
+        matrix = routed.gram.clone()
+        # experts that no token reached have nothing but the ridge
+        matrix.diagonal().add_(weight).clamp_(min=1e-12 * float(squares.mean()) + 1e-300)
+        step = torch.linalg.solve(matrix, residual.flatten(0, 1).double())
+        return w + step.view_as(w).to(w.dtype)
+    scale = (squares + weight).clamp(min=torch.finfo(w.dtype).tiny).unsqueeze(-1)
     direction = residual / scale
     rho = float((residual * direction).sum(dtype=torch.float64))
     first = rho
@@ -50,9 +59,9 @@ def fit(
         if rho <= solved**2 * first or rho <= 0:
             break
         image = routed.adjoint(routed.output(direction)) + weight * direction
-        step = rho / float((direction * image).sum(dtype=torch.float64))
-        w += step * direction
-        residual -= step * image
+        length = rho / float((direction * image).sum(dtype=torch.float64))
+        w += length * direction
+        residual -= length * image
         z = residual / scale
         old, rho = rho, float((residual * z).sum(dtype=torch.float64))
         direction = z + (rho / old) * direction
