@@ -86,6 +86,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
     moe_fair.prune(
         str(MODEL),
         folder,
+        method="fair",
         experts=40,
         heldout=str(HELDOUT),
         heldout_samples=8,
@@ -194,8 +195,10 @@ def test_the_same_numbers_give_the_same_bytes(out: Path, html_text: str) -> None
     """Also after another plan was drawn, every picture of which is another."""
     path, page = out / "moe_fair" / "plan.json", Page(html_text)
     plan = Plan.load(path)
-    moe_fair.plan(moe_fair.Statistics.load(out / "moe_fair"), experts=30).save(path)
+    statistics = moe_fair.Statistics.load(out / "moe_fair")
+    moe_fair.plan(statistics, experts=30, method="fair").save(path)
     other = written(out)
+    assert len(other.images) == len(page.images)
     assert not set(other.images) & set(page.images)
     plan.save(path)
     assert write_report(out).read_text() == html_text
@@ -293,6 +296,18 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
     page = written(out)
     assert "no protection scores" in page.text
     assert len(page.images) == 2
+
+
+@pytest.mark.parametrize("method", ["second-order", "reap"])
+def test_methods_without_protection_scores(out: Path, method: str) -> None:
+    """No ToD to draw, and the page says so; counts per layer as the plan has them."""
+    statistics = moe_fair.Statistics.load(out / "moe_fair")
+    plan = moe_fair.plan(statistics, experts=40, method=method)
+    plan.save(out / "moe_fair" / "plan.json")
+    page = written(out)
+    assert "no protection scores" in page.text
+    assert len(page.images) == 3
+    assert [int(row[2]) for row in page.tables[0][1:]] == [len(g.kept) for g in plan.groups]
 
 
 def test_ids_that_do_not_follow_from_the_scores(out: Path) -> None:
