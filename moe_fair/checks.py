@@ -137,3 +137,16 @@ def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str)
                 f"the {what} made from another {part} than that of {source.model}; "
                 "calibrate this model, or give the one they belong to"
             )
+
+
+def check_same_tokens(a: Checkpoint, b: Checkpoint) -> None:
+    """Two models read text as the same tokens, so that their predictions can be compared.
+
+    Raises:
+        ValueError: their vocabularies differ.
+    """
+    if a.tokenizer().get_vocab() != b.tokenizer().get_vocab():
+        raise ValueError(
+            f"{a.model} and {b.model} have different vocabularies; give the model that this one "
+            "was pruned from"
+        )

@@ -37,8 +37,7 @@ from moe_fair.moe.repair import LayerRepair
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
-
-FOLDER = "moe_fair"  # inside a pruned checkpoint: plan, statistics, recipe, held-out losses
+from moe_fair.report.sources import FOLDER
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,9 @@ def prune(
         after = measure(recipe, Checkpoint(str(folder)), heldout, "held-out loss, pruned")
         losses = {"original": asdict(before), "pruned": asdict(after)}
         (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
+    from moe_fair.report.write import write_report  # matplotlib takes a second to import
+
+    write_report(folder)
     settle(folder, output)
     discard(work)
     return Pruned(output, ready, before, after)

@@ -50,6 +50,12 @@ class ResidentEngine:
             batch = batch.to(self.device)
             yield token_losses(self._logits(batch), batch)
 
+    @torch.no_grad()
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Logits of every batch, [B, L, V]."""
+        for batch in self.visit("measuring", None, batches):
+            yield self._logits(batch.to(self.device))
+
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask(), use_cache=False

@@ -120,6 +120,16 @@ class StreamingEngine:
                 yield torch.cat(losses, 1), torch.cat(weights, 1)
 
     @torch.no_grad()
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Logits of every batch, [B, L, V]."""
+        batches = [b.to(self.layered.device) for b in batches]
+        calls, hidden = self.embed(batches)
+        hidden = self._forward(batches, calls, hidden, None, None)
+        with self.layered.outside():
+            for batch, last in zip(batches, hidden, strict=True):
+                yield self._logits(batch, last)
+
+    @torch.no_grad()
     def embed(self, batches: Sequence[Batch]) -> tuple[list[list[LayerCall]], list[Tensor]]:
         """The arguments of every layer for every batch, and the first layer's input."""
         calls: list[list[LayerCall]] = []

@@ -20,7 +20,7 @@ from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
-from moe_fair.moe.own_code import is_ours
+from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.quantised import unpacking
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +51,11 @@ class Checkpoint:
         # the file that our own pruning put there is run without asking; no other code is
         self.trust_remote_code = trust_remote_code or is_ours(self.path)
         self.config = self._config()
+        if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
+            raise ValueError(
+                f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
+                "of moe_fair writes it; read it, then allow it with --trust-remote-code"
+            )
 
     def _config(self) -> Any:
         try:
