@@ -17,9 +17,11 @@ from flow import (
     original,
 )
 from masking import masked
+from packaging.version import Version
 from places import RECORD
 from safetensors.torch import load_file
 from tiny import tiny_model
+from transformers import __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from moe_fair.moe.load import Checkpoint
@@ -30,6 +32,7 @@ KINDS = [
     for kind in RECORD["multimodal"]
     if kind != "llama4"  # see families/test_llama4.py
     and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    and Version(__version__) >= Version(RECORD["swept_from"].get(kind, __version__))
 ]
 
 
