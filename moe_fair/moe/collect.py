@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fair.core.exact_sum import two_sum
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import MoeBlock
@@ -109,6 +110,10 @@ class ExpertCollector:
             sequences=count,
             fingerprint=dict(fingerprint or {}),
             facts=dict(facts or {}),
+            lost={
+                n: {k: v.cpu() for k, v in t.lost.items()}
+                for n, t in zip(names, self._taps, strict=True)
+            },
         )
 
 
@@ -119,6 +124,7 @@ class _Tap:
         self.collector, self.experts = collector, block.experts
         self.size, self.domains = block.num_experts, domains
         self.sums: dict[str, Tensor] = {}
+        self.lost: dict[str, Tensor] = {}  # to rounding, see `exact_sum`
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.rerouting = Rerouting(block) if collector.counterfactual else None
@@ -186,7 +192,10 @@ class _Tap:
         if name not in self.sums:
             shape = (self.domains, *value.shape)
             self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-        self.sums[name][domain] += value
+            self.lost[name] = torch.zeros_like(self.sums[name])
+        total, lost = two_sum(self.sums[name][domain], value)
+        self.sums[name][domain] = total
+        self.lost[name][domain] += lost
 
     def weigh(self) -> None:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
