@@ -18,6 +18,7 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
+from moe_fair.distributed import ALONE, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import (
@@ -44,15 +45,21 @@ class Pruned:
     after: HeldoutLoss | None = None
 
 
-def calibrate(recipe: Recipe, output: Path | None = None, say: Say = lambda _: None) -> Statistics:
-    """Statistics of every routed expert; saved to `output` where one is given."""
-    if output is not None:
+def calibrate(
+    recipe: Recipe, output: Path | None = None, say: Say = lambda _: None
+) -> Statistics | None:
+    """Statistics of every routed expert; saved to `output` where one is given.
+
+    Where several processes do it together, the first has the statistics and the others None.
+    """
+    us = team()
+    if output is not None and us.first:
         check_output(output)
     source = open_model(recipe)
-    text = calibration_set(recipe, source, say)
-    work = work_folder(output, recipe) if output else None
-    statistics = collect(recipe, source, text, say, work)
-    if output is not None and work is not None:
+    text = us.told(lambda: calibration_set(recipe, source, say))
+    work = work_folder(output, recipe) if output and us.first else None
+    statistics = collect(recipe, source, text, say, work, us)
+    if output is not None and work is not None and statistics is not None:
         folder = fresh(partial_path(output))
         statistics.save(folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -87,41 +94,71 @@ def prune(
     ready: Plan | None = None,
     say: Say = lambda _: None,
 ) -> Pruned:
-    """A pruned checkpoint in `output`, from statistics or a plan where one is given."""
-    check_output(output)
+    """A pruned checkpoint in `output`, from statistics or a plan where one is given.
+
+    Where several processes do it together, they share the measuring; the first plans and writes.
+    """
+    us = team()
+    if us.first:
+        check_output(output)
     source = open_model(recipe)
-    heldout = heldout_set(recipe, source)
-    work = work_folder(output, recipe)
+    heldout = us.told(lambda: heldout_set(recipe, source))
+    work = work_folder(output, recipe) if us.first else None
     if ready is None:
         size = check_plan_settings(recipe, source).after.bytes
-        check_disk(size, output)
+        if us.first:
+            check_disk(size, output)
         say(f"disk: about {size / 1e9:.2f} GB for the result")
         if statistics is None:
-            text = calibration_set(recipe, source, say)
-            statistics = collect(recipe, source, text, say, work)
+            text = us.told(lambda: calibration_set(recipe, source, say))
+            statistics = collect(recipe, source, text, say, work, us)
+    made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
+
+    folder = partial_path(output)
+    if us.first:
+        fresh(folder)
+        if statistics is not None:
+            statistics.save(folder / FOLDER)
+        say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
+        started = time.perf_counter()
+        write_model(source, made.kept, folder)
+        say(f"written in {time.perf_counter() - started:.1f} s")
+        made.save(folder / FOLDER / "plan.json")
+        (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
+    before = after = None
+    if heldout is not None:
+        before = measure(recipe, source, heldout, "held-out loss, original", us)
+        # a disk that not all machines share: who wrote the result measures it
+        together = all(us.gather((folder / "config.json").is_file()))
+        if us.first or together:
+            them = us if together else ALONE
+            pruned = Checkpoint(str(folder))
+            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them)
+    if us.first:
+        if before is not None and after is not None:
+            losses = {"original": asdict(before), "pruned": asdict(after)}
+            (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
+        settle(folder, output)
+        if work is not None:
+            discard(work)
+    return Pruned(output, made, before, us.told(lambda: after))
+
+
+def _decide(
+    recipe: Recipe,
+    source: Checkpoint,
+    output: Path,
+    statistics: Statistics | None,
+    ready: Plan | None,
+) -> Plan:
+    """The plan that was given, or one made from the statistics, checked against model and disk."""
+    if ready is None:
+        assert statistics is not None
         check_same_model(statistics.fingerprint, source, "statistics were")
         ready = plan(statistics, recipe)
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
-
-    folder = fresh(partial_path(output))
-    if statistics is not None:
-        statistics.save(folder / FOLDER)
-    say(f"cutting {ready.before.parameters:,} parameters to {ready.after.parameters:,}")
-    started = time.perf_counter()
-    write_model(source, ready.kept, folder)
-    say(f"written in {time.perf_counter() - started:.1f} s")
-    ready.save(folder / FOLDER / "plan.json")
-    (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
-    before = after = None
-    if heldout is not None:
-        before = measure(recipe, source, heldout, "held-out loss, original")
-        after = measure(recipe, Checkpoint(str(folder)), heldout, "held-out loss, pruned")
-        losses = {"original": asdict(before), "pruned": asdict(after)}
-        (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
-    settle(folder, output)
-    discard(work)
-    return Pruned(output, ready, before, after)
+    return ready
 
 
 def work_folder(output: Path, recipe: Recipe) -> Path:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 
@@ -58,6 +59,7 @@ class LayeredModel:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.dtype, self.device = dtype, device
         with init_empty_weights(include_buffers=False):
