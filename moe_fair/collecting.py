@@ -91,7 +91,12 @@ def collect(
                     part = parts[i] = part.settled()
                     if home is not None:
                         part.save(home)
-        say("calibrated: " + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items()))
+        read = sum(team.gather(engine.bytes_read))
+        say(
+            "calibrated: "
+            + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items())
+            + (f"; {read:,} bytes of weights read" if read else "")
+        )
     if not team.first:
         return None
     # always from the first to the last chunk, so that an interruption leaves no trace in the sums
@@ -173,6 +178,11 @@ class SharedEngine:
     def __init__(self, engine: Engine, team: Team) -> None:
         self.engine, self.team = engine, team
         self.seconds = engine.seconds
+
+    @property
+    def bytes_read(self) -> int:
+        """By this process's own engine."""
+        return self.engine.bytes_read
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """This process's share; what the observer sees of it is to be merged."""

@@ -73,9 +73,13 @@ class Engine(Protocol):
 
     Attributes:
         seconds: phase -> wall time of the last run.
+        bytes_read: what this process has asked of the checkpoint's files while running.
     """
 
     seconds: dict[str, float]
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and backward of the summed sequence losses, over the batches."""

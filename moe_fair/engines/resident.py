@@ -25,6 +25,7 @@ class ResidentEngine:
     def __init__(self, model: torch.nn.Module, *, visit: Visit = quietly) -> None:
         self.visit = visit
         self.seconds: dict[str, float] = {}  # as the streaming engine has it; here one phase
+        self.bytes_read = 0  # the weights are there
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
 
