@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.distributed import ALONE, Team
@@ -19,6 +19,7 @@ from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import Choice, choose, start, weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, pick_device
+from moe_fair.moe.placement import placement
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe, parse_bytes
 
@@ -71,9 +72,9 @@ def collect(
         left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
         total = left * passes(chosen, source, recipe.taylor)
         with Progress("calibrating", total) as progress:
-            engine, model = start(
-                source, chosen.engine, recipe.dtype, recipe.device, progress.visit, team
-            )
+            engine, model = _start(recipe, source, chosen, progress, team)
+            if recipe.device_map:
+                say(placement(model))
             for i in missing:
                 collector = ExpertCollector(
                     find_blocks(model),
@@ -163,7 +164,7 @@ def measure(
     batches = text.batches(recipe.batch_size)
     left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
     with Progress(what, left * passes(chosen, source, False)) as progress:
-        engine, _ = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit, team)
+        engine, _ = _start(recipe, source, chosen, progress, team)
         return heldout_loss(SharedEngine(engine, team), batches, text.domains)
 
 
@@ -202,6 +203,21 @@ class SharedEngine:
         yield from (everything[i] for i in range(len(batches)))
 
 
+def _start(
+    recipe: Recipe, source: Checkpoint, chosen: Choice, progress: Progress, team: Team
+) -> tuple[Engine, nn.Module]:
+    return start(
+        source,
+        chosen.engine,
+        recipe.dtype,
+        recipe.device,
+        progress.visit,
+        team,
+        device_map=recipe.device_map,
+        checkpointing=recipe.checkpointing,
+    )
+
+
 def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
     """How often an engine goes over the batches: for the progress bar."""
     layers = source.config.get_text_config().num_hidden_layers
@@ -210,6 +226,8 @@ def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
 
 def choose_engine(recipe: Recipe, source: Checkpoint, sharers: int = 1) -> Choice:
     """The engine that runs this checkpoint here, in each of `sharers` processes."""
+    if recipe.device_map:
+        return Choice("resident", f"spread by --device-map {recipe.device_map}")
     device = pick_device(recipe.device)
     limit = parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
     item = weight_dtype(source, recipe.dtype, device).itemsize

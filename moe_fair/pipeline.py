@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_fair.checks import (
+    check_device_map,
     check_disk,
     check_plan_settings,
     check_same_model,
@@ -175,6 +176,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    check_device_map(recipe, source)
     assert source.blocks  # finds them, or says what was looked for
     count_key(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)

@@ -14,6 +14,7 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.placement import offloaded
 
 ENGINES = ("auto", "resident", "streaming")
 # of the free memory: the rest is for activations, logits and whatever else runs
@@ -67,18 +68,28 @@ def free_memory(device: torch.device, sharers: int = 1) -> int:
 
 
 def start(
-    source: Checkpoint, engine: str, dtype: str, device: str, visit: Visit, team: Team = ALONE
+    source: Checkpoint,
+    engine: str,
+    dtype: str,
+    device: str,
+    visit: Visit,
+    team: Team = ALONE,
+    *,
+    device_map: str | None = None,
+    checkpointing: bool = False,
 ) -> tuple[Engine, torch.nn.Module]:
     """The engine with its model, and that model for observers to attach to.
 
     Args:
         team: the processes that run their shares at the same time; those on one machine share the
             reading of every layer where it is streamed.
+        device_map, checkpointing: of the resident engine; what is offloaded is checkpointed anyway.
     """
     where = pick_device(device)
     if engine == "resident":
-        model = source.load(dtype, device)
-        return ResidentEngine(model, visit=visit), model
+        model = source.load(dtype, device, device_map)
+        again = checkpointing or offloaded(model)
+        return ResidentEngine(model, visit=visit, checkpointing=again), model
     layered = LayeredModel(
         source.path,
         source.config,

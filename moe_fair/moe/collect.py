@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from moe_fair.core.exact_sum import two_sum
@@ -148,6 +149,7 @@ class _Tap:
         assert self._stock is not None
         batch = self.collector.batch
         assert batch is not None, "an engine calls begin() before it runs a batch"
+        batch = batch.to(hidden_states.device)  # another one where layers lie on several devices
         taylor = self.collector.taylor
         unbooked = taylor and not torch.is_grad_enabled()  # a pass whose backward comes later
         if unbooked and self._same_bits():
@@ -199,8 +201,11 @@ class _Tap:
 
     def weigh(self) -> None:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
-        if self.constants or next(self.experts.parameters()).is_meta:
+        if self.constants:
             return
+        if next(self.experts.parameters()).is_meta:  # offloaded by accelerate: brought in for this
+            with align_module_device(self.experts):
+                return self.weigh()
         matrices = [p for p in self.experts.parameters() if p.dim() == 3]
         per_expert = torch.tensor(
             [
