@@ -15,7 +15,7 @@ import moe_fair
 from moe_fair.cli import main
 from moe_fair.core.units import Statistics
 
-SMALL = ["-c", str(CALIBRATION), "--samples", "6", "--length", "48", "--batch-size", "2"]
+SMALL = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 
 
 def calibrate(output: Path, model: Path, *more: object) -> Statistics:
@@ -63,6 +63,7 @@ def test_gradients_go_through_layers_on_disk(
     assert moe_fair.plan(spread, experts=40).kept == moe_fair.plan(plain, experts=40).kept
 
 
+@pytest.mark.slow
 def test_all_on_disk_and_auto(tmp_path: Path) -> None:
     plain = calibrate(tmp_path / "plain", MODEL, "--no-counterfactual")
     (tmp_path / "map.yaml").write_text('"": disk\n')
