@@ -222,8 +222,8 @@ def finish() -> None:
         return
     import torch.distributed as dist
 
-    _team.gather(None)
     _watch.leave()
+    _team.gather(None)
     _watch.stop()
     dist.destroy_process_group()
     _team, _watch = ALONE, None
@@ -240,9 +240,7 @@ def fail(message: str, say: Callable[[str], None], code: int) -> int:
         say(message)
         return code
     if not _team.first:
-        time.sleep(
-            4 * BEAT
-        )  # what all processes meet, such as bad input, is the first one's to say
+        time.sleep(4 * BEAT)  # what all meet, such as bad input, the first process says
     if _watch.claim(message):
         say(message if _team.first else f"{message} (process {_watch.describe(_watch.rank)})")
     sys.stdout.flush()
@@ -280,14 +278,18 @@ class _Watch(threading.Thread):
         """Enter why the run ends; False where another process was first."""
         said = json.dumps({"rank": self.rank, "message": message})
         try:
-            return _clone(self.store).compare_set("failed", "", said) == said.encode()
+            return self._mine().compare_set("failed", "", said) == said.encode()
         except RuntimeError:  # the store has gone with its machine: each says what it knows
             return True
 
     def leave(self) -> None:
         """This process ends by itself: the others need not ask who killed it."""
         with suppress(RuntimeError):
-            _clone(self.store).set(f"pulse/{self.rank}", "done")
+            self._mine().set(f"pulse/{self.rank}", "done")
+
+    def _mine(self) -> Store:
+        """The connection of the thread that asks; a new one would wait for a store that is gone."""
+        return self._own if threading.current_thread() is self else self.store
 
     def stop(self) -> None:
         """No more looking: the run has ended well."""
