@@ -261,6 +261,7 @@ class _Watch(threading.Thread):
         self._pulse = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._troubles = 0
+        self._claimed = False
         self._signals, writer = os.pipe()
         os.set_blocking(writer, False)
         if threading.current_thread() is threading.main_thread():
@@ -275,7 +276,10 @@ class _Watch(threading.Thread):
         return f"{rank} of {len(self.members)} on {self.members[rank]['host']}"
 
     def claim(self, message: str) -> bool:
-        """Enter why the run ends; False where another process was first."""
+        """Enter why the run ends; False where another process, or another thread, was first."""
+        if self._claimed:
+            return False
+        self._claimed = True
         said = json.dumps({"rank": self.rank, "message": message})
         try:
             return self._mine().compare_set("failed", "", said) == said.encode()
@@ -364,6 +368,8 @@ class _Watch(threading.Thread):
         there = self.members[said["rank"]]["node"] == self.members[self.rank]["node"]
         if not there and self.rank < min(self._neighbours(), default=self.rank + 1):
             _print(f"{said['message']} (process {self.describe(said['rank'])})")
+        if self.rank == 0:  # the store may be this process's: the others look first
+            time.sleep(4 * BEAT)
         os._exit(1)
 
     def _end(self, text: str, code: int) -> NoReturn:
