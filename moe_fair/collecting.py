@@ -64,7 +64,7 @@ def collect(
     if len(missing) < len(chunks):
         say(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks were done before")
     if missing:
-        chosen = team.told(lambda: choose_engine(recipe, source, team.node_size))
+        chosen = _chosen(recipe, source, team)
         say(f"engine: {chosen.engine} ({chosen.why})")
         if team.size > 1:
             say(_sharing(team, max(len(chunks[i]) for i in missing)))
@@ -160,7 +160,7 @@ def measure(
     recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str, team: Team = ALONE
 ) -> HeldoutLoss:
     """Held-out loss of one checkpoint, the same in every process."""
-    chosen = team.told(lambda: choose_engine(recipe, source, team.node_size))
+    chosen = _chosen(recipe, source, team)
     batches = text.batches(recipe.batch_size)
     left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
     with Progress(what, left * passes(chosen, source, False)) as progress:
@@ -203,6 +203,13 @@ class SharedEngine:
         yield from (everything[i] for i in range(len(batches)))
 
 
+def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:
+    """The engine of a pass over batches, the same in every process."""
+    if recipe.device_map:
+        return Choice("resident", f"spread by --device-map {recipe.device_map}")
+    return team.told(lambda: choose_engine(recipe, source, team.node_size))
+
+
 def _start(
     recipe: Recipe, source: Checkpoint, chosen: Choice, progress: Progress, team: Team
 ) -> tuple[Engine, nn.Module]:
@@ -226,8 +233,6 @@ def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
 
 def choose_engine(recipe: Recipe, source: Checkpoint, sharers: int = 1) -> Choice:
     """The engine that runs this checkpoint here, in each of `sharers` processes."""
-    if recipe.device_map:
-        return Choice("resident", f"spread by --device-map {recipe.device_map}")
     device = pick_device(recipe.device)
     limit = parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
     item = weight_dtype(source, recipe.dtype, device).itemsize

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_fair.checks import (
     check_device_map,
@@ -19,19 +21,21 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
-from moe_fair.distributed import ALONE, team
+from moe_fair.distributed import ALONE, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import (
     check_output,
-    count_key,
+    count_path,
     fresh,
     partial_path,
     settle,
     write_model,
 )
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.repair import LayerRepair
 from moe_fair.recipe import Recipe
+from moe_fair.repairing import repair_kind, repair_model
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint: plan, statistics, recipe, held-out losses
 
@@ -58,7 +62,7 @@ def calibrate(
         check_output(output)
     source = open_model(recipe)
     text = us.told(lambda: calibration_set(recipe, source, say))
-    work = work_folder(output, recipe) if output and us.first else None
+    work = work_folder(output, recipe) if output is not None else None
     statistics = collect(recipe, source, text, say, work, us)
     if output is not None and work is not None and statistics is not None:
         folder = fresh(partial_path(output))
@@ -104,7 +108,9 @@ def prune(
         check_output(output)
     source = open_model(recipe)
     heldout = us.told(lambda: heldout_set(recipe, source))
-    work = work_folder(output, recipe) if us.first else None
+    work = work_folder(output, recipe)
+    kind = repair_kind(recipe, source, say)
+    text: CalibrationSet | None = None
     if ready is None:
         size = check_plan_settings(recipe, source).after.bytes
         if us.first:
@@ -117,15 +123,24 @@ def prune(
 
     folder = partial_path(output)
     if us.first:
+        repairs: list[LayerRepair] = []
+        if kind is not None:
+            if text is None:
+                about = made.recipe if statistics is None else statistics.facts["calibration"]
+                text = calibration_set(_same_text(recipe, about), source, say)
+            repairs = repair_model(recipe, source, text, made.kept, kind, work / "repair", say)
         fresh(folder)
         if statistics is not None:
             statistics.save(folder / FOLDER)
         say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
         started = time.perf_counter()
-        write_model(source, made.kept, folder)
+        write_model(source, made.kept, folder, repaired=work / "repair" if repairs else None)
         say(f"written in {time.perf_counter() - started:.1f} s")
         made.save(folder / FOLDER / "plan.json")
         (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
+        if repairs:
+            table = json.dumps([asdict(r) for r in repairs], indent=1)
+            (folder / FOLDER / "repair.json").write_text(table + "\n")
     before = after = None
     if heldout is not None:
         before = measure(recipe, source, heldout, "held-out loss, original", us)
@@ -140,8 +155,7 @@ def prune(
             losses = {"original": asdict(before), "pruned": asdict(after)}
             (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
         settle(folder, output)
-        if work is not None:
-            discard(work)
+        discard(work)
     return Pruned(output, made, before, us.told(lambda: after))
 
 
@@ -162,10 +176,18 @@ def _decide(
     return ready
 
 
+def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
+    """The text that statistics or a plan were made from, where the recipe names none itself."""
+    if recipe.calibration != Recipe().calibration:
+        return recipe
+    names = ("calibration", "samples", "length", "seed")
+    return recipe.with_settings({n: about[n] for n in names if n in about})
+
+
 def work_folder(output: Path, recipe: Recipe) -> Path:
     """Where chunks of statistics wait for the result; emptied first with --fresh."""
     folder = output.with_name(output.name + ".calibrating")
-    if recipe.fresh:
+    if recipe.fresh and is_first():
         discard(folder)
     return folder
 
@@ -177,8 +199,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     check_device_map(recipe, source)
-    assert source.blocks  # finds them, or says what was looked for
-    count_key(source.config)
+    assert source.groups  # finds the experts in model and files, or says what was looked for
+    count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.length > limit:
         raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")

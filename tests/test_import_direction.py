@@ -20,6 +20,7 @@ ORDER = [
     {"report", "evaluate", "publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
+    {"repairing"},
     {"pipeline"},
     {"tables"},
     {"cli"},

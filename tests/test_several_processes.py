@@ -24,12 +24,12 @@ from moe_fair.core.units import STATISTICS_FILE
 SMALL = [
     "prune", str(MODEL), "--experts", "40", "-c", str(CALIBRATION), "--samples", "10",
     "--length", "64", "--batch-size", "2", "--save-every", "3",
-    "--heldout", str(HELDOUT), "--heldout-samples", "6",
+    "--heldout", str(HELDOUT), "--heldout-samples", "6", "--repair", "scale",
 ]  # fmt: skip
-LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4"]
+LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none"]
 RESULT = (
     "model.safetensors", "moe_fair/statistics.safetensors", "moe_fair/plan.json",
-    "moe_fair/heldout.json",
+    "moe_fair/heldout.json", "moe_fair/repair.json",
 )  # fmt: skip
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no",

@@ -26,6 +26,7 @@ class LoadedLayers:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.seconds = 0.0
+        self.bytes_read = 0
         if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
             raise ValueError(f"{type(self.base).__name__} has no list of decoder layers")
 
