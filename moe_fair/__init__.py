@@ -42,10 +42,14 @@ def calibrate(model: str, output: str | Path | None = None, **settings: Any) -> 
         ValueError: bad input; one line says what, which, why and what to do.
     """
     from moe_fair import pipeline
+    from moe_fair.distributed import team
     from moe_fair.recipe import Recipe
 
     recipe = Recipe().with_settings({"model": model, **settings})
-    return pipeline.calibrate(recipe, Path(output) if output else None)
+    statistics = pipeline.calibrate(recipe, Path(output) if output else None)
+    everywhere = team().told(lambda: statistics)
+    assert everywhere is not None  # the first process has them
+    return everywhere
 
 
 def plan(statistics: Statistics | str | Path, **settings: Any) -> Plan:

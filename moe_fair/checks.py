@@ -12,8 +12,10 @@ from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import Plan, Target, make_plan
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.distributed import processes
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.placement import check_map, read_map
 from moe_fair.recipe import Recipe, parse_size
 
 
@@ -110,6 +112,27 @@ def _left_out(recipe: Recipe, statistic: str) -> str | None:
     if statistic.startswith("removed") and not recipe.counterfactual:
         return "--no-counterfactual"
     return None
+
+
+def check_device_map(recipe: Recipe, source: Checkpoint) -> None:
+    """A device map is of one process with the resident engine, and fits the model.
+
+    Raises:
+        ValueError: it is not, or it does not.
+    """
+    if recipe.device_map is None:
+        return
+    if processes() > 1:
+        raise ValueError(
+            f"--device-map spreads the model of one process, and {processes()} were started, each "
+            "with a device of its own; start one, or leave --device-map out"
+        )
+    if recipe.engine == "streaming":
+        raise ValueError(
+            "--device-map is for the resident engine; streaming holds one layer at a time on one "
+            "device: leave one of the two out"
+        )
+    check_map(recipe.device_map, read_map(recipe.device_map), source.skeleton)
 
 
 def check_disk(need: int, output: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fair import __version__
+from moe_fair import __version__, distributed
 from moe_fair.options import (
     AgreementText,
     Allocate,
@@ -22,9 +22,11 @@ from moe_fair.options import (
     BaseModel,
     BatchSize,
     Calibration,
+    Checkpointing,
     Counterfactual,
     Debug,
     Device,
+    DeviceMap,
     DryRun,
     Dtype,
     EngineName,
@@ -81,6 +83,9 @@ from moe_fair.options import (
 if TYPE_CHECKING:
     from moe_fair.recipe import Recipe
 
+# what several processes do together; of other commands the first process does all
+TOGETHER = (["calibrate"], ["prune"])
+
 app = typer.Typer(
     name="moe-fair",
     help="Prune the routed experts of Hugging Face mixture-of-experts models.",
@@ -106,7 +111,8 @@ def calibrate(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    engine: EngineName = None, device_map: DeviceMap = None,
+    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -115,6 +121,8 @@ def calibrate(
     from moe_fair import pipeline
 
     statistics = pipeline.calibrate(settings, output, _say)
+    if statistics is None:  # another process of this run has them
+        return
     experts = sum(g.size for g in statistics.groups)
     print(
         f"{output}: statistics of {experts} experts in {len(statistics.groups)} layers over "
@@ -159,7 +167,8 @@ def prune(
     repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    engine: EngineName = None, device_map: DeviceMap = None,
+    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None,
     as_json: Json = False, debug: Debug = False,
@@ -183,6 +192,8 @@ def prune(
         ready=Plan.load(plan) if plan else None,
         say=_say,
     )
+    if not distributed.is_first():
+        return
     if as_json:
         print(json.dumps(pruned_json(done), indent=1))
     else:
@@ -327,6 +338,11 @@ def _without_bars() -> AbstractContextManager:
 
 
 def _say(line: str) -> None:
+    if distributed.is_first():
+        _print(line)
+
+
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -334,9 +350,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _quieten()
+    if not distributed.is_first() and arguments[:1] not in TOGETHER:
+        sys.exit(0)
     command = typer.main.get_command(app)
     try:
+        if arguments[:1] in TOGETHER:
+            distributed.team()
         code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
+        distributed.finish()
     except KeyboardInterrupt:
         _say("moe-fair: interrupted")
         sys.exit(130)
@@ -356,14 +377,13 @@ def _fail(e: Exception, arguments: list[str]) -> int:
             return getattr(e, "exit_code", 2)
         option = next((a for a in arguments[:-1] if f"'{a}'" in text), None)
         given = f"{option} {arguments[arguments.index(option) + 1]!r}: " if option else ""
-        _say(f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)")
-        return 2
+        text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
+        return distributed.fail(text, _print, 2)
     text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, (ValueError, OSError)):
-        _say(f"moe-fair: error: {text}")
-        return 2
-    _say(f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)")
-    return 1
+        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
+    text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
+    return distributed.fail(text, _print, 1)
 
 
 def _quieten() -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from moe_fair.core.units import STATISTICS_FILE, Statistics
-from moe_fair.engines.batch import Batch
+from moe_fair.distributed import ALONE, Team
+from moe_fair.engines.batch import Batch, Engine, Observer
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import Choice, choose, start, weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, pick_device
+from moe_fair.moe.placement import placement
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe, parse_bytes
 
@@ -28,12 +32,21 @@ def collect(
     text: CalibrationSet,
     say: Say = lambda _: None,
     work: Path | None = None,
-) -> Statistics:
+    team: Team = ALONE,
+) -> Statistics | None:
     """Statistics of the calibration set, chunk by chunk.
+
+    Every process runs its share of a chunk's batches. The batches are the same for any number of
+    processes and sums do not depend on their order (`core.exact_sum`), so neither do the results.
 
     Args:
         work: where each chunk's statistics are kept until the result is safe; a run that was killed
-            finds them there and goes on. Chunks of another model, text or setting are passed over.
+            finds them there and goes on, also with another number of processes. Chunks of another
+            model, text or setting are passed over.
+        team: the processes that do this together.
+
+    Returns:
+        the statistics in the first process, None in the others.
     """
     say(
         f"calibrating on {len(text.sequences)} sequences, {text.tokens:,} tokens of "
@@ -44,19 +57,24 @@ def collect(
     homes = [work / f"chunk-{i:05d}" if work else None for i in range(len(chunks))]
     fingerprint = {**source.fingerprint, "calibration": text.digest, "run": _run(recipe, source)}
     facts = _facts(recipe, source, text)
-    parts = [_finished(home, chunk, fingerprint) for home, chunk in zip(homes, chunks, strict=True)]
-    missing = [i for i, part in enumerate(parts) if part is None]
+    parts: list[Statistics | None] = [None] * len(chunks)
+    if team.first:
+        parts = [_finished(home, c, fingerprint) for home, c in zip(homes, chunks, strict=True)]
+    missing = team.told(lambda: [i for i, part in enumerate(parts) if part is None])
     if len(missing) < len(chunks):
         say(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks were done before")
     if missing:
-        chosen = choose_engine(recipe, source)
+        chosen = _chosen(recipe, source, team)
         say(f"engine: {chosen.engine} ({chosen.why})")
-        left = sum(int(b.mask.sum()) for i in missing for b in chunks[i])
+        if team.size > 1:
+            say(_sharing(team, max(len(chunks[i]) for i in missing)))
+        shares = {i: team.share(chunks[i], _cost) for i in missing}
+        left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
         total = left * passes(chosen, source, recipe.taylor)
         with Progress("calibrating", total) as progress:
-            engine, model = start(
-                source, chosen.engine, recipe.dtype, recipe.device, progress.visit
-            )
+            engine, model = _start(recipe, source, chosen, progress, team)
+            if recipe.device_map:
+                say(placement(model))
             for i in missing:
                 collector = ExpertCollector(
                     find_blocks(model),
@@ -66,14 +84,38 @@ def collect(
                     counterfactual=recipe.counterfactual,
                 )
                 with collector:
-                    engine.run(chunks[i], collector, backward=recipe.taylor)
-                part = parts[i] = collector.statistics(fingerprint, facts)
+                    engine.run(shares[i], collector, backward=recipe.taylor)
+                own = collector.statistics(fingerprint, facts) if shares[i] else None
+                part = team.reduce(own)
                 home = homes[i]
-                if home is not None:
-                    part.save(home)
-        say("calibrated: " + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items()))
+                if part is not None:
+                    part = parts[i] = part.settled()
+                    if home is not None:
+                        part.save(home)
+        read = sum(team.gather(engine.bytes_read))
+        say(
+            "calibrated: "
+            + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items())
+            + (f"; {read:,} bytes of weights read" if read else "")
+        )
+    if not team.first:
+        return None
     # always from the first to the last chunk, so that an interruption leaves no trace in the sums
-    return reduce(Statistics.merge, (p for p in parts if p is not None))
+    return reduce(Statistics.merge, (p for p in parts if p is not None)).settled()
+
+
+def _cost(batch: Batch) -> float:
+    """What a batch costs, up to a factor: its positions, padding included."""
+    return float(batch.mask.numel())
+
+
+def _sharing(team: Team, most: int) -> str:
+    """How many processes work, for the screen."""
+    working = min(team.size, most)
+    text = f"{working} of {team.size} processes share the batches"
+    if working < team.size:
+        text += f"; a chunk has no more than {most} (a smaller --batch-size makes more of them)"
+    return text
 
 
 def _finished(
@@ -114,12 +156,73 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def measure(recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str) -> HeldoutLoss:
-    """Held-out loss of one checkpoint."""
-    chosen = choose_engine(recipe, source)
-    with Progress(what, text.tokens * passes(chosen, source, False)) as progress:
-        engine, _ = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
-        return heldout_loss(engine, text.batches(recipe.batch_size), text.domains)
+def measure(
+    recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str, team: Team = ALONE
+) -> HeldoutLoss:
+    """Held-out loss of one checkpoint, the same in every process."""
+    chosen = _chosen(recipe, source, team)
+    batches = text.batches(recipe.batch_size)
+    left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
+    with Progress(what, left * passes(chosen, source, False)) as progress:
+        engine, _ = _start(recipe, source, chosen, progress, team)
+        return heldout_loss(SharedEngine(engine, team), batches, text.domains)
+
+
+class SharedEngine:
+    """An engine of which every process runs its share of the batches.
+
+    Args:
+        engine: this process's own.
+        team: all of them.
+    """
+
+    def __init__(self, engine: Engine, team: Team) -> None:
+        self.engine, self.team = engine, team
+        self.seconds = engine.seconds
+
+    @property
+    def bytes_read(self) -> int:
+        """By this process's own engine."""
+        return self.engine.bytes_read
+
+    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
+        """This process's share; what the observer sees of it is to be merged."""
+        self.engine.run(self.team.share(batches, _cost), observer, backward=backward)
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch, in order and in every process: losses and weights, see `Engine.losses`."""
+        own = self.team.share(range(len(batches)), lambda i: _cost(batches[i]))
+        measured = self.engine.losses([batches[i] for i in own])
+        found = {
+            i: (losses.cpu(), weights.cpu())
+            for i, (losses, weights) in zip(own, measured, strict=True)
+        }
+        everything: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in self.team.gather(found):
+            everything |= part
+        yield from (everything[i] for i in range(len(batches)))
+
+
+def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:
+    """The engine of a pass over batches, the same in every process."""
+    if recipe.device_map:
+        return Choice("resident", f"spread by --device-map {recipe.device_map}")
+    return team.told(lambda: choose_engine(recipe, source, team.node_size))
+
+
+def _start(
+    recipe: Recipe, source: Checkpoint, chosen: Choice, progress: Progress, team: Team
+) -> tuple[Engine, nn.Module]:
+    return start(
+        source,
+        chosen.engine,
+        recipe.dtype,
+        recipe.device,
+        progress.visit,
+        team,
+        device_map=recipe.device_map,
+        checkpointing=recipe.checkpointing,
+    )
 
 
 def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
@@ -128,9 +231,9 @@ def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
     return layers * (2 if backward else 1) if chosen.engine == "streaming" else 1
 
 
-def choose_engine(recipe: Recipe, source: Checkpoint) -> Choice:
-    """The engine that runs this checkpoint here."""
+def choose_engine(recipe: Recipe, source: Checkpoint, sharers: int = 1) -> Choice:
+    """The engine that runs this checkpoint here, in each of `sharers` processes."""
     device = pick_device(recipe.device)
     limit = parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
     item = weight_dtype(source, recipe.dtype, device).itemsize
-    return choose(recipe.engine, source.size, item, device, limit)
+    return choose(recipe.engine, source.size, item, device, limit, sharers)

@@ -74,6 +74,23 @@ EngineName = Annotated[
         panel=RUN,
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    option(
+        "--device-map",
+        text="auto, balanced or a file of module: device lines: spread the model of one process "
+        "over several devices, main memory (cpu) and disk",
+        panel=RUN,
+    ),
+]
+Checkpointing = Annotated[
+    bool | None,
+    option(
+        "--checkpointing",
+        text="Run each layer again in the backward: keeps the activations of one layer at a time",
+        panel=RUN,
+    ),
+]
 MaxMemory = Annotated[
     str | None,
     option("--max-memory", text="The most that weights may take in memory, as 16GB", panel=RUN),

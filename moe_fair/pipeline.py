@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.checks import (
+    check_device_map,
     check_disk,
     check_plan_settings,
     check_same_model,
@@ -21,6 +22,7 @@ from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
+from moe_fair.distributed import ALONE, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import (
@@ -50,15 +52,21 @@ class Pruned:
     after: HeldoutLoss | None = None
 
 
-def calibrate(recipe: Recipe, output: Path | None = None, say: Say = lambda _: None) -> Statistics:
-    """Statistics of every routed expert; saved to `output` where one is given."""
-    if output is not None:
+def calibrate(
+    recipe: Recipe, output: Path | None = None, say: Say = lambda _: None
+) -> Statistics | None:
+    """Statistics of every routed expert; saved to `output` where one is given.
+
+    Where several processes do it together, the first has the statistics and the others None.
+    """
+    us = team()
+    if output is not None and us.first:
         check_output(output)
     source = open_model(recipe)
-    text = calibration_set(recipe, source, say)
-    work = work_folder(output, recipe) if output else None
-    statistics = collect(recipe, source, text, say, work)
-    if output is not None and work is not None:
+    text = us.told(lambda: calibration_set(recipe, source, say))
+    work = work_folder(output, recipe) if output is not None else None
+    statistics = collect(recipe, source, text, say, work, us)
+    if output is not None and work is not None and statistics is not None:
         folder = fresh(partial_path(output))
         statistics.save(folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -80,6 +88,8 @@ def oracle(
         output: new directory for the oracle, the table and the recipe.
         statistics: to score with; without them they are collected on the same text.
     """
+    if team().size > 1:
+        raise ValueError("an oracle is measured by one process; start it without a launcher")
     check_output(output)
     source = open_model(recipe)
     if statistics is not None:
@@ -88,6 +98,7 @@ def oracle(
     work = work_folder(output, recipe)
     if statistics is None:
         statistics = collect(recipe, source, text, say, work)
+        assert statistics is not None  # there is no other process
     found = measure_oracle(recipe, source, text, work / "oracle", say)
     table = agreements(found, statistics)
     folder = fresh(partial_path(output))
@@ -124,56 +135,84 @@ def prune(
     ready: Plan | None = None,
     say: Say = lambda _: None,
 ) -> Pruned:
-    """A pruned checkpoint in `output`, from statistics or a plan where one is given."""
-    check_output(output)
+    """A pruned checkpoint in `output`, from statistics or a plan where one is given.
+
+    Where several processes do it together, they share the measuring; the first plans and writes.
+    """
+    us = team()
+    if us.first:
+        check_output(output)
     source = open_model(recipe)
-    heldout = heldout_set(recipe, source)
+    heldout = us.told(lambda: heldout_set(recipe, source))
     work = work_folder(output, recipe)
     kind = repair_kind(recipe, source, say)
     text: CalibrationSet | None = None
     if ready is None:
         size = check_plan_settings(recipe, source).after.bytes
-        check_disk(size, output)
+        if us.first:
+            check_disk(size, output)
         say(f"disk: about {size / 1e9:.2f} GB for the result")
         if statistics is None:
-            text = calibration_set(recipe, source, say)
-            statistics = collect(recipe, source, text, say, work)
+            text = us.told(lambda: calibration_set(recipe, source, say))
+            statistics = collect(recipe, source, text, say, work, us)
+    made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
+
+    folder = partial_path(output)
+    if us.first:
+        repairs: list[LayerRepair] = []
+        if kind is not None:
+            if text is None:
+                about = made.recipe if statistics is None else statistics.facts["calibration"]
+                text = calibration_set(_same_text(recipe, about), source, say)
+            repairs = repair_model(recipe, source, text, made.kept, kind, work / "repair", say)
+        fresh(folder)
+        if statistics is not None:
+            statistics.save(folder / FOLDER)
+        say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
+        started = time.perf_counter()
+        write_model(source, made.kept, folder, repaired=work / "repair" if repairs else None)
+        say(f"written in {time.perf_counter() - started:.1f} s")
+        made.save(folder / FOLDER / "plan.json")
+        (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
+        if repairs:
+            table = json.dumps([asdict(r) for r in repairs], indent=1)
+            (folder / FOLDER / "repair.json").write_text(table + "\n")
+    before = after = None
+    if heldout is not None:
+        before = measure(recipe, source, heldout, "held-out loss, original", us)
+        # a disk that not all machines share: who wrote the result measures it
+        together = all(us.gather((folder / "config.json").is_file()))
+        if us.first or together:
+            them = us if together else ALONE
+            pruned = Checkpoint(str(folder))
+            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them)
+    if us.first:
+        if before is not None and after is not None:
+            losses = {"original": asdict(before), "pruned": asdict(after)}
+            (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
+        from moe_fair.report.write import write_report  # matplotlib takes a second to import
+
+        write_report(folder)
+        settle(folder, output)
+        discard(work)
+    return Pruned(output, made, before, us.told(lambda: after))
+
+
+def _decide(
+    recipe: Recipe,
+    source: Checkpoint,
+    output: Path,
+    statistics: Statistics | None,
+    ready: Plan | None,
+) -> Plan:
+    """The plan that was given, or one made from the statistics, checked against model and disk."""
+    if ready is None:
+        assert statistics is not None
         check_same_model(statistics.fingerprint, source, "statistics were")
         ready = plan(statistics, recipe)
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
-
-    repairs: list[LayerRepair] = []
-    if kind is not None:
-        if text is None:
-            about = ready.recipe if statistics is None else statistics.facts["calibration"]
-            text = calibration_set(_same_text(recipe, about), source, say)
-        repairs = repair_model(recipe, source, text, ready.kept, kind, work / "repair", say)
-
-    folder = fresh(partial_path(output))
-    if statistics is not None:
-        statistics.save(folder / FOLDER)
-    say(f"cutting {ready.before.parameters:,} parameters to {ready.after.parameters:,}")
-    started = time.perf_counter()
-    write_model(source, ready.kept, folder, repaired=work / "repair" if repairs else None)
-    say(f"written in {time.perf_counter() - started:.1f} s")
-    ready.save(folder / FOLDER / "plan.json")
-    (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
-    if repairs:
-        table = json.dumps([asdict(r) for r in repairs], indent=1)
-        (folder / FOLDER / "repair.json").write_text(table + "\n")
-    before = after = None
-    if heldout is not None:
-        before = measure(recipe, source, heldout, "held-out loss, original")
-        after = measure(recipe, Checkpoint(str(folder)), heldout, "held-out loss, pruned")
-        losses = {"original": asdict(before), "pruned": asdict(after)}
-        (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
-    from moe_fair.report.write import write_report  # matplotlib takes a second to import
-
-    write_report(folder)
-    settle(folder, output)
-    discard(work)
-    return Pruned(output, ready, before, after)
+    return ready
 
 
 def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
@@ -187,7 +226,7 @@ def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
 def work_folder(output: Path, recipe: Recipe) -> Path:
     """Where chunks of statistics wait for the result; emptied first with --fresh."""
     folder = output.with_name(output.name + ".calibrating")
-    if recipe.fresh:
+    if recipe.fresh and is_first():
         discard(folder)
     return folder
 
@@ -200,6 +239,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
+    check_device_map(recipe, source)
     assert source.groups  # finds the experts in model and files, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from moe_fair.distributed import is_first
 from moe_fair.engines.batch import Batch
 
 
@@ -19,13 +20,15 @@ def memory() -> str:
 class Progress:
     """A bar for work whose size in tokens is known; used as a context manager.
 
+    Of several processes the first alone shows its own share.
+
     Args:
         what: said in front of the bar.
         tokens: of the whole work, over all passes.
     """
 
     def __init__(self, what: str, tokens: int) -> None:
-        self._bar = _bar() if sys.stderr.isatty() else None
+        self._bar = _bar() if sys.stderr.isatty() and is_first() else None
         if self._bar:
             self._task = self._bar.add_task(what, total=tokens, rate="", memory=memory())
 

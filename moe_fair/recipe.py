@@ -36,6 +36,10 @@ class Recipe:
         batch_size: sequences per batch.
         dtype: auto, checkpoint, float32, bfloat16 or float16; device: auto, cpu, cuda, ...
         engine: auto, resident (the model in memory) or streaming (one layer at a time).
+        device_map: auto, balanced or a file (module: device): spread one process's model over
+            several devices, main memory and disk. For the resident engine.
+        checkpointing: the resident engine runs each layer again in the backward, to keep one
+            layer's activations at a time.
         max_memory: the most that the weights may take in memory, as "16GB"; decides `auto`.
         save_every: batches after which partial statistics are saved; a killed run goes on there.
         fresh: discard what a killed run left instead.
@@ -66,6 +70,8 @@ class Recipe:
     dtype: str = "auto"
     device: str = "auto"
     engine: str = "auto"
+    device_map: str | None = None
+    checkpointing: bool = False
     max_memory: str | None = None
     save_every: int = 32
     fresh: bool = False

@@ -65,6 +65,8 @@ def plan_table(plan: Plan) -> None:
         console.print(
             f"{what}: {amount(before)}{unit} -> {amount(after)}{unit} ({after / before - 1:+.1%})"
         )
+    if plan.expert_parallel:
+        console.print(f"expert parallel: {_sizes(plan.expert_parallel)}", soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -159,6 +161,12 @@ def pruned_json(done: Pruned) -> dict[str, Any]:
         if done.before and done.after
         else None,
     }
+
+
+def _sizes(sizes: list[int]) -> str:
+    if sizes == [1]:
+        return "no number of devices divides every layer evenly (--multiple-of 8 makes 8 do so)"
+    return f"{', '.join(map(str, sizes))} devices divide every layer evenly"
 
 
 def _bar(share: float) -> str:

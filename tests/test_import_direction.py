@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "moe_fair"
 # each may import those before it; the two in one row never each other
 ORDER = [
     {"core"},
+    {"distributed"},
     {"engines"},
     {"moe", "vision"},
     {"evaluate"},

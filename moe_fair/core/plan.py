@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -96,7 +97,12 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept ids per group, and what led to them. The same inputs give the same bytes."""
+    """Kept ids per group, and what led to them. The same inputs give the same bytes.
+
+    Attributes (those that do not say it themselves):
+        expert_parallel: numbers of devices that divide every group's kept units evenly, as
+            expert-parallel serving wants it; always with 1.
+    """
 
     groups: list[GroupPlan]
     allocator: str
@@ -110,6 +116,7 @@ class Plan:
     notes: list[str]
     fingerprint: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    expert_parallel: list[int] = field(default_factory=list)
 
     @property
     def kept(self) -> dict[str, list[int]]:
@@ -286,7 +293,14 @@ def _explain(
         before=before,
         after=before.without(groups, budget.kept),
         notes=_notes(plans, budget, alpha),
+        expert_parallel=common_divisors([len(p.kept) for p in plans]),
     )
+
+
+def common_divisors(counts: list[int]) -> list[int]:
+    """Every number that divides all of the counts, rising."""
+    greatest = math.gcd(*counts)
+    return [n for n in range(1, greatest + 1) if greatest % n == 0]
 
 
 def _tolerance(budget: Budget, tods: list[float | None]) -> float | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moe_fair.core.exact_sum import two_sum
 
 STATISTICS_FILE = "statistics.safetensors"
 STATISTICS_FORMAT = "moe_fair.statistics/1"
@@ -98,6 +100,8 @@ class Statistics:
         tokens, sequences: [D] float64, size of the calibration set per domain.
         fingerprint: digests of what the numbers were measured on (model, tokenizer, calibration).
         facts: whatever explains the run: model id, data type, sizes of the model.
+        lost: what rounding has taken from the sums so far, in their shapes; nothing once `settled`.
+            With it a sum does not depend on the order in which shards were merged.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -111,6 +115,7 @@ class Statistics:
     sequences: Tensor
     fingerprint: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    lost: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""
@@ -145,13 +150,18 @@ class Statistics:
         if len(torch.unique(ids)) != len(ids):
             raise ValueError("the statistics to merge share calibration sequences")
         order = torch.argsort(ids)
+        sums: dict[str, dict[str, Tensor]] = {g: {} for g in self.sums}
+        lost: dict[str, dict[str, Tensor]] = {g: {} for g in self.sums}
+        for g, mine in self.sums.items():
+            for k, v in mine.items():
+                sums[g][k], lost[g][k] = two_sum(v, other.sums[g][k])
+                for part in (self, other):
+                    if g in part.lost:
+                        lost[g][k] += part.lost[g][k]
         return Statistics(
             groups=self.groups,
             domains=self.domains,
-            sums={
-                g: {k: v + other.sums[g][k] for k, v in sums.items()}
-                for g, sums in self.sums.items()
-            },
+            sums=sums,
             constants=self.constants,
             rows={g: torch.cat([r, other.rows[g]])[order] for g, r in self.rows.items()},
             sequence_ids=ids[order],
@@ -160,10 +170,30 @@ class Statistics:
             sequences=self.sequences + other.sequences,
             fingerprint=self.fingerprint,
             facts=self.facts,
+            lost=lost,
         )
+
+    def settled(self) -> Statistics:
+        """The same with what was lost added back: the sums rounded once."""
+        sums = {
+            g: {k: v + self.lost[g][k] if g in self.lost else v for k, v in kinds.items()}
+            for g, kinds in self.sums.items()
+        }
+        return replace(self, sums=sums, lost={})
 
     def save(self, folder: Path) -> Path:
         """Write `statistics.safetensors` into `folder`; the same statistics give the same bytes."""
+        header, tensors = self.settled().pack()
+        folder.mkdir(parents=True, exist_ok=True)
+        path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
+        # one metadata key: the writer does not keep the order of several
+        save_file(tensors, partial, {"moe_fair": json.dumps(header, sort_keys=True)})
+        partial.chmod(0o666 & ~_umask())  # the writer leaves it readable by its owner alone
+        partial.replace(path)
+        return path
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is JSON, and the tensors by name; `unpack` is the way back."""
         header = {
             "format": STATISTICS_FORMAT,
             "groups": [asdict(g) for g in self.groups],
@@ -171,20 +201,15 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "facts": self.facts,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
-        # one metadata key: the writer does not keep the order of several
-        save_file(dict(self._tensors()), partial, {"moe_fair": json.dumps(header, sort_keys=True)})
-        partial.chmod(0o666 & ~_umask())  # the writer leaves it readable by its owner alone
-        partial.replace(path)
-        return path
+        return header, dict(self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "sequence_ids", self.sequence_ids
         yield "sequence_domains", self.sequence_domains
         yield "tokens", self.tokens
         yield "sequences", self.sequences
-        for kind, store in (("sums", self.sums), ("constants", self.constants)):
+        kinds = {"sums": self.sums, "constants": self.constants, "lost": self.lost}
+        for kind, store in kinds.items():
             for group, tensors in store.items():
                 for name, t in tensors.items():
                     yield f"{kind}/{group}/{name}", t.contiguous()
@@ -209,23 +234,23 @@ class Statistics:
                 f"{file} is not a moe_fair statistics file of this version "
                 f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); redo it"
             )
-        sums: dict[str, dict[str, Tensor]] = {}
-        constants: dict[str, dict[str, Tensor]] = {}
+        return Statistics.unpack(header, tensors)
+
+    @staticmethod
+    def unpack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+        """From what `pack` gives."""
+        stores: dict[str, dict[str, dict[str, Tensor]]] = {"sums": {}, "constants": {}, "lost": {}}
         rows: dict[str, Tensor] = {}
         for key, t in tensors.items():
             kind, _, rest = key.partition("/")
             group, _, name = rest.rpartition("/")
-            if kind == "sums":
-                sums.setdefault(group, {})[name] = t
-            elif kind == "constants":
-                constants.setdefault(group, {})[name] = t
+            if kind in stores:
+                stores[kind].setdefault(group, {})[name] = t
             elif kind == "rows":
                 rows[rest] = t
         return Statistics(
             groups=tuple(UnitGroup(**g) for g in header["groups"]),
             domains=tuple(header["domains"]),
-            sums=sums,
-            constants=constants,
             rows=rows,
             sequence_ids=tensors["sequence_ids"],
             sequence_domains=tensors["sequence_domains"],
@@ -233,6 +258,7 @@ class Statistics:
             sequences=tensors["sequences"],
             fingerprint=header["fingerprint"],
             facts=header["facts"],
+            **stores,
         )
 
 

@@ -68,14 +68,26 @@ class Observer(Protocol):
         ...
 
 
+class Losses(Protocol):
+    """What can measure next-token losses."""
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Engine.losses`."""
+        ...
+
+
 class Engine(Protocol):
     """How a model is run: whole, or a layer at a time.
 
     Attributes:
         seconds: phase -> wall time of the last run.
+        bytes_read: what this process has asked of the checkpoint's files while running.
     """
 
     seconds: dict[str, float]
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and backward of the summed sequence losses, over the batches."""

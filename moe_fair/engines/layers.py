@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +22,16 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
 from moe_fair.engines.names import Destination, destinations
+from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 
 OUTSIDE = -1  # embeddings, final norm, head: what no decoder layer owns
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
-READ_AHEAD = 8 * 2**20
 
 
 class LayeredModel:
@@ -46,6 +46,7 @@ class LayeredModel:
         config: its transformers config.
         dtype, device: of the weights in memory.
         trust_remote_code: as for transformers.
+        team: processes that go through the layers at the same time; see `reading`.
 
     Raises:
         ValueError: the model has no plain list of decoder layers, or tensors are missing.
@@ -59,6 +60,7 @@ class LayeredModel:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.dtype, self.device = dtype, device
         with init_empty_weights(include_buffers=False):
@@ -72,10 +74,15 @@ class LayeredModel:
             raise ValueError(f"{e} to stream; use --engine resident") from e
         self._destinations: dict[str, Destination] = {}
         self._stored = self._group([t for f in shard_files(folder) for t in stored_tensors(f)])
-        self._ahead: threading.Thread | None = None
+        self.reader = reader(team)
         self.seconds = 0.0  # spent bringing weights in
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
+
+    @property
+    def bytes_read(self) -> int:
+        """What this process has asked of the checkpoint's files."""
+        return self.reader.bytes
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
@@ -92,7 +99,7 @@ class LayeredModel:
         layer = self.decoder.layers[index]
         self._check(layer)
         if following is not None:
-            self._read_ahead(following)
+            self.reader.ahead(following, self._stored.get(following, []))
         try:
             yield layer
         finally:
@@ -130,7 +137,7 @@ class LayeredModel:
         started = time.perf_counter()
         handles: dict[Path, Any] = {}
         state: dict[str, Any] = {}
-        for t in self._stored.get(group, []):
+        for t in self.reader.bring(group, self._stored.get(group, [])):
             [piece] = t.pieces
             if piece.file not in handles:
                 handles[piece.file] = safe_open(str(piece.file), framework="pt", device="cpu")
@@ -193,33 +200,6 @@ class LayeredModel:
         missing = [n for n, p in module.named_parameters() if p.is_meta and id(p) not in skipped]
         if missing:
             raise ValueError(f"the checkpoint holds no weights for {missing[0]}")
-
-    def _read_ahead(self, group: int) -> None:
-        if self._ahead is not None:
-            self._ahead.join()
-        tensors = self._stored.get(group, [])
-        self._ahead = threading.Thread(target=_touch, args=(tensors,), daemon=True)
-        self._ahead.start()
-
-
-def _touch(tensors: list[StoredTensor]) -> None:
-    """Read byte ranges and forget them: they are then in the page cache."""
-    buffer = bytearray(READ_AHEAD)
-    handles: dict[Path, int] = {}
-    try:
-        for t in tensors:
-            [piece] = t.pieces
-            handle = handles.get(piece.file)
-            if handle is None:
-                handle = handles[piece.file] = os.open(piece.file, os.O_RDONLY)
-            for start in range(0, piece.length, READ_AHEAD):
-                part = memoryview(buffer)[: min(READ_AHEAD, piece.length - start)]
-                os.preadv(handle, [part], piece.start + start)
-    except OSError:
-        pass  # the layer's own load will meet the fault and say so
-    finally:
-        for handle in handles.values():
-            os.close(handle)
 
 
 def _empty(root: nn.Module) -> None:

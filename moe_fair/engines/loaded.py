@@ -28,6 +28,7 @@ class LoadedLayers:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.seconds = 0.0
+        self.bytes_read = 0
 
     def __len__(self) -> int:
         return len(self.decoder.layers)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_fair.engines.batch import Batch, Observer, Visit, quietly, sequence_losses, token_losses
 
@@ -20,13 +24,25 @@ class ResidentEngine:
     Args:
         model: a causal language model; its weights are frozen and it is put in eval mode.
         visit: see `batch.Visit`.
+        checkpointing: run each decoder layer again in the backward, so that one layer's activations
+            (and weights, where accelerate offloads them) are kept at a time.
+
+    Raises:
+        ValueError: checkpointing, and the model has no plain list of decoder layers.
     """
 
-    def __init__(self, model: torch.nn.Module, *, visit: Visit = quietly) -> None:
+    def __init__(self, model: Any, *, visit: Visit = quietly, checkpointing: bool = False) -> None:
         self.visit = visit
         self.seconds: dict[str, float] = {}  # as the streaming engine has it; here one phase
+        self.bytes_read = 0  # the weights are there
         self.model = model.eval().requires_grad_(False)
-        self.device = next(model.parameters()).device
+        self.device = _input_device(model)
+        self.layers = getattr(model.base_model, "layers", None) if checkpointing else ()
+        if not isinstance(self.layers, (nn.ModuleList, tuple)):
+            raise ValueError(
+                f"{type(model.base_model).__name__} has no list of decoder layers to checkpoint; "
+                "use --engine streaming or a larger device"
+            )
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
@@ -34,11 +50,11 @@ class ResidentEngine:
         for batch in self.visit("calibrating", None, batches):
             batch = batch.to(self.device)
             observer.begin(batch)
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward), self._checkpointed(backward):
                 logits = self._logits(batch)
-            if backward:
-                losses, weights = token_losses(logits, batch)
-                sequence_losses(losses, weights, batch.predicted()).sum().backward()
+                if backward:
+                    losses, weights = token_losses(logits, batch)
+                    sequence_losses(losses, weights, batch.predicted()).sum().backward()
         self.seconds = {
             "forward and backward" if backward else "forward": time.perf_counter() - started
         }
@@ -56,7 +72,47 @@ class ResidentEngine:
         for batch in self.visit("measuring", None, batches):
             yield self._logits(batch.to(self.device))
 
+    @contextmanager
+    def _checkpointed(self, backward: bool) -> Iterator[None]:
+        """The layers note their input alone; the embeddings' output takes the gradient."""
+        if not backward or not self.layers:
+            yield
+            return
+        stock = [layer.forward for layer in self.layers]
+        own = ["forward" in layer.__dict__ for layer in self.layers]  # accelerate's hook
+        entry = self.model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.requires_grad_(True)
+        )
+        for layer, forward in zip(self.layers, stock, strict=True):
+            layer.forward = partial(_again, forward)
+        try:
+            yield
+        finally:
+            entry.remove()
+            for layer, forward, hooked in zip(self.layers, stock, own, strict=True):
+                del layer.forward
+                if hooked:
+                    layer.forward = forward
+
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask(), use_cache=False
         ).logits
+
+
+def _again(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """A layer's forward without what its backward needs; the backward runs it again."""
+    hidden = arguments[0] if arguments else keywords.pop("hidden_states")
+    return checkpoint(
+        lambda h: forward(h, *arguments[1:], **keywords),
+        hidden,
+        use_reentrant=True,  # the first pass then has no gradient, and observers book the second
+        preserve_rng_state=False,
+    )
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where a batch goes first: to weights that stay where they are, else where accelerate says."""
+    stays = (p.device for p in model.parameters() if not p.is_meta)
+    found = next(stays, None)
+    return torch.device(model._hf_hook.execution_device) if found is None else found

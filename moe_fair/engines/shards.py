@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(shard, folder / name, advance)
+        write_shard(shard, folder / name, advance)
         weight_map.update(dict.fromkeys((t.name for t in shard), name))
     if len(shards) > 1:
         total = {
@@ -185,7 +185,8 @@ def _divide(tensors: Iterable[StoredTensor], most: int) -> Iterator[list[StoredT
         yield shard
 
 
-def _write_shard(shard: list[StoredTensor], path: Path, advance: Callable[[int], None]) -> None:
+def write_shard(shard: Sequence[StoredTensor], path: Path, advance: Callable[[int], None]) -> None:
+    """Write one safetensors file; `advance` is told the number of bytes after each copy."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in shard:

@@ -86,6 +86,11 @@ class StreamingEngine:
         self.activation_bytes, self.visit = activation_bytes, visit
         self.seconds: dict[str, float] = {}  # per phase of the last run, loading of layers apart
 
+    @property
+    def bytes_read(self) -> int:
+        """What this process has asked of the checkpoint's files."""
+        return self.layered.bytes_read
+
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
         batches = [b.to(self.layered.device) for b in batches]

@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
+from moe_fair.core.exact_sum import two_sum
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
@@ -109,6 +111,10 @@ class ExpertCollector:
             sequences=count,
             fingerprint=dict(fingerprint or {}),
             facts=dict(facts or {}),
+            lost={
+                n: {k: v.cpu() for k, v in t.lost.items()}
+                for n, t in zip(names, self._taps, strict=True)
+            },
         )
 
 
@@ -119,6 +125,7 @@ class _Tap:
         self.collector, self.block, self.experts = collector, block, block.experts
         self.size, self.domains = block.num_experts, domains
         self.sums: dict[str, Tensor] = {}
+        self.lost: dict[str, Tensor] = {}  # to rounding, see `exact_sum`
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.rerouting = Rerouting(block) if collector.counterfactual else None
@@ -139,6 +146,7 @@ class _Tap:
         """The experts' output [T, D], as the stock forward gives it."""
         batch = self.collector.batch
         assert batch is not None, "an engine calls begin() before it runs a batch"
+        batch = batch.to(hidden_states.device)  # another one where layers lie on several devices
         taylor = self.collector.taylor
         unbooked = taylor and not torch.is_grad_enabled()  # a pass whose backward comes later
         if unbooked and self._same_bits():
@@ -183,11 +191,19 @@ class _Tap:
         if name not in self.sums:
             shape = (self.domains, *value.shape)
             self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-        self.sums[name][domain] += value
+            self.lost[name] = torch.zeros_like(self.sums[name])
+        total, lost = two_sum(self.sums[name][domain], value)
+        self.sums[name][domain] = total
+        self.lost[name][domain] += lost
 
     def weigh(self) -> None:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
-        if self.constants or next(self.experts.parameters()).is_meta:
+        if self.constants:
+            return
+        if next(self.experts.parameters()).is_meta:  # offloaded by accelerate: brought in for this
+            with align_module_device(self.experts):
+                if not next(self.experts.parameters()).is_meta:
+                    self.weigh()
             return
         matrices = self.block.matrices()
         per_expert = torch.tensor(

@@ -119,6 +119,11 @@ class Rerouting:
     def _without_bias(self, gone: Sequence[int]) -> Iterator[None]:
         """The choice is also biased: sigmoid(-inf) + bias could still win."""
         biases = [getattr(m, t) for m, t, _ in self.block.routed if "bias" in t]
+        if any(b.is_meta for b in biases):
+            raise ValueError(
+                f"{self.block.name}: the router's bias is offloaded, and routing without an expert "
+                "cannot be found there; give the router a device, or use --engine streaming"
+            )
         saved = [b.detach().clone() for b in biases]
         try:
             for b in biases:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +25,7 @@ from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.placement import check_map, read_map, without_overlap
 from moe_fair.moe.quantised import unpacking
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,16 +159,19 @@ class Checkpoint:
         except (ValueError, OSError, KeyError) as e:
             raise ValueError(f"{self.model}: the tokenizer does not load: {first_line(e)}") from e
 
-    def load(self, dtype: str = "auto", device: str = "auto") -> Any:
+    def load(self, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
         """The model with its weights.
 
         Args:
             dtype: `float32`, `bfloat16`, `float16`, `checkpoint` (as on disk), or `auto`: as on
                 disk on an accelerator, float32 on a CPU, whose low-precision kernels are slow.
             device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`.
+            device_map: spread the weights instead, see `placement`.
         """
         where = pick_device(device)
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
+        if device_map is not None:
+            return self._spread(pick_dtype(dtype, where), device_map)
         model = auto_class(self.config).from_pretrained(
             self.path,
             dtype=pick_dtype(dtype, where),
@@ -185,6 +193,24 @@ class Checkpoint:
         except ValueError as e:
             raise ValueError(f"{self.model}: {e}") from e
 
+    def _spread(self, dtype: torch.dtype | str, device_map: str) -> Any:
+        """The model over the devices of a map; what goes to disk lies in a temporary directory."""
+        places = read_map(device_map)
+        if isinstance(places, dict):
+            check_map(device_map, places, self.skeleton)
+            places = without_overlap(places, self.skeleton)
+        folder = tempfile.mkdtemp(prefix="moe_fair-offload-")
+        model = auto_class(self.config).from_pretrained(
+            self.path,
+            dtype=dtype,
+            device_map=places,
+            offload_folder=folder,
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
+        )
+        weakref.finalize(model, shutil.rmtree, folder, True)
+        return model
+
 
 def pick_device(device: str) -> torch.device:
     """The device that a name or `auto` stands for.
@@ -192,6 +218,8 @@ def pick_device(device: str) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")  # accelerate launch --cpu
     if device == "auto":
         accelerator = (
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -43,6 +43,16 @@ def test_targets_are_met_exactly(target: Target, kept: int) -> None:
     assert made.after == ModelSize(1000 - 10 * (48 - kept), 2000 - 20 * (48 - kept))
 
 
+def test_the_plan_says_which_expert_parallel_sizes_divide() -> None:
+    for step, total in ((1, 30), (2, 30), (3, 30), (4, 32), (6, 36)):
+        made = plan(Target(total=total), multiple_of=step)
+        counts = [len(g.kept) for g in made.groups]
+        assert made.expert_parallel == [n for n in range(1, 13) if not any(c % n for c in counts)]
+        assert step in made.expert_parallel
+        assert json.loads(made.to_json())["expert_parallel"] == made.expert_parallel
+    assert plan(Target(total=48)).expert_parallel == [1, 2, 3, 4, 6, 12]
+
+
 def test_a_whole_number_of_experts() -> None:
     with pytest.raises(ValueError, match=r"not a whole number; the nearest are 7\.25 and 7\.5"):
         plan(Target(mean_kept=7.3))

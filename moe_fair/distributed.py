@@ -1,0 +1,444 @@
+"""Several processes of one run: who am I, my share, one result, and stopping together.
+
+`accelerate launch`, `torchrun` or Slurm start the same command several times and say by environment
+variables who is who. Each process runs its share of the batches on its own device; the first one
+decides, writes and speaks. Nothing but this file knows torch.distributed, and everything that
+travels lies in main memory, so that gloo serves every kind of device. One process alone is `ALONE`,
+which costs nothing.
+
+A process that fails or is killed ends all: every process watches for it in a thread of its own,
+which also sees signals while the main thread waits for the others in C code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup, Store
+
+    from moe_fair.core.units import Statistics
+
+T = TypeVar("T")
+BEAT = 0.5  # seconds between two looks at the others
+SILENCE = 20.0  # seconds without a sign of life after which another machine counts as lost
+FORMING = 600.0  # seconds that all processes may take to arrive
+FOREVER = timedelta(days=365)  # the watch decides who is lost, not a collective's time-out
+PIECE = 2**25  # elements sent at a time
+
+
+def processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_first() -> bool:
+    """This process speaks and writes. Known from the environment, before anything is set up."""
+    return int(os.environ.get("RANK") or 0) == 0 or processes() == 1
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run as one of them sees it.
+
+    Attributes:
+        rank, size: of this process, of how many.
+        node_rank, node_size: the same among the processes on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    node_rank: int = 0
+    node_size: int = 1
+    node: ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """This process decides, writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
+        """This process's items: the dearest first, each to whoever has the least to do so far."""
+        loads = [0.0] * self.size
+        mine: list[int] = []
+        for i in sorted(range(len(items)), key=lambda i: (-cost(items[i]), i)):
+            owner = min(range(self.size), key=lambda r: (loads[r], r))
+            loads[owner] += cost(items[i])
+            if owner == self.rank:
+                mine.append(i)
+        return [items[i] for i in sorted(mine)]
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in every process."""
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        box = [make() if self.first else None]
+        with _contact():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, item: T) -> list[T]:
+        """Everybody's item, in the order of ranks, in every process."""
+        if self.size == 1:
+            return [item]
+        import torch.distributed as dist
+
+        box: list[Any] = [None] * self.size
+        with _contact():
+            dist.all_gather_object(box, item)
+        return box
+
+    def node_told(self, item: T) -> T:
+        """The item of this machine's first process, once all on this machine have come here."""
+        if self.node_size == 1:
+            return item
+        import torch.distributed as dist
+
+        box: list[Any] = [None] * self.node_size
+        with _contact():
+            dist.all_gather_object(box, item, group=self.node)
+        return box[0]
+
+    def reduce(self, statistics: Statistics | None) -> Statistics | None:
+        """Everybody's statistics merged, in the first process; None in the others.
+
+        Pairs, then pairs of pairs: as many rounds as the number of processes has binary digits.
+
+        Args:
+            statistics: of this process's share; None for no share.
+        """
+        step = 1
+        while step < self.size:
+            if self.rank % (2 * step) == step:
+                _send(statistics, self.rank - step)
+                return None
+            if self.rank + step < self.size:
+                other = _receive(self.rank + step)
+                if statistics is None:
+                    statistics = other
+                elif other is not None:
+                    statistics = statistics.merge(other)
+            step *= 2
+        return statistics
+
+
+ALONE = Team()
+_team = ALONE
+_watch: _Watch | None = None
+
+
+def team() -> Team:
+    """The processes of this run; formed on the first call where a launcher started several.
+
+    Raises:
+        ValueError: the launcher's variables are incomplete, or the others do not come.
+    """
+    global _team, _watch
+    if processes() > 1 and _watch is None:
+        _watch = _meet()
+        _team = _form(_watch)
+    return _team
+
+
+def _meet() -> _Watch:
+    """Find the others by the launcher's store, and begin to watch them."""
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(v)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {processes()} but {missing[0]} is not set; start several processes "
+            "with `accelerate launch` or `torchrun`"
+        )
+    if dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is in use already; call moe_fair before init_process_group, or "
+            "start it as a program of its own: torchrun -m moe_fair"
+        )
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=FORMING))))
+        store = PrefixStore("moe_fair", store)
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "node": _node_name()}
+        store.set(f"member/{rank}", json.dumps(own))
+        members = [json.loads(store.get(f"member/{r}")) for r in range(size)]
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f"not all of the {processes()} processes came within {FORMING:.0f} s "
+            f"({' '.join(str(e).split())[:200]})"
+        ) from e
+    return _Watch(store, rank, members)
+
+
+def _form(watch: _Watch) -> Team:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore
+
+    rank, members = watch.rank, watch.members
+    store = PrefixStore("gloo", _clone(watch.store))
+    watch.start()
+    with _contact():
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=len(members), timeout=FOREVER
+        )
+        nodes: dict[str, list[int]] = {}
+        for r, m in enumerate(members):
+            nodes.setdefault(m["node"], []).append(r)
+        groups = {n: dist.new_group(ranks, timeout=FOREVER) for n, ranks in nodes.items()}
+    name = members[rank]["node"]
+    place = nodes[name].index(rank)
+    if torch.accelerator.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
+        torch.accelerator.set_device_index(place % torch.accelerator.device_count())
+    return Team(rank, len(members), place, len(nodes[name]), groups[name])
+
+
+def _node_name() -> str:
+    """What all processes of one launcher on one machine have in common."""
+    return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+
+
+def finish() -> None:
+    """Leave together: nobody takes the store away while another still needs it."""
+    global _team, _watch
+    if _watch is None:
+        return
+    import torch.distributed as dist
+
+    _watch.leave()
+    _team.gather(None)
+    _watch.stop()
+    dist.destroy_process_group()
+    _team, _watch = ALONE, None
+
+
+def fail(message: str, say: Callable[[str], None], code: int) -> int:
+    """Say why this process ends, once for all processes, and end the others. Returns the code.
+
+    Args:
+        message: one line.
+        say: prints it.
+    """
+    if _watch is None:  # alone, or not yet met: nobody else can know
+        say(message)
+        return code
+    if not _team.first:
+        time.sleep(4 * BEAT)  # what all meet, such as bad input, the first process says
+    if _watch.claim(message):
+        say(message if _team.first else f"{message} (process {_watch.describe(_watch.rank)})")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(4 * BEAT)  # the others look before a launcher takes the store away
+    os._exit(code)
+
+
+class _Watch(threading.Thread):
+    """Looks after the other processes; ends this one where another is lost or has failed."""
+
+    def __init__(self, store: Store, rank: int, members: list[dict[str, Any]]) -> None:
+        super().__init__(daemon=True)
+        self.rank, self.members = rank, members
+        self.store = store
+        self._own = _clone(store)  # of this thread: the main one may be waiting at its own
+        self._stopped = threading.Event()
+        self._pulse = 0
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._troubles = 0
+        self._claimed = False
+        self._signals, writer = os.pipe()
+        os.set_blocking(writer, False)
+        if threading.current_thread() is threading.main_thread():
+            # the byte is written at once, even while the main thread is inside a collective
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._own.set(f"pulse/{rank}", "0")
+        atexit.register(self.leave)
+
+    def describe(self, rank: int) -> str:
+        """`2 of 4 on node-b`."""
+        return f"{rank} of {len(self.members)} on {self.members[rank]['host']}"
+
+    def claim(self, message: str) -> bool:
+        """Enter why the run ends; False where another process, or another thread, was first."""
+        if self._claimed:
+            return False
+        self._claimed = True
+        said = json.dumps({"rank": self.rank, "message": message})
+        try:
+            return self._mine().compare_set("failed", "", said) == said.encode()
+        except RuntimeError:  # the store has gone with its machine: each says what it knows
+            return True
+
+    def leave(self) -> None:
+        """This process ends by itself: the others need not ask who killed it."""
+        with suppress(RuntimeError):
+            self._mine().set(f"pulse/{self.rank}", "done")
+
+    def _mine(self) -> Store:
+        """The connection of the thread that asks; a new one would wait for a store that is gone."""
+        return self._own if threading.current_thread() is self else self.store
+
+    def stop(self) -> None:
+        """No more looking: the run has ended well."""
+        atexit.unregister(self.leave)
+        self._stopped.set()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.join()
+
+    def run(self) -> None:
+        """Look, wait, look again."""
+        while not self._stopped.is_set():
+            ready, _, _ = select.select([self._signals], [], [], BEAT)
+            if ready:
+                self._signalled(os.read(self._signals, 1)[0])
+            try:
+                self._look()
+                self._troubles = 0
+            except RuntimeError:
+                self._troubles += 1
+                if self._troubles > 2 and not self._stopped.is_set():
+                    self._end("the machine of process 0 does not answer any more", 1)
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGINT:
+            time.sleep(3)  # the main thread leaves by itself where it can
+            os._exit(130)
+        if number == signal.SIGTERM:
+            with suppress(RuntimeError):  # a launcher that lost a process ends the others this way
+                self._look()
+            self.leave()
+            if self.rank == 0:
+                _print("moe-fair: ended by a signal; start the same command again and it goes on")
+            os._exit(128 + number)
+
+    def _look(self) -> None:
+        for r in self._neighbours():
+            if not _alive(self.members[r]["pid"]) and self._own.get(f"pulse/{r}") != b"done":
+                self._end_failed()
+                self._end(f"process {self.describe(r)} was killed", 1)
+        self._end_failed()
+        self._pulse += 1
+        self._own.set(f"pulse/{self.rank}", str(self._pulse))
+        now = time.monotonic()
+        heard: dict[str, float] = {}
+        for r, m in enumerate(self.members):
+            if m["node"] == self.members[self.rank]["node"] or not self._own.check([f"pulse/{r}"]):
+                continue
+            pulse = self._own.get(f"pulse/{r}")
+            if self._seen.get(r, (b"", 0.0))[0] != pulse or pulse == b"done":
+                self._seen[r] = (pulse, now)
+            heard[m["node"]] = max(heard.get(m["node"], 0.0), self._seen[r][1])
+        for node, when in heard.items():
+            if now - when > SILENCE:
+                lost = next(r for r, m in enumerate(self.members) if m["node"] == node)
+                text = f"process {self.describe(lost)} has not been heard of for {SILENCE:.0f} s"
+                self._end(text, 1)
+
+    def _neighbours(self) -> Iterator[int]:
+        for r, m in enumerate(self.members):
+            if r != self.rank and m["node"] == self.members[self.rank]["node"]:
+                yield r
+
+    def _end_failed(self) -> None:
+        """Follow another process that has failed; on its own machine it has spoken itself."""
+        if not self._own.check(["failed"]):
+            return
+        said = json.loads(self._own.get("failed"))
+        if said["rank"] == self.rank:
+            return
+        there = self.members[said["rank"]]["node"] == self.members[self.rank]["node"]
+        if not there and self.rank < min(self._neighbours(), default=self.rank + 1):
+            _print(f"{said['message']} (process {self.describe(said['rank'])})")
+        if self.rank == 0:  # the store may be this process's: the others look first
+            time.sleep(4 * BEAT)
+        os._exit(1)
+
+    def _end(self, text: str, code: int) -> NoReturn:
+        message = f"moe-fair: error: {text}; start the same command again and it goes on"
+        if self.claim(message):
+            _print(message)
+            time.sleep(4 * BEAT)  # the others read it in the store
+        os._exit(code)
+
+
+def _print(line: str) -> None:
+    """At once and whole, from a thread whose process is about to end."""
+    os.write(2, (line + "\n").encode())
+
+
+def _clone(store: Store) -> Store:
+    """The same store over another connection, for another thread."""
+    return store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Talk to the others; where one is gone, the watch knows who and ends this process."""
+    try:
+        yield
+    except RuntimeError as e:
+        time.sleep(SILENCE + 4 * BEAT)
+        raise ValueError(f"lost contact with the other processes: {e}") from e
+
+
+def _send(statistics: Statistics | None, to: int) -> None:
+    import torch.distributed as dist
+
+    header, tensors = statistics.pack() if statistics is not None else ({}, {})
+    shapes = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    with _contact():
+        dist.send_object_list([header, shapes], dst=to)
+        for t in tensors.values():
+            for piece in _pieces(t.contiguous()):
+                dist.send(piece, dst=to)
+
+
+def _receive(sender: int) -> Statistics | None:
+    import torch
+    import torch.distributed as dist
+
+    from moe_fair.core.units import Statistics
+
+    box: list[Any] = [None, None]
+    with _contact():
+        dist.recv_object_list(box, src=sender)
+        header, shapes = box
+        tensors = {n: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in shapes.items()}
+        for t in tensors.values():
+            for piece in _pieces(t):
+                dist.recv(piece, src=sender)
+    return Statistics.unpack(header, tensors) if header else None
+
+
+def _pieces(t: Tensor) -> Iterator[Tensor]:
+    flat = t.view(-1)
+    for start in range(0, flat.numel(), PIECE):
+        yield flat[start : start + PIECE]

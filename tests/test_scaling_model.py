@@ -1,0 +1,32 @@
+"""The cost model of eval/SCALING.md holds at a size that fits here, term by term."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+TERMS = {
+    "parameters", "bytes of one layer, float32", "bytes read", "FLOPs", "boundary activations",
+    "statistics",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_term_is_what_is_measured() -> None:
+    check = [sys.executable, ROOT / "eval" / "scaling.py", "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, check=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    found = {(model, term): float(ratio) for model, term, _, _, ratio in rows}
+    for kind in ("small qwen3_moe", "small deepseek_v3"):
+        assert {term for model, term in found if model == kind} == TERMS
+    assert len(found) == 3 + 2 * len(TERMS)
+    assert all(abs(ratio - 1) < 1e-3 for ratio in found.values()), found
+
+
+def test_the_tables_are_those_of_the_script() -> None:
+    script = [sys.executable, ROOT / "eval" / "scaling.py"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (ROOT / "eval" / "SCALING.md").read_text()

@@ -1,0 +1,213 @@
+"""Started N times by a launcher: the same bytes as one process; one line when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from places import CALIBRATION, HELDOUT, MODEL, ROOT
+
+from moe_fair.cli import main
+from moe_fair.core.units import STATISTICS_FILE
+
+# six batches in two chunks; the last batch of a domain is a short one
+SMALL = [
+    "prune", str(MODEL), "--experts", "40", "-c", str(CALIBRATION), "--samples", "10",
+    "--length", "64", "--batch-size", "2", "--save-every", "3",
+    "--heldout", str(HELDOUT), "--heldout-samples", "6", "--repair", "scale",
+]  # fmt: skip
+LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none"]
+RESULT = (
+    "model.safetensors", "moe_fair/statistics.safetensors", "moe_fair/plan.json",
+    "moe_fair/heldout.json", "moe_fair/repair.json",
+)  # fmt: skip
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no",
+    "--dynamo_backend", "no",
+]  # fmt: skip
+
+
+def port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def accelerate(n: int, *more: str) -> list[str]:
+    """The command of one machine; on a machine without GPUs it starts CPU processes."""
+    machines = [] if "--num_machines" in more else ["--num_machines", "1"]
+    where = [] if "--main_process_port" in more else ["--main_process_port", port()]
+    return [*ACCELERATE, "--num_processes", str(n), *machines, *where, *more, "-m", "moe_fair"]
+
+
+def torchrun(n: int) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+    return [*run, "--master_port", port(), "-m", "moe_fair"]
+
+
+def start(command: list[str], log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    with log.open("wb") as f:
+        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
+
+
+def run(command: list[str], log: Path) -> str:
+    assert start(command, log).wait(timeout=400) == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes, with as many threads as each of the others has."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.raises(SystemExit, match="0"):
+        main([*SMALL, "-o", str(output)])
+    torch.set_num_threads(threads)
+    return output
+
+
+def same(a: Path, b: Path) -> None:
+    for name in RESULT:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_two_by_accelerate(tmp_path: Path, alone: Path) -> None:
+    said = run([*accelerate(2), *SMALL, "-o", str(tmp_path / "out")], tmp_path / "log")
+    same(tmp_path / "out", alone)
+    assert "2 of 2 processes share the batches" in said
+    for once in ("calibrating on", "disk: about", "written in", "240 of 360", "load it with"):
+        assert said.count(once) == 1, said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+
+
+@pytest.mark.slow
+def test_three_streaming_by_torchrun_read_the_weights_once(tmp_path: Path, alone: Path) -> None:
+    streaming = [*SMALL, "--engine", "streaming", "-o"]
+    said = run([*torchrun(3), *streaming, str(tmp_path / "out")], tmp_path / "log")
+    same(tmp_path / "out", alone)
+    single = [sys.executable, "-m", "moe_fair", *streaming, str(tmp_path / "one")]
+    read = [re.findall(r"; ([\d,]+) bytes", s) for s in (said, run(single, tmp_path / "log"))]
+    assert read[0] == read[1]
+    assert int(read[0][0].replace(",", "")) > 2 * (MODEL / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_four_are_more_than_a_chunk_has_batches(tmp_path: Path, alone: Path) -> None:
+    said = run([*torchrun(4), *SMALL, "-o", str(tmp_path / "out")], tmp_path / "log")
+    same(tmp_path / "out", alone)
+    assert "3 of 4 processes share the batches; a chunk has no more than 3" in said
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path: Path, alone: Path) -> None:
+    """Two launchers, two process groups; each takes itself for a machine of its own."""
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port()]
+    launchers = []
+    for rank in ("0", "1"):
+        command = accelerate(2, "--num_machines", "2", "--machine_rank", rank, *where)
+        more = [*SMALL, "--engine", "streaming", "-o", str(tmp_path / "out")]
+        launchers.append(start([*command, *more], tmp_path / f"log{rank}"))
+    assert [launcher.wait(timeout=400) for launcher in launchers] == [0, 0]
+    same(tmp_path / "out", alone)
+    assert "load it with" in (tmp_path / "log0").read_text()
+    assert "moe-fair" not in (tmp_path / "log1").read_text()
+    assert "calibrat" not in (tmp_path / "log1").read_text()
+
+
+def ours(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith("moe-fair: error")]
+
+
+def by_hand(tmp_path: Path, rank: int, where: str, *command: str) -> subprocess.Popen[bytes]:
+    """One process without a launcher, as a scheduler starts it."""
+    return start(
+        [sys.executable, "-m", "moe_fair", *command], tmp_path / f"log{rank}",
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=where,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the second process must miss its device")
+def test_one_process_fails(tmp_path: Path) -> None:
+    where, out = port(), ["-o", str(tmp_path / "out")]
+    both = [
+        by_hand(tmp_path, 0, where, *LONG, *out),
+        by_hand(tmp_path, 1, where, *LONG, *out, "--device", "cuda"),
+    ]
+    assert all(p.wait(timeout=120) != 0 for p in both)
+    [line] = ours(tmp_path / "log0") + ours(tmp_path / "log1")
+    assert "--device cuda: torch sees no CUDA device here" in line
+    assert f"(process 1 of 2 on {socket.gethostname()})" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    where = port()
+    wrong = [*SMALL, "--experts", "3", "-o", str(tmp_path / "out")]
+    both = [by_hand(tmp_path, rank, where, *wrong) for rank in (0, 1)]
+    assert all(p.wait(timeout=120) != 0 for p in both)
+    [line] = ours(tmp_path / "log0") + ours(tmp_path / "log1")
+    assert line.endswith("the router picks top 4; choose 4 to 60 per layer")
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RANK")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def kill_rank(launcher: subprocess.Popen[bytes], rank: int, sign: Path) -> float:
+    """kill -9 one process once the sign has appeared; returns when."""
+    give_up = time.monotonic() + 200
+    while not sign.exists():
+        assert time.monotonic() < give_up, f"{sign} never appeared"
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    [child] = [c for c in children if rank_of(c) == str(rank)]
+    child.send_signal(signal.SIGKILL)
+    return time.monotonic()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_the_rerun_goes_on(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.calibrating"
+    launcher = start([*torchrun(3), *LONG, "-o", str(out)], tmp_path / "log")
+    killed = kill_rank(launcher, 0, work / "chunk-00001" / STATISTICS_FILE)
+    assert launcher.wait(timeout=120) != 0
+    assert time.monotonic() - killed < 30
+    [line] = ours(tmp_path / "log")
+    assert f"process 0 of 3 on {socket.gethostname()} was killed" in line
+    assert not out.exists()
+    done = len(list(work.glob(f"*/{STATISTICS_FILE}")))
+    rerun: list[Any] = [sys.executable, "-m", "moe_fair", *LONG, "-o", str(out)]
+    assert f"going on: {done} of 24 chunks" in run(rerun, tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_ends_the_others(tmp_path: Path) -> None:
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port()]
+    launchers = []
+    for rank in ("0", "1"):
+        command = accelerate(2, "--num_machines", "2", "--machine_rank", rank, *where)
+        more = [*LONG, "-o", str(tmp_path / "out")]
+        launchers.append(start([*command, *more], tmp_path / f"log{rank}"))
+    killed = kill_rank(launchers[1], 1, tmp_path / "out.calibrating" / "chunk-00000")
+    assert all(launcher.wait(timeout=120) != 0 for launcher in launchers)
+    assert time.monotonic() - killed < 30
+    [line] = ours(tmp_path / "log0")
+    assert "process 1 of 2" in line
