@@ -1,7 +1,7 @@
 """The mask check: a group may be cut only where the cut model equals the masked one.
 
-Both run in float64 on a copy whose batch normalisations are filled with random numbers, because
-fresh ones map 0 to 0 and would hide a wrong cut.
+Both run in float64 on a copy whose batch normalisations and bare parameters (LayerScale) are filled
+with random numbers: fresh ones map 0 to 0 or scale a branch to nothing, and would hide a wrong cut.
 """
 
 from __future__ import annotations
@@ -95,17 +95,20 @@ def uneven_plan(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, Sequ
 def _trial(model: nn.Module) -> nn.Module:
     trial = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(0)
+
+    def fill(t: Tensor | None, low: float, high: float) -> None:
+        if t is not None:
+            drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+            t.copy_(low + (high - low) * drawn)
+
     with torch.no_grad():
         for layer in trial.modules():
             if isinstance(layer, BATCH_NORMS):
-                for name, low, high in (
-                    ("weight", 0.5, 1.5),
-                    ("bias", -0.5, 0.5),
-                    ("running_mean", -0.5, 0.5),
-                    ("running_var", 0.5, 1.5),
-                ):
-                    t = getattr(layer, name)
-                    if t is not None:
-                        drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-                        t.copy_(low + (high - low) * drawn)
+                fill(layer.weight, 0.5, 1.5)
+                fill(layer.bias, -0.5, 0.5)
+                fill(layer.running_mean, -0.5, 0.5)
+                fill(layer.running_var, 0.5, 1.5)
+            elif next(layer.children(), None) is not None or "scale" in type(layer).__name__.lower():
+                for p in layer.parameters(recurse=False):
+                    fill(p, 0.5, 1.5)
     return trial
