@@ -16,18 +16,12 @@ from moe_fair.checks import (
     target,
 )
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
-from moe_fair.moe.checkpoint import (
-    check_output,
-    count_key,
-    fresh,
-    partial_path,
-    settle,
-    write_model,
-)
+from moe_fair.moe.checkpoint import count_key, write_model
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.recipe import Recipe
 
