@@ -20,7 +20,7 @@ ORDER = [
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
     {"pipeline"},
-    {"tables"},
+    {"tables", "vision_cli"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,7 +1,7 @@
 """FAIR-Pruner for image classifiers: the channels of a coupled group are its units.
 
-    from moe_fair.vision import load_pruned
-    model = load_pruned("out")
+from moe_fair.vision import load_pruned
+model = load_pruned("out")
 """
 
 from __future__ import annotations

@@ -71,16 +71,18 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """The pruned model with what belongs to it; see `load_pruned`."""
     record = _read(folder)
     model = build(record["base"], trusted=trust_remote_code, folder=folder)
-    history = tuple([(str(m), str(s), list(ids)) for m, s, ids in step] for step in record["history"])
+    history = tuple(
+        [(str(m), str(s), list(ids)) for m, s, ids in step] for step in record["history"]
+    )
     for step in history:
         cut(model, step)
     load_weights(model, folder / WEIGHTS_FILE)
     labels = tuple(record["labels"]) if record["labels"] else None
     if record["preprocessing"]:
-        numbers = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in record["preprocessing"].items()
-        }
-        own = Preprocessing(**numbers)
+        numbers: dict[str, Any] = dict(record["preprocessing"])
+        own = Preprocessing(
+            **{**numbers, "mean": tuple(numbers["mean"]), "std": tuple(numbers["std"])}
+        )
         return Source(model.eval(), record["base"], own, own, None, labels, history)
     processor = find_processor(str(folder))
     if processor is None:
@@ -92,9 +94,7 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / PRUNED_FILE
     if not file.is_file():
-        raise ValueError(
-            f"no pruned image model at {folder}: `moe-fair vision prune MODEL -o {folder}` makes one"
-        )
+        raise ValueError(f"no pruned image model at {folder}; `moe-fair vision prune` makes one")
     try:
         record = json.loads(file.read_text())
         if record["format"] != FORMAT:

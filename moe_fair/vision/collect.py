@@ -136,7 +136,7 @@ def taylor(
         group -> [S, N] float64 rows, and group -> [N] signed weight sums (empty without `weights`).
     """
     flags = {p: p.requires_grad for p in model.parameters()}
-    filters = {
+    filters: dict[str, Any] = {
         m.module: model.get_submodule(m.module).weight
         for g in graph.groups
         for m in _filters(model, g)
@@ -241,9 +241,7 @@ def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
     return flat[:, index.flatten()].reshape(len(x), len(index), -1)
 
 
-def _passes(
-    model: nn.Module, graph: Graph, images: Tensor, watch: Watch
-) -> Iterator[list[Tap]]:
+def _passes(model: nn.Module, graph: Graph, images: Tensor, watch: Watch) -> Iterator[list[Tap]]:
     """Taps in portions whose projections fit in the memory limit; large ones are split."""
     positions = _positions(model, graph, images[:1])
     portion: list[Tap] = []
@@ -304,7 +302,9 @@ def _project(
     return [stores[i] for i in range(len(taps))]
 
 
-def _watch(model: nn.Module, taps: Sequence[Tap], images: Tensor, batch_size: int, see: Any) -> None:
+def _watch(
+    model: nn.Module, taps: Sequence[Tap], images: Tensor, batch_size: int, see: Any
+) -> None:
     """Run the images forward and show each tap the input of its layer."""
     by_layer: dict[str, list[Tap]] = {}
     for t in taps:
@@ -356,20 +356,20 @@ def _weights(model: nn.Module, group: ChannelGroup, name: str) -> Tensor:
     """[N] a norm of each unit's filters, or its batch normalisation scales, summed over members."""
     total = torch.zeros(group.units.size, dtype=torch.float64)
     if name == "bn_scale":
-        norms = [
-            m for m in group.members if isinstance(model.get_submodule(m.module), BATCH_NORMS)
-        ]
+        norms = [m for m in group.members if isinstance(model.get_submodule(m.module), BATCH_NORMS)]
         if not norms:
             raise ValueError(
                 f"criterion 'bn-scale' needs batch normalisation, and {group.name} has none; "
                 "choose another, as --removal l1"
             )
         for m in norms:
-            scale = model.get_submodule(m.module).weight.detach().double().cpu().abs()
+            scale: Any = model.get_submodule(m.module).weight
+            scale = scale.detach().double().cpu().abs()
             total += scale[_index(m)].sum(1)
         return total
     for m in _filters(model, group):
-        w = model.get_submodule(m.module).weight.detach().double().cpu().flatten(1)
+        w: Any = model.get_submodule(m.module).weight
+        w = w.detach().double().cpu().flatten(1)
         rows = w[_index(m).flatten()].reshape(group.units.size, -1)
         total += rows.norm(p=1 if name == "l1_norm" else 2, dim=1)
     return total

@@ -40,7 +40,9 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name, values in (("--mean", self.mean), ("--std", self.std)):
             if len(values) not in (1, self.channels):
-                raise ValueError(f"{name} has {len(values)} values; the model has {self.channels} channels")
+                raise ValueError(
+                    f"{name} has {len(values)} values; the model has {self.channels} channels"
+                )
         if min(self.std) <= 0:
             raise ValueError(f"--std {min(self.std)} is not above 0")
 
@@ -92,6 +94,10 @@ class ImageSet(Dataset):
             self._transform,
             self.name,
         )
+
+    def relabelled(self, labels: Sequence[int], classes: Sequence[str]) -> ImageSet:
+        """The same images under other labels."""
+        return ImageSet(self._read, labels, classes, self._transform, self.name)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """[S, C, H, W] and [S]: everything in memory."""
@@ -150,9 +156,7 @@ def _digits(transform: Transform) -> Data:
         from PIL import Image
         from sklearn.datasets import load_digits
     except ImportError as e:
-        raise ValueError(
-            "digits come with scikit-learn: pip install 'moe_fair[vision]'"
-        ) from e
+        raise ValueError("digits come with scikit-learn: pip install 'moe_fair[vision]'") from e
     found = load_digits()
     pixels = (found.images * (255 / 16)).round().astype(np.uint8)
     whole = ImageSet(
@@ -176,7 +180,7 @@ def _folder(folder: Path, transform: Transform) -> Data:
             if not set(test.classes) <= set(found.classes):
                 raise ValueError(f"{folder / name} has classes that {train} has not")
             ids = [found.classes.index(test.classes[c]) for c in test.labels.tolist()]
-            return Data(found, ImageSet(test._read, ids, found.classes, transform, str(folder)))
+            return Data(found, test.relabelled(ids, found.classes))
     return _split(found)
 
 

@@ -46,8 +46,8 @@ class Gates:
             for m in g.consumers:
                 layer = model.get_submodule(m.module)
                 if m.module not in self._maps:
-                    channels = getattr(layer, "in_channels", None) or layer.in_features
-                    self._maps[m.module] = torch.full((int(channels),), self.total)
+                    side = "in_channels" if isinstance(layer, CONVOLUTIONS) else "in_features"
+                    self._maps[m.module] = torch.full((getattr(layer, side),), self.total)
                 for unit, positions in enumerate(m.index):
                     self._maps[m.module][list(positions)] = at + unit
             at += g.units.size

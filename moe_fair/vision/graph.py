@@ -196,7 +196,9 @@ def _group(
         if size % width or size == width:
             return f"{size} channels are no whole number of heads of {width}"
         members = [
-            Member(m.module, m.side, tuple(_joined(m.index, i, width) for i in range(size // width)))
+            Member(
+                m.module, m.side, tuple(_joined(m.index, i, width) for i in range(size // width))
+            )
             for m in members
         ]
         size //= width

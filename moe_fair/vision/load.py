@@ -195,10 +195,8 @@ def _transformers(
     config = model.config
     base = {"kind": "transformers", "class": type(model).__name__}
     labels = tuple(config.id2label[i] for i in sorted(config.id2label))
-    if any(v is not None for v in own.values()):
-        processor = None
-    else:
-        processor = find_processor(spec, revision)
+    given = any(v is not None for v in own.values())
+    processor = None if given else find_processor(spec, revision)
     if processor is not None:
         return Source(model.eval(), base, processed(processor), None, processor, labels)
     size = own["size"] or getattr(config, "image_size", None) or 224

@@ -79,12 +79,12 @@ def make(
 
 
 def _limited(group: UnitGroup, rules: Rules) -> UnitGroup:
-    """The group with its floor and multiple; one smaller than the multiple is left whole."""
-    step = rules.align if group.size >= math.lcm(rules.align, group.blocks) else 1
+    """The group with its floor and multiple; left whole where they allow nothing."""
     floor = max(group.floor, min(rules.min_units, group.size))
-    if step == 1 and rules.align > 1:
-        floor = group.size
-    return replace(group, floor=floor, multiple=step)
+    step = math.lcm(rules.align, group.blocks)
+    if -(-floor // step) * step > group.size // step * step:
+        return replace(group, floor=group.size)
+    return replace(group, floor=floor, multiple=rules.align)
 
 
 def _plan(

@@ -108,7 +108,9 @@ def _trial(model: nn.Module) -> nn.Module:
                 fill(layer.bias, -0.5, 0.5)
                 fill(layer.running_mean, -0.5, 0.5)
                 fill(layer.running_var, 0.5, 1.5)
-            elif next(layer.children(), None) is not None or "scale" in type(layer).__name__.lower():
+            elif (
+                next(layer.children(), None) is not None or "scale" in type(layer).__name__.lower()
+            ):
                 for p in layer.parameters(recurse=False):
                     fill(p, 0.5, 1.5)
     return trial

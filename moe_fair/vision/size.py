@@ -79,9 +79,7 @@ class Sizes:
         """Cost when every group keeps so many units."""
         removed = {n: size - kept.get(n, size) for n, size in self._groups.items()}
         costs = [layer.cost(removed) for layer in self._layers]
-        return Cost(
-            self._rest + sum(c.parameters for c in costs), sum(c.operations for c in costs)
-        )
+        return Cost(self._rest + sum(c.parameters for c in costs), sum(c.operations for c in costs))
 
     @property
     def whole(self) -> Cost:
@@ -94,9 +92,7 @@ def _layer(m: nn.Module, places: int, per_in: dict[str, int], per_out: dict[str,
         return _Layer("norm", 0, m.num_features, 0, 1, bool(m.affine), 0, {}, per_out)
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
-        return _Layer(
-            "plain", m.in_features, m.out_features, 1, 1, bias, places, per_in, per_out
-        )
+        return _Layer("plain", m.in_features, m.out_features, 1, 1, bias, places, per_in, per_out)
     assert isinstance(m, CONVOLUTIONS)
     kernel = m.weight[0, 0].numel()
     kind = "depthwise" if is_depthwise(m) else "plain"

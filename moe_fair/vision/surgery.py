@@ -1,8 +1,8 @@
 """Cutting exact channels out of layers, and doing it again from the record.
 
-A *cut* says for one side of one layer which positions leave: `(module, "in" | "out", ids)`. The cuts
-of a plan name positions of the model before the plan, so their order does not matter; a history is a
-list of such steps, one for each time that the model was pruned.
+A *cut* says for one side of one layer which positions leave: `(module, "in" | "out", ids)`. The
+cuts of a plan name positions of the model before the plan, so their order does not matter; a
+history is a list of such steps, one for each time that the model was pruned.
 """
 
 from __future__ import annotations

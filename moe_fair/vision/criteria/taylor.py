@@ -1,13 +1,13 @@
 """Taylor scores: the loss as a function of a gate z on the unit, around z = 1.
 
-    t_s = ∂L_s/∂z = Σ a·∂L_s/∂a,  a the unit's output wherever it is read, L_s the loss of image s
+t_s = ∂L_s/∂z = Σ a·∂L_s/∂a,  a the unit's output wherever it is read, L_s the loss of image s
 
-    taylor         |mean_s t_s|                the R-Score of FAIR-Pruner, gate form
-    taylor-sq      mean_s t_s²                 first order, Molchanov et al., arXiv 1906.10771
-    taylor-so      mean_s(-t_s + ½ t_s²)       second order: the change that z = 0 is expected to
-                                               make, with the empirical Fisher for the Hessian
-    taylor-weight  |mean_s Σ_w w·∂L_s/∂w|      over the unit's own filters; with batch statistics
-                                               (train mode) it would vanish, see tests/vision
+taylor         |mean_s t_s|                the R-Score of FAIR-Pruner, gate form
+taylor-sq      mean_s t_s²                 first order, Molchanov et al., arXiv 1906.10771
+taylor-so      mean_s(-t_s + ½ t_s²)       second order: the change that z = 0 is expected to
+                                           make, with the empirical Fisher for the Hessian
+taylor-weight  |mean_s Σ_w w·∂L_s/∂w|      over the unit's own filters; with batch statistics
+                                           (train mode) it would vanish, see tests/vision
 """
 
 from __future__ import annotations

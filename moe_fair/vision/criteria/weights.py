@@ -1,7 +1,7 @@
 """Scores of the weights alone, summed over a unit's members.
 
-    l1, l2     Σ ‖w‖₁, Σ ‖w‖₂ over the filters that make the unit     Li et al., arXiv 1608.08710
-    bn-scale   Σ |γ| over its batch normalisations                    Liu et al., arXiv 1708.06519
+l1, l2     Σ ‖w‖₁, Σ ‖w‖₂ over the filters that make the unit     Li et al., arXiv 1608.08710
+bn-scale   Σ |γ| over its batch normalisations                    Liu et al., arXiv 1708.06519
 """
 
 from __future__ import annotations
