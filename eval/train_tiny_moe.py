@@ -1,11 +1,17 @@
-"""Train a small Qwen2-MoE on text that lies on any Python machine, until its experts differ.
+"""Train a small mixture of experts on text that lies on any Python machine, until experts differ.
 
     python eval/train_tiny_moe.py -o tiny                          # 55 minutes, as the one bundled
     python eval/train_tiny_moe.py -o tiny --minutes 3              # a quick look
     python eval/train_tiny_moe.py -o tiny --text notes=~/notes --text code=~/src
+    python eval/train_tiny_moe.py -o second --family mixtral       # the lab's second model
+    python eval/train_tiny_moe.py -o third --family deepseek_v3    # and its third
 
-60 routed experts of 48 hidden units, top-4 without renormalisation, one shared expert, 6 layers:
-the shape of Qwen1.5-MoE in miniature. Text is found by itself (Python sources, documentation and
+`qwen2_moe`: 60 routed experts of 48 hidden units, top-4 without renormalisation, one shared expert,
+6 layers: the shape of Qwen1.5-MoE in miniature. `mixtral`: 16 larger experts of 160, the best two
+renormalised, balanced by the auxiliary loss. `deepseek_v3`: 32 experts of 64 in four groups of
+which two are open to a token, top-4 of sigmoid scores with a correction bias that a step moves
+against the load (auxiliary-loss-free balancing, arXiv 2408.15664), a shared expert, the first layer
+dense. Text is found by itself (Python sources, documentation and
 other text of the installed packages, C headers, manual pages), or given as `--text
 domain=directory`. A tenth of each domain's documents is held out. Writes the model, its tokenizer,
 `training.json` with the losses, and `text/{calibration,heldout}/<domain>.jsonl`. With `--steps` the
@@ -30,7 +36,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from moe_fair.moe.blocks import find_blocks
 
 SITE, LIBRARY = (Path(sysconfig.get_paths()[k]) for k in ("purelib", "stdlib"))
 FOUND = {  # domain -> (directory, suffixes)
@@ -119,21 +127,56 @@ def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return made
 
 
+FAMILIES: dict[str, dict[str, Any]] = {  # experts, top_k and expert_hidden may be given instead
+    "qwen2_moe": {"experts": 60, "top_k": 4, "expert_hidden": 48},
+    "mixtral": {"experts": 16, "top_k": 2, "expert_hidden": 160},
+    "deepseek_v3": {"experts": 32, "top_k": 4, "expert_hidden": 64},
+}
+
+
+def particular(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration keys in which the families differ."""
+    wide = 4 * args.expert_hidden
+    if args.family == "mixtral":
+        return {"num_local_experts": args.experts, "intermediate_size": args.expert_hidden}
+    if args.family == "qwen2_moe":
+        return {
+            "num_experts": args.experts,
+            "moe_intermediate_size": args.expert_hidden,
+            "shared_expert_intermediate_size": wide,
+            "intermediate_size": wide,
+            "norm_topk_prob": False,
+        }
+    return {
+        "n_routed_experts": args.experts,
+        "moe_intermediate_size": args.expert_hidden,
+        "intermediate_size": wide,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 32,
+        "rope_interleave": True,
+    }
+
+
 def make_model(args: argparse.Namespace, vocabulary: int) -> Any:
     """The model with random weights."""
     torch.manual_seed(args.seed)
-    config = Qwen2MoeConfig(
+    config = AutoConfig.for_model(
+        args.family,
         vocab_size=vocabulary,
         hidden_size=args.hidden,
-        intermediate_size=4 * args.expert_hidden,
-        moe_intermediate_size=args.expert_hidden,
-        shared_expert_intermediate_size=4 * args.expert_hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        num_experts=args.experts,
         num_experts_per_tok=args.top_k,
-        norm_topk_prob=False,
         max_position_embeddings=4 * args.length,
         tie_word_embeddings=True,
         output_router_logits=True,
@@ -141,8 +184,42 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> Any:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        **particular(args),
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+class Loads:
+    """Counts the tokens that each expert of each layer gets, and balances where a bias is there."""
+
+    def __init__(self, model: Any, experts: int) -> None:
+        self.blocks = list(find_blocks(model))
+        self.counts = torch.zeros(len(self.blocks), experts, dtype=torch.int64)
+        for i, block in enumerate(self.blocks):
+            block.experts.register_forward_pre_hook(self.counter(i))
+
+    def counter(self, i: int) -> Any:
+        """A hook that adds one layer's choices to the counts."""
+
+        def count(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            chosen = given[1].flatten()
+            self.counts[i] += torch.bincount(chosen, minlength=self.counts.shape[1])
+
+        return count
+
+    def take(self) -> torch.Tensor:
+        """The counts since the last call, [layers, experts]."""
+        counts, self.counts = self.counts, torch.zeros_like(self.counts)
+        return counts
+
+    @torch.no_grad()
+    def balance(self, speed: float) -> None:
+        """Move each correction bias a step against the load; nothing without such biases."""
+        for block, counts in zip(self.blocks, self.take().double(), strict=True):
+            bias = dict(block.block.named_buffers()) | dict(block.block.named_parameters())
+            for name, tensor in bias.items():
+                if name.endswith("e_score_correction_bias"):
+                    tensor += speed * torch.sign(counts.mean() - counts).to(tensor.dtype)
 
 
 def tokens_of(tokenizer: Any, texts: list[str]) -> torch.Tensor:
@@ -173,6 +250,7 @@ def train(model: Any, streams: list[torch.Tensor], args: argparse.Namespace, wor
     """Train until the steps or the minutes are used up; returns [step, loss] pairs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     step, spent, losses = resume(work, model, optimizer)
+    loads = Loads(model, args.experts)
     model.train()
     started = saved = time.perf_counter()
     while True:
@@ -188,6 +266,7 @@ def train(model: Any, streams: list[torch.Tensor], args: argparse.Namespace, wor
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        loads.balance(0.002 if done < 0.9 else 0.0)
         step += 1
         if step % 10 == 0 or step == 1:
             losses.append([step, round(loss.item(), 4)])
@@ -221,13 +300,14 @@ def resume(work: Path, model: Any, optimizer: Any) -> tuple[int, float, list]:
 def examine(model: Any, heldout: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
     """Held-out loss per domain, and how far apart the domains' routing lies in every layer."""
     model.eval()
+    loads = Loads(model, args.experts)
     losses, shares = {}, []
     for domain, stream in heldout.items():
         rows = stream[: len(stream) // args.length * args.length].view(-1, args.length)[:32]
-        output = model(input_ids=rows, labels=rows)
-        losses[domain] = round(float(output.loss - 0.005 * output.aux_loss), 4)
-        routed = [logits.topk(args.top_k, -1).indices.flatten() for logits in output.router_logits]
-        counts = torch.stack([torch.bincount(r, minlength=args.experts) for r in routed])
+        logits = model(input_ids=rows, output_router_logits=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        losses[domain] = round(float(loss), 4)
+        counts = loads.take().double()
         shares.append(counts / counts.sum(1, keepdim=True))
     pairs = [(a - b).abs().sum(1) / 2 for i, a in enumerate(shares) for b in shares[:i]]
     apart = torch.stack(pairs).mean(0)
@@ -286,17 +366,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-bytes", type=int, default=6_000_000, help="per domain")
     parser.add_argument("--minutes", type=float, default=55)
     parser.add_argument("--steps", type=int, help="instead of --minutes; reproducible")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_moe")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=60)
-    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--experts", type=int, help="routed experts of a layer")
+    parser.add_argument("--top-k", type=int)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--expert-hidden", type=int, default=48)
+    parser.add_argument("--expert-hidden", type=int, help="hidden units of one expert")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for key, usual in FAMILIES[args.family].items():
+        if getattr(args, key) is None:
+            setattr(args, key, usual)
+    return args
 
 
 if __name__ == "__main__":

@@ -86,15 +86,25 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         multiple_of=recipe.multiple_of,
     )
     for rule in (removal, protection):
-        if (
-            rule
-            and not recipe.taylor
-            and any(n.startswith("taylor") or n == "rows" for n in rule.needs)
-        ):
-            raise ValueError(
-                f"criterion {rule.name!r} needs Taylor sums, which --no-taylor leaves out"
-            )
+        for name in rule.needs if rule else ():
+            flag = _left_out(recipe, name)
+            if flag is not None:
+                raise ValueError(
+                    f"criterion {rule.name!r} needs {name}, which {flag} leaves out"  # type: ignore[union-attr]
+                )
     return trial
+
+
+def _left_out(recipe: Recipe, statistic: str) -> str | None:
+    """The flag by which this statistic is not collected, if it is not."""
+    gradient = statistic.startswith("taylor") or statistic in (
+        "rows", "removed_first", "removed_second",
+    )  # fmt: skip
+    if gradient and not recipe.taylor:
+        return "--no-taylor"
+    if statistic.startswith("removed") and not recipe.counterfactual:
+        return "--no-counterfactual"
+    return None
 
 
 def check_disk(need: int, output: Path) -> None:

@@ -16,6 +16,7 @@ from moe_fair.options import (
     Allocate,
     BatchSize,
     Calibration,
+    Counterfactual,
     Debug,
     Device,
     Dtype,
@@ -81,10 +82,10 @@ def _root(
 def calibrate(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
-    save_every: SaveEvery = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
@@ -132,10 +133,11 @@ def prune(
     protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
     min_experts: MinExperts = None, multiple_of: MultipleOf = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, heldout: Heldout = None,
-    heldout_samples: HeldoutSamples = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, engine: EngineName = None, max_memory: MaxMemory = None,
-    save_every: SaveEvery = None, fresh: Fresh = None,
+    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip

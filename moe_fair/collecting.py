@@ -59,7 +59,11 @@ def collect(
             )
             for i in missing:
                 collector = ExpertCollector(
-                    find_blocks(model), source.groups, text.domains, taylor=recipe.taylor
+                    find_blocks(model),
+                    source.groups,
+                    text.domains,
+                    taylor=recipe.taylor,
+                    counterfactual=recipe.counterfactual,
                 )
                 with collector:
                     engine.run(chunks[i], collector, backward=recipe.taylor)
@@ -91,6 +95,7 @@ def _run(recipe: Recipe, source: Checkpoint) -> str:
     """The settings on which the numbers depend beside model and text."""
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     kind = "taylor" if recipe.taylor else "forward"
+    kind += " counterfactual" if recipe.counterfactual else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 

@@ -96,6 +96,15 @@ Taylor = Annotated[
         panel=TEXT,
     ),
 ]
+Counterfactual = Annotated[
+    bool | None,
+    option(
+        "--counterfactual/--no-counterfactual",
+        text="Also collect what each expert's removal alone would change  "
+        "[default: --counterfactual]",
+        panel=TEXT,
+    ),
+]
 Method = Annotated[
     str | None,
     option(

@@ -40,6 +40,7 @@ class Recipe:
         save_every: batches after which partial statistics are saved; a killed run goes on there.
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
+        counterfactual: also collect what each expert's removal would change in its layer.
         method: `fair`, or the name of a criterion, with that method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
@@ -66,6 +67,7 @@ class Recipe:
     save_every: int = 32
     fresh: bool = False
     taylor: bool = True
+    counterfactual: bool = True
     method: str = "fair"
     removal: str | None = None
     protection: str | None = None

@@ -47,8 +47,7 @@ def _masked_block(block: MoeBlock, kept: Sequence[int]) -> Iterator[None]:
     block.router.forward = forward
     with torch.no_grad():
         for b in biases:
-            if "correction" in _name(block, b):  # sigmoid(-inf) = 0, so the bias alone would choose
-                b.view(-1)[gone] = float("-inf")
+            b.view(-1)[gone] = float("-inf")  # sigmoid(-inf) = 0: the bias alone could choose
     try:
         yield
     finally:
@@ -56,7 +55,3 @@ def _masked_block(block: MoeBlock, kept: Sequence[int]) -> Iterator[None]:
         with torch.no_grad():
             for b, s in zip(biases, saved, strict=True):
                 b.copy_(s)
-
-
-def _name(block: MoeBlock, tensor: Tensor) -> str:
-    return next(t for m, t, _ in block.routed if getattr(m, t) is tensor)

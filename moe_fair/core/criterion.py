@@ -46,7 +46,8 @@ class Criterion:
             if missing:
                 raise ValueError(
                     f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics "
-                    "do not hold; Taylor sums are left out by --no-taylor: calibrate without it"
+                    "do not hold; --no-taylor and --no-counterfactual leave some out: calibrate "
+                    "without them"
                 )
             score = self.score(view).to(torch.float64)
             assert score.shape == (group.size,), (self.name, score.shape, group.size)

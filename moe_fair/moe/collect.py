@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.counterfactual import Candidates, Rerouting
 
 FORWARD = (
     "tokens",  # n: routed tokens
@@ -35,6 +36,8 @@ FORWARD = (
 )
 VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
 TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
+# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e², see `counterfactual`
+REMOVED = ("removed_error", "removed_first", "removed_second")
 
 
 class ExpertCollector:
@@ -45,6 +48,7 @@ class ExpertCollector:
         groups: their unit groups, in the same order.
         domains: names of the calibration domains.
         taylor: also collect Taylor sums; the engine must then run the backward.
+        counterfactual: also collect what each expert's removal would change, see `counterfactual`.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class ExpertCollector:
         domains: Sequence[str],
         *,
         taylor: bool = True,
+        counterfactual: bool = False,
     ) -> None:
         self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
-        self.taylor = taylor
+        self.taylor, self.counterfactual = taylor, counterfactual
         self.batch: Batch | None = None
         self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
         self._tokens = torch.zeros(len(domains), dtype=torch.float64)
@@ -116,13 +121,18 @@ class _Tap:
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
+        self.rerouting = Rerouting(block) if collector.counterfactual else None
         self._stock: Callable[..., Tensor] | None = None
 
     def attach(self) -> None:
         self._stock = self.experts.forward
         self.experts.forward = self.forward
+        if self.rerouting is not None:
+            self.rerouting.attach()
 
     def detach(self) -> None:
+        if self.rerouting is not None:
+            self.rerouting.detach()
         del self.experts.forward  # the class's own shows again
         if self.experts.forward != self._stock:  # accelerate had put a hook on the instance
             self.experts.forward = self._stock  # type: ignore[assignment]
@@ -138,9 +148,7 @@ class _Tap:
             return self._stock(hidden_states, top_k_index, top_k_weights)
         t, k = top_k_index.shape
         ids = top_k_index.flatten()
-        rows = hidden_states.repeat_interleave(k, dim=0)
-        ones = torch.ones_like(ids, dtype=top_k_weights.dtype).unsqueeze(1)
-        f = self._stock(rows, ids.unsqueeze(1), ones)
+        f = self.outputs(hidden_states.repeat_interleave(k, dim=0), ids, top_k_weights.dtype)
         if unbooked:
             weights, book = top_k_weights, None
         else:
@@ -151,9 +159,22 @@ class _Tap:
         y = weighted.view(t, k, -1).sum(dim=1).to(hidden_states.dtype)
         if book is not None:
             book.forward(hidden_states.detach(), y.detach())
+            if self.rerouting is not None:
+                routes = self.rerouting.routes(top_k_index, top_k_weights.detach())
+                book.reroute(
+                    hidden_states.detach(), f.detach(), Candidates.of(top_k_index, *routes)
+                )
+                if taylor:
+                    y.register_hook(book.output_gradient)
             if not taylor:
                 book.commit()
         return y
+
+    def outputs(self, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """f_e(x), [R, D], of one expert [R] for each row [R, D], by the stock kernel."""
+        assert self._stock is not None
+        ones = torch.ones_like(ids, dtype=dtype).unsqueeze(1)
+        return self._stock(rows, ids.unsqueeze(1), ones)
 
     def _same_bits(self) -> bool:
         """The stock forward sums as we do, so that it may stand in where nothing is booked."""
@@ -202,6 +223,10 @@ class _Booking:
     ) -> None:
         self.tap, self.batch, self.ids = tap, batch, top_k_index.flatten()
         self.f, self.g = f, weights.flatten().double()
+        self.weights_dtype = weights.dtype
+        self.candidates: Candidates
+        self.others: Tensor
+        self.products: Tensor
         self.anchor = torch.zeros((), device=f.device, requires_grad=True)
         self.sums: dict[str, Tensor] = {}
         tokens, k = top_k_index.shape
@@ -236,6 +261,35 @@ class _Booking:
         self.sums["output"], self.sums["output_sq"] = self._vectors()
         del self.f
 
+    @torch.no_grad()
+    def reroute(self, x: Tensor, f: Tensor, candidates: Candidates) -> None:
+        """‖Δ_e‖² of every expert; the further candidates' outputs wait for the gradient."""
+        token = candidates.tokens_of_extra()
+        others = self.tap.outputs(
+            x[token], candidates.ids.flatten()[candidates.extra], self.weights_dtype
+        )
+        self.sums["removed_error"] = self._over_tokens(
+            candidates.errors(candidates.outputs(f, others))
+        )
+        self.candidates, self.others = candidates, others
+
+    @torch.no_grad()
+    def output_gradient(self, gradient: Tensor) -> None:
+        """⟨G, f⟩ of the further candidates from G = dL/dy [T, D]; the routed ones come by the gate.
+
+        A hook on y, so that it is there before the gate's gradient.
+        """
+        token = self.candidates.tokens_of_extra()
+        precise = torch.promote_types(self.others.dtype, torch.float32)
+        self.products = torch.linalg.vecdot(gradient[token].to(precise), self.others.to(precise))
+        del self.others
+
+    def _over_tokens(self, values: Tensor) -> Tensor:
+        """[T, E] -> [E] sums over real tokens, float64."""
+        if self.counted is not None:
+            return self.batch.mask.flatten().to(values) @ values
+        return values.sum(0)
+
     def _vectors(self) -> tuple[Tensor, Tensor]:
         """Σ f and Σ f² per expert, [E, D] each."""
         order = torch.argsort(self.ids, stable=True)
@@ -266,7 +320,20 @@ class _Booking:
         for i, row in zip(self.batch.sequence_ids.tolist(), rows, strict=True):
             assert i not in self.tap.rows, "a sequence was booked twice"
             self.tap.rows[i] = row
+        if self.tap.rerouting is not None:
+            self._second_order(gradient)
         self.commit()
+
+    def _second_order(self, gradient: Tensor) -> None:
+        """δ_e(t) = ⟨∂ℓ/∂y_t, Δ_e(t)⟩, ℓ the summed loss of the sequence: n times the mean one."""
+        candidates, k = self.candidates, gradient.shape[1]
+        products = gradient.new_zeros(candidates.ids.shape, dtype=torch.float64)
+        products[:, :k] = gradient.double()
+        products.view(-1)[candidates.extra] = self.products.double()
+        tokens = self.batch.predicted().repeat_interleave(self.batch.mask.shape[1])
+        delta = candidates.first_order(products * tokens.unsqueeze(1))
+        self.sums["removed_first"] = self._over_tokens(delta)
+        self.sums["removed_second"] = self._over_tokens(delta.square())
 
     def commit(self) -> None:
         """Enter the batch's sums."""

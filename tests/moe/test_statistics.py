@@ -36,9 +36,14 @@ def batches(pad: int = 0) -> list[Batch]:
     return made
 
 
-def collect(model: Any, data: list[Batch], taylor: bool = True) -> Statistics:
+def collect(
+    model: Any, data: list[Batch], taylor: bool = True, counterfactual: bool = False
+) -> Statistics:
     blocks = find_blocks(model)
-    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, taylor=taylor)
+    collector = ExpertCollector(
+        blocks, [b.unit_group(4) for b in blocks], DOMAINS,
+        taylor=taylor, counterfactual=counterfactual,
+    )  # fmt: skip
     with collector:
         ResidentEngine(model).run(data, collector, backward=taylor)
     return collector.statistics()
@@ -302,7 +307,7 @@ def test_checkpointed_layers_are_booked_once() -> None:
 
 def test_every_criterion_is_its_formula() -> None:
     model = model_of()
-    s = collect(model, batches())
+    s = collect(model, batches(), counterfactual=True)
     block = find_blocks(model)[1]
     total = {k: v.sum(0) for k, v in s.sums[block.name].items()}
     n, rows = total["tokens"].clamp(min=1), s.rows[block.name]
@@ -319,6 +324,9 @@ def test_every_criterion_is_its_formula() -> None:
         "aimer": torch.stack([-w.abs().mean() / w.square().mean().sqrt() for w in matrices]),
         "taylor": (rows.sum(0) / 6).abs(), "taylor-abs": total["taylor_abs"] / 90,
         "taylor-sq": (rows**2).mean(0),
+        "reconstruction": total["removed_error"] / 90,
+        "counterfactual-first": total["removed_first"] / 90,
+        "counterfactual": total["removed_first"] / 90 + total["removed_second"] / 180,
     }  # fmt: skip
     for name, criterion in criteria().items():
         have = criterion(s).values[block.name]

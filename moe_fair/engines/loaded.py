@@ -1,0 +1,43 @@
+"""A model in memory, seen a decoder layer at a time: what a layer-wise procedure runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LoadedLayers:
+    """The interface of `LayeredModel` over a model whose weights are all there.
+
+    Args:
+        model: a causal language model; its weights are frozen and it is put in eval mode.
+
+    Raises:
+        ValueError: the model has no plain list of decoder layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.base = model.base_model
+        self.device = next(model.parameters()).device
+        self.dtype: torch.dtype = model.dtype
+        self.seconds = 0.0
+        if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
+            raise ValueError(f"{type(self.base).__name__} has no list of decoder layers")
+
+    def __len__(self) -> int:
+        return len(self.base.layers)
+
+    @contextmanager
+    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
+        """The layer."""
+        yield self.base.layers[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embeddings, final norm and head are there anyway."""
+        yield

@@ -1,0 +1,240 @@
+"""What a layer's output would be without one of its experts: exact, for every expert and token.
+
+Removing expert e sends its tokens to the next best expert and lets the router weigh again. The
+model's own router says how: its linear map runs once, then its remaining code runs again for every
+e with that logit at minus infinity (and the correction bias, where there is one), so that softmax
+over all or the best experts, sigmoid, bias and group limits are all what the model does. The
+counterfactual output is a sum over *candidates*, the experts that any of these routings picks:
+where groups do not limit the choice, the top k + 1.
+
+    y₋ₑ(t) = Σ_i c_ei(t) f_i(x_t),    Δ_e = y₋ₑ − y
+
+Shape legend: T tokens, E experts, K top-k, M candidates of a token (K routed, then the others),
+D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moe_fair.moe.blocks import MoeBlock
+
+PROJECTIONS = {"linear", "matmul", "mm", "addmm", "einsum", "__matmul__"}
+CELLS = 2**24  # float64 elements of one chunk of tokens
+
+
+class Rerouting:
+    """One router's choices with an expert removed. Attach, run the model, then ask.
+
+    Raises:
+        ValueError: (on asking) the router's code is not understood; names what was looked for.
+    """
+
+    def __init__(self, block: MoeBlock) -> None:
+        self.block, self.router = block, block.router
+        self._stock: Callable[..., Any] | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._logits: Tensor | None = None
+        self._number = 0
+        self._output: Any = None
+
+    def attach(self) -> None:
+        """Note what passes through the router from now on."""
+        self._stock = self.router.forward
+        self.router.forward = self._forward
+
+    def detach(self) -> None:
+        """Leave the router as it was."""
+        del self.router.forward
+        if self.router.forward != self._stock:  # accelerate had put a hook on the instance
+            self.router.forward = self._stock  # type: ignore[assignment]
+        self._logits = self._output = None
+        self._call = ((), {})
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._stock is not None
+        with _Listen(self.block.num_experts) as listen:
+            self._output = self._stock(*args, **kwargs)
+        self._logits, self._number, self._call = listen.logits, listen.number, (args, kwargs)
+        return self._output
+
+    @torch.no_grad()
+    def routes(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The choice with nothing removed, then with each expert removed.
+
+        Args:
+            index, weights: [T, K], what the experts were called with.
+
+        Returns:
+            ids [1 + E, T, K] int64 and weights [1 + E, T, K], in float32 at least.
+        """
+        assert self._stock is not None
+        size = self.block.num_experts
+        where = self._positions(index, weights)
+        assert self._logits is not None
+        logits = self._logits.to(torch.promote_types(self._logits.dtype, torch.float32))
+        args, kwargs = self._call
+        ids, values = [], []
+        for e in range(-1, size):
+            hidden = logits.clone()
+            if e >= 0:
+                hidden[..., e] = -torch.inf
+            with _Answer(hidden, self._number), self._without_bias(e):
+                output = self._stock(*args, **kwargs)
+            ids.append(output[where[0]].view_as(index))
+            values.append(output[where[1]].view_as(weights).to(logits.dtype))
+        return torch.stack(ids), torch.stack(values)
+
+    def _positions(self, index: Tensor, weights: Tensor) -> tuple[int, int]:
+        """Where in the router's output the ids and the weights lie that reach the experts."""
+        output = self._output if isinstance(self._output, tuple) else ()
+        ids = [i for i, t in enumerate(output) if _same(t, index)]
+        values = [i for i, t in enumerate(output) if _same(t, weights)]
+        if self._logits is None or not ids or not values:
+            missing = "its linear map" if self._logits is None else "what it hands to the experts"
+            raise ValueError(
+                f"{self.block.name}: routing without an expert cannot be found, since {missing} "
+                f"was not recognised in {type(self.router).__name__}; choose a --method that needs "
+                "no counterfactual (taylor-sq, fair, reap) and --no-counterfactual"
+            )
+        return ids[0], values[0]
+
+    @contextmanager
+    def _without_bias(self, e: int) -> Iterator[None]:
+        """The choice is also biased: sigmoid(-inf) + bias could still win."""
+        biases = [getattr(m, t) for m, t, _ in self.block.routed if "bias" in t]
+        saved = [b.detach().clone() for b in biases]
+        try:
+            for b in biases if e >= 0 else ():
+                b.data.view(-1)[e] = -torch.inf
+            yield
+        finally:
+            for b, s in zip(biases, saved, strict=True):
+                b.data.copy_(s)
+
+
+def _same(t: Any, other: Tensor) -> bool:
+    if not isinstance(t, Tensor) or t.numel() != other.numel():
+        return False
+    if t.is_floating_point() != other.is_floating_point():
+        return False
+    return torch.equal(t.detach().reshape(other.shape).to(other.dtype), other.detach())
+
+
+class _Listen(TorchFunctionMode):
+    """Keeps the first result of a linear map onto the experts, and which map that was."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.number = size, 0
+        self.logits: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.logits is None and _is_projection(func):
+            if result.dim() >= 2 and result.shape[-1] == self.size:
+                self.logits = result.detach()
+            else:
+                self.number += 1
+        return result
+
+
+class _Answer(TorchFunctionMode):
+    """Gives these logits in place of one of the linear maps."""
+
+    def __init__(self, logits: Tensor, number: int) -> None:
+        super().__init__()
+        self.logits, self.number = logits, number
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_projection(func):
+            self.number -= 1
+            if self.number == -1:
+                return self.logits
+        return func(*args, **(kwargs or {}))
+
+
+def _is_projection(func: Any) -> bool:
+    return getattr(func, "__name__", "") in PROJECTIONS
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The experts that can have a say in a token's output, and their weights in every case.
+
+    Attributes:
+        ids: [T, M] expert ids, the K routed first; -1 where a token has fewer candidates.
+        change: [T, E, M] c_e − g: how each candidate's weight changes when e is removed.
+        extra: [R] flat positions in `ids` of the candidates that are not routed.
+    """
+
+    ids: Tensor
+    change: Tensor
+    extra: Tensor
+
+    @staticmethod
+    def of(index: Tensor, ids: Tensor, weights: Tensor) -> Candidates:
+        """From the routed ids [T, K] and `Rerouting.routes`."""
+        cases, tokens, k = ids.shape
+        size = cases - 1
+        chosen = torch.zeros(tokens, size, dtype=torch.bool, device=ids.device)
+        for case in ids[1:]:
+            chosen.scatter_(1, case, True)
+        chosen.scatter_(1, index, False)
+        most = int(chosen.sum(1).max())
+        others = torch.where(chosen, torch.arange(size, device=ids.device), size)
+        others = others.sort(1).values[:, :most]
+        all_ids = torch.cat([index, others.masked_fill(others == size, -1)], 1)
+        place = torch.zeros(tokens, size + 1, dtype=torch.int64, device=ids.device)
+        slots = torch.arange(k + most, device=ids.device).expand(tokens, -1)
+        place.scatter_(1, all_ids.masked_fill(all_ids < 0, size), slots)
+        dense = weights.new_zeros(cases, tokens, k + most)
+        for case in range(cases):
+            dense[case].scatter_add_(1, place.gather(1, ids[case]), weights[case])
+        change = (dense[1:] - dense[:1]).transpose(0, 1).contiguous()
+        extra = (all_ids[:, k:] >= 0).nonzero()
+        return Candidates(all_ids, change, extra[:, 0] * (k + most) + k + extra[:, 1])
+
+    def outputs(self, routed: Tensor, others: Tensor) -> Tensor:
+        """[T, M, D] candidates' outputs from those of the routed [T·K, D] and the extra [R, D]."""
+        tokens, m = self.ids.shape
+        k = routed.shape[0] // tokens
+        f = routed.new_zeros(tokens, m, routed.shape[-1])
+        f[:, :k] = routed.view(tokens, k, -1)
+        f.view(tokens * m, -1)[self.extra] = others.to(f.dtype)
+        return f
+
+    def tokens_of_extra(self) -> Tensor:
+        """[R] token of each extra candidate."""
+        return self.extra.div(self.ids.shape[1], rounding_mode="floor")
+
+    def chunks(self, width: int) -> Iterator[slice]:
+        """Tokens in runs whose [tokens, M, width] and [tokens, E, M] fit a fixed memory."""
+        tokens, size, m = self.change.shape
+        step = max(1, CELLS // (m * max(width, size)))
+        for start in range(0, tokens, step):
+            yield slice(start, min(start + step, tokens))
+
+    def errors(self, f: Tensor) -> Tensor:
+        """[T, E] ‖Δ_e‖² in float64, from the candidates' outputs [T, M, D]."""
+        parts = []
+        for s in self.chunks(f.shape[-1]):
+            fd, c = f[s].double(), self.change[s].double()
+            gram = fd @ fd.transpose(1, 2)
+            parts.append(((c @ gram) * c).sum(-1).clamp_(min=0))
+        return torch.cat(parts)
+
+    def first_order(self, products: Tensor) -> Tensor:
+        """[T, E] ⟨G, Δ_e⟩ in float64, from the candidates' ⟨G, f_i⟩ [T, M]."""
+        parts = [
+            (self.change[s].double() @ products[s].double().unsqueeze(-1)).squeeze(-1)
+            for s in self.chunks(1)
+        ]
+        return torch.cat(parts)
