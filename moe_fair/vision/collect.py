@@ -142,6 +142,8 @@ def taylor(
         for m in _filters(model, g)
     }
     parts = []
+    # gates of a half-precision model are float32, so that their gradients are summed there
+    precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     model.zero_grad(set_to_none=True)
     try:
         for p in model.parameters():
@@ -152,7 +154,7 @@ def taylor(
         with Gates(model, graph.groups) as gates, torch.enable_grad():
             for x, y in _batches(model, images, labels, watch.batch_size):
                 gates.values = torch.ones(
-                    len(x), gates.total + 1, device=x.device, requires_grad=True
+                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
                 )
                 # summed, not averaged: every image keeps its own gradient
                 nn.functional.cross_entropy(logits(model, x), y, reduction="sum").backward()

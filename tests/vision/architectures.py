@@ -62,13 +62,19 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
-def lively(name: str, seed: int = 0) -> nn.Module:
-    """A model whose normalisations have statistics, scales and shifts as after training.
+def built(name: str) -> nn.Module:
+    """A model with the library's own random weights."""
+    return ARCHITECTURES[name]()
 
-    Fresh ones map 0 to 0, or scale a branch by 1e-6 (LayerScale): a wrong cut would not show.
+
+def lively(name: str, seed: int = 0) -> nn.Module:
+    """A model that reacts to its images and whose normalisations look like trained ones.
+
+    Fresh ones map 0 to 0, or scale a branch by 1e-6 (LayerScale), and transformers' weights are so
+    small that a stream hardly notices its branches: a wrong cut would not show.
     """
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]().eval()
+    model = built(name).eval()
     generator = torch.Generator().manual_seed(seed)
 
     def fill(t: torch.Tensor, low: float, high: float) -> None:
@@ -80,6 +86,8 @@ def lively(name: str, seed: int = 0) -> nn.Module:
                 fill(t, -0.3, 0.3)
             elif "running_var" in n or (t.dim() == 1 and t.is_floating_point()):
                 fill(t, 0.5, 1.5)
+            elif t.dim() > 1:
+                nn.init.kaiming_normal_(t, generator=generator)
     return model
 
 
