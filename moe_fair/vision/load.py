@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from moe_fair.vision.data import Preprocessing, Transform
 
-# functions that a checkpoint may name and that are then called unasked
+# modules whose model functions a checkpoint may name: these are then called unasked
 TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
+# what these modules call weights to download or unpickle; a checkpoint brings its own
+WEIGHT_KEYWORDS = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     """A fresh model of a base architecture.
 
     Args:
-        trusted: call any function; otherwise those of packages in `TRUSTED` only.
+        trusted: call any function as it is given. Otherwise those of `TRUSTED` modules only, and
+            without the keywords by which they would fetch weights.
         folder: holds `config.json` of a transformers model.
 
     Raises:
@@ -117,7 +120,11 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
             raise ValueError(f"transformers has no model class {base['class']!r}")
         return cls(config)
     module = str(base["module"])
-    if not trusted and not any(module == t or module.startswith(t + ".") for t in TRUSTED):
+    keywords = dict(base["keywords"])
+    if module in TRUSTED:
+        if not trusted:
+            keywords = {k: v for k, v in keywords.items() if k not in WEIGHT_KEYWORDS}
+    elif not trusted:
         raise ValueError(
             f"the checkpoint wants to run {module}:{base['function']}; if you know that code, "
             "load it with trust_remote_code=True"
@@ -127,7 +134,7 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     except (ImportError, AttributeError) as e:
         raise ValueError(f"no model {module}:{base['function']}: {e}") from e
     try:
-        model = function(*base["arguments"], **base["keywords"])
+        model = function(*base["arguments"], **keywords)
     except TypeError as e:
         raise ValueError(f"{module}:{base['function']}: {e}") from e
     if not isinstance(model, nn.Module):

@@ -113,6 +113,7 @@ def prune(
 
 
 def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
+    torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
     source = open_source(
         settings.model,
         weights=settings.weights_path(),
@@ -149,7 +150,7 @@ def _step(run: _Run, source: Source, step: int) -> tuple[Source, dict[str, Any]]
         say(f"{said}done before")
         done = open_pruned(home, trust_remote_code=True)
         return done, json.loads((home / "step.json").read_text())
-    device = next(source.model.parameters()).device
+    device = next(run.dense.parameters()).device
     if (home / "cut" / "plan.json").is_file():
         say(f"{said}cut before")
         record = json.loads((home / "cut" / "record.json").read_text())
@@ -184,7 +185,7 @@ def _cut(
 ) -> tuple[Source, dict[str, Any]]:
     settings, say = run.settings, run.say
     x = example(run.source)
-    device = next(source.model.parameters()).device
+    device = next(run.dense.parameters()).device
     cpu = source.model.cpu()
     graph = find_groups(cpu, x, heads=settings.heads)
     sizes = Sizes(cpu, graph.groups, x)

@@ -27,7 +27,7 @@ class Settings:
         removal, protection: criteria; allocate: the rule that shares out the budget.
         min_channels: fewest units kept in any group; align: kept counts are multiples of this.
         heads: attention heads are units too.
-        samples, batch_size, directions, seed: of the scores.
+        samples, batch_size, directions: of the scores; seed: of everything that is drawn.
         memory: bytes for the U-Score's projections.
         steps: prune in so many steps, fine-tuning and scoring again after each.
         finetune_epochs, optimizer, learning_rate, distill: fine-tuning after each step.
@@ -90,7 +90,8 @@ class Settings:
             raise ValueError("--steps fine-tunes between the steps: give --finetune-epochs too")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"--lr {self.learning_rate:g} is not above 0")
-        if self.tolerance is not None and not allocator(self.allocate).needs_protection:
+        rule = allocator(self.allocate)
+        if self.tolerance is not None and not rule.needs_protection:
             raise ValueError(f"--tolerance is ToD's; --allocate {self.allocate} takes a share")
         pick(LEARNING_RATES, self.optimizer, "optimizer")
         criterion(self.removal)
