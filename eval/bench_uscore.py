@@ -5,7 +5,7 @@
 PEER is an environment of its own with `pip install torch==2.13.0 network-pruner==2.16`. Both sides
 score the same random-weight VGG16 on the same images (10 classes, 32 × 32), each in its own process
 on one thread, with 128 directions; what is compared is the CPU time of the process inside the
-scoring calls. The peer takes about twenty minutes. `--layers` measures fewer of the 13 convolutions.
+scoring calls. The peer takes about twenty minutes; `--layers` scores fewer of the 13 convolutions.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python eval/train_digits.py --nets vgg_small resnet20 --seeds 5 -o digits
 
 writes `digits/NET-SEED.safetensors` and prints each net's top-1 on the held-out fifth. What exists
-is not trained again. SGD with momentum .9, learning rate .05 falling to 0 along a cosine, batches of
-64, weight decay 5e-4; images are shifted by up to two pixels.
+is not trained again. SGD with momentum .9, learning rate .05 falling to 0 along a cosine, batches
+of 64, weight decay 5e-4; images are shifted by up to two pixels.
 """
 
 from __future__ import annotations

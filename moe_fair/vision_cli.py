@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import typing
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from moe_fair.options import Debug, Device, Json, Output, Revision, option
-from moe_fair.recipe import parse_bytes
+from moe_fair.core.registry import nearest
+from moe_fair.options import Debug, Device, Json, Output, RecipeFile, Revision, option
+from moe_fair.recipe import coerce, parse_bytes, read_settings
 
 SCORE, TARGET, TRAIN, MODEL, RUN = (
     "Scores and budget",
@@ -24,13 +27,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Argument(
         help="Hub id or folder, module:function, or a pruned checkpoint", show_default=False
     ),
 ]
 Data = Annotated[
-    str,
+    str | None,
     option("--data", text="digits, a folder of class folders, or a dataset id[:config][@split]"),
 ]
 Ratio = Annotated[
@@ -157,9 +160,9 @@ MaxMemory = Annotated[
         panel=RUN,
     ),
 ]
-Heads = Annotated[bool, option("--heads", text="Attention heads are units too", panel=SCORE)]
+Heads = Annotated[bool | None, option("--heads", text="Attention heads are units too", panel=SCORE)]
 Trust = Annotated[
-    bool,
+    bool | None,
     option("--trust-remote-code", text="Run code that a model brings or names", panel=RUN),
 ]
 Fresh = Annotated[bool, option("--fresh", text="Discard what a killed run left", panel=RUN)]
@@ -172,35 +175,57 @@ def _vision() -> None:
 
 @app.command()
 def prune(
-    model: Model, data: Data, output: Output,
+    model: Model = None, data: Data = None, output: Output = ...,  # type: ignore[assignment]
+    recipe: RecipeFile = None,
     ratio: Ratio = None, flops: Flops = None, params: Params = None, tolerance: Tolerance = None,
     removal: Removal = None, protection: Protection = None, allocate: Allocate = None,
-    min_channels: MinChannels = None, align: Align = None, heads: Heads = False,
+    min_channels: MinChannels = None, align: Align = None, heads: Heads = None,
     samples: Samples = None, directions: Directions = None, seed: Seed = None,
     steps: Steps = None, finetune_epochs: Epochs = None, optimizer: Optimizer = None,
     learning_rate: Rate = None, distill: Distill = None,
     weights: Weights = None, image_size: ImageSize = None, mean: Mean = None, std: Std = None,
     batch_size: BatchSize = None, memory: MaxMemory = None, device: Device = None,
-    revision: Revision = None, trust_remote_code: Trust = False, fresh: Fresh = False,
+    revision: Revision = None, trust_remote_code: Trust = None, fresh: Fresh = False,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Score, plan, cut and fine-tune: a smaller classifier that load_pruned reads."""
     given = {k: v for k, v in locals().items() if v is not None}
-    for name in ("output", "fresh", "as_json", "debug"):
-        given.pop(name)
+    for name in ("output", "recipe", "fresh", "as_json", "debug"):
+        given.pop(name, None)
     for name, flag in (("mean", "--mean"), ("std", "--std")):
         if name in given:
             given[name] = _numbers(flag, given[name])
     if memory is not None:
         given["memory"] = parse_bytes("--max-memory", memory)
     from moe_fair.vision import pipeline, screen
-    from moe_fair.vision.settings import Settings
+    from moe_fair.vision.settings import TARGETS, Settings
 
+    if recipe is not None:
+        written = _written(recipe, Settings)
+        if any(t in given for t in TARGETS):  # a target here replaces whichever is written there
+            written = {k: v for k, v in written.items() if k not in TARGETS}
+        given = {**written, **given}
+    for name, wanted in (("model", "a MODEL"), ("data", "--data")):
+        if name not in given:
+            raise ValueError(f"give {wanted}, here or in a --recipe")
     done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=_say)
     if as_json:
         print(screen.as_json(done))
     else:
         screen.show(done)
+
+
+def _written(path: Path, kind: type) -> dict[str, Any]:
+    """The settings of a recipe file, each of its type."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for name, value in read_settings(path).items():
+        if name not in hints:
+            raise ValueError(f"no setting {name!r}{nearest(str(name), list(hints))} in {path}")
+        if name == "memory" and isinstance(value, str):
+            value = parse_bytes("memory", value)
+        found[name] = coerce(name, value, hints[name])
+    return found
 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...]:

@@ -47,9 +47,9 @@ def test_unknown_code_runs_only_where_it_is_trusted(folder: Path) -> None:
     base = {"kind": "function", "module": "vision.architectures", "function": "built",
             "arguments": ["resnet20"], "keywords": {}}  # fmt: skip
     change(folder, base=base)
-    with pytest.raises(ValueError, match="wants to run vision.architectures:built"):
+    with pytest.raises(ValueError, match="wants to run vision"):
         load_pruned(folder)
-    with pytest.raises(ValueError, match="another's|does not fit|cannot take"):
+    with pytest.raises(ValueError, match=r"another's|does not fit|cannot take"):
         load_pruned(folder, trust_remote_code=True)  # runs, and is another width
 
 
@@ -71,11 +71,12 @@ def test_a_checkpoint_fetches_no_weights(monkeypatch: pytest.MonkeyPatch) -> Non
         return zoo.resnet20(width=width)
 
     monkeypatch.setattr(zoo, "downloads", downloads, raising=False)
+    given = {"pretrained": True, "weights": "x", "num": 1}
     base = {"kind": "function", "module": "moe_fair.vision.zoo", "function": "downloads",
-            "arguments": [4], "keywords": {"pretrained": True, "weights": "x", "num": 1}}  # fmt: skip
+            "arguments": [4], "keywords": given}  # fmt: skip
     build(base, trusted=False)
     build(base, trusted=True)
-    assert seen == [{"num": 1}, {"pretrained": True, "weights": "x", "num": 1}]
+    assert seen == [{"num": 1}, given]
 
 
 @pytest.mark.parametrize(

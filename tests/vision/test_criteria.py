@@ -36,7 +36,7 @@ def test_weight_norms_are_summed_over_the_producers_of_a_stream() -> None:
 def test_bn_scale_needs_batch_normalisation() -> None:
     model = lively("vit")
     graph = find_groups(model, images(2))
-    with pytest.raises(ValueError, match="needs batch normalisation.*has none"):
+    with pytest.raises(ValueError, match=r"needs batch normalisation.*has none"):
         collect(model, graph, images(6), LABELS, needs=["bn_scale"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import save_file
 from vision.architectures import images, lively, small
 
@@ -94,7 +95,9 @@ def test_json_and_a_second_pruning_of_the_result(
     assert again["cost"]["pruned"]["parameters"] <= 0.7 * again["cost"]["dense"]["parameters"]
     assert len(json.loads((second / "pruned.json").read_text())["history"]) == 2
     with torch.no_grad():
-        assert logits(load_pruned(second, trust_remote_code=True), torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+        assert logits(
+            load_pruned(second, trust_remote_code=True), torch.zeros(1, 3, 16, 16)
+        ).shape == (1, 3)
 
 
 def test_weights_of_a_function_are_used(pictures: Path, tmp_path: Path) -> None:
@@ -104,7 +107,9 @@ def test_weights_of_a_function_are_used(pictures: Path, tmp_path: Path) -> None:
     done = pipeline.prune(
         settings(pictures, ratio=0.0, weights=str(tmp_path / "w.safetensors")), tmp_path / "out"
     )
-    assert same(load_pruned(done.output, trust_remote_code=True), trained)  # nothing removed: the same model
+    assert same(
+        load_pruned(done.output, trust_remote_code=True), trained
+    )  # nothing removed: the same model
 
 
 def test_a_transformers_folder_keeps_its_processor_and_labels(
@@ -120,7 +125,8 @@ def test_a_transformers_folder_keeps_its_processor_and_labels(
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     # 'taylor-sq' and a random protection: any pair will do
     run(folder, "--data", pictures, "--params", "0.2", *QUICK[:6], "--removal", "taylor-sq",
-        "--protection", "random", "--distill", "0.5", "--finetune-epochs", "1", "-o", out)  # fmt: skip
+        "--protection", "random", "--distill", "0.5", "--finetune-epochs", "1",
+        "-o", out)  # fmt: skip
     source = open_pruned(out)
     assert source.labels == ("red", "blue", "green", *"abcdefg")
     assert source.processor.size == {"height": 32, "width": 32}
@@ -269,3 +275,37 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert lines[-1].startswith("moe-fair: error: "), lines
     assert not any("Traceback" in x for x in lines)
     return lines[-1]
+
+
+def test_a_recipe_holds_the_settings_and_options_win(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {NET}\ndata: {pictures}\nratio: 0.25\nremoval: l1\nallocate: uniform\n"
+        "samples: 18\nimage_size: 16\nmean: [0.5, 0.4, 0.3]\nmemory: 64MiB\n"
+    )
+    run("--recipe", recipe, "--params", "0.5", "--removal", "l2", "--json", "-o", tmp_path / "out")
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert found["mean"] == [0.5, 0.4, 0.3]
+    assert (found["params"], found["removal"], found["memory"]) == (0.5, "l2", 64 << 20)
+    assert "ratio" not in found
+    line = failing(capsys, NET, "--ratio", ".5", "-o", tmp_path / "b")
+    assert "give --data, here or in a --recipe" in line
+    for text, said in (
+        ("rato: 0.5", "no setting 'rato' (did you mean 'ratio'?)"),
+        ("ratio: half", "--ratio must be a number, not 'half'"),
+        ("- ratio", "holds no settings"),
+    ):
+        recipe.write_text(text)
+        line = failing(capsys, NET, "--data", pictures, "--recipe", recipe, "-o", tmp_path / "b")
+        assert said in line, line
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "vision").glob("*.yaml")), ids=str)
+def test_the_recipes_hold_settings_that_are_accepted(recipe: Path) -> None:
+    from moe_fair.vision_cli import _written
+
+    assert Settings.of(_written(recipe, Settings)).finetune_epochs > 0
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert f"--recipe recipes/vision/{recipe.name} -o" in "\n".join(header)
