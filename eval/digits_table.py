@@ -6,8 +6,8 @@
 
 Every (net, seed, method, ratio) is one line of the output file; a run that is started again does
 what is missing. The tables at the end (alone with `--table`) give mean ± standard deviation over
-seeds. A method is `removal/allocator`; ToD's protection is the gate Taylor. Ratios are shares of all
-channels; fine-tuning is the paper's (SGD, learning rate .001, momentum .9).
+seeds. A method is `removal/allocator`; ToD's protection is the gate Taylor. A ratio is the share of
+channels removed; fine-tuning is the paper's (SGD, learning rate .001, momentum .9).
 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
 the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,9 @@ def find_groups(model: nn.Module, images: Tensor, *, heads: bool = False) -> Gra
     if not groups:
         reasons = "; ".join(f"{n}: {why}" for n, why in whole.items()) or "no layers were found"
         raise ValueError(f"no channels of this model can be cut exactly ({reasons})")
-    return Graph(tuple(groups), whole)
+    # numbered as a reader counts them in the tables and pictures
+    numbered = [replace(g, units=replace(g.units, layer=i)) for i, g in enumerate(groups)]
+    return Graph(tuple(numbered), whole)
 
 
 def error(model: nn.Module, images: Tensor, groups: Sequence[ChannelGroup]) -> float:
