@@ -40,10 +40,11 @@ class VGG(nn.Module):
             else:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean((2, 3)))
+        return self.classifier(self.flatten(self.pool(self.features(images))))
 
 
 class BasicBlock(nn.Module):
@@ -82,11 +83,12 @@ class ResNet(nn.Module):
                 stages.append(BasicBlock(before, after, stride))
                 before = after
         self.blocks = nn.Sequential(*stages)
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.classifier = nn.Linear(before, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(images)))
-        return self.classifier(self.blocks(x).mean((2, 3)))
+        return self.classifier(self.flatten(self.pool(self.blocks(x))))
 
 
 class DenseLayer(nn.Module):
@@ -125,10 +127,11 @@ class DenseNet(nn.Module):
                 parts.append((f"transition{block}", transition))
         parts += [("bn", nn.BatchNorm2d(width)), ("relu", nn.ReLU())]
         self.features = nn.Sequential(OrderedDict(parts))
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean((2, 3)))
+        return self.classifier(self.flatten(self.pool(self.features(images))))
 
 
 def vgg16_bn(num_classes: int = 10, in_channels: int = 3) -> VGG:
