@@ -20,7 +20,7 @@ from moe_fair.vision.graph import ChannelGroup, logits
 def loss_changes(
     model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Group -> [N] float64: mean cross-entropy without the unit, minus that of the whole model.
+    """Group -> [S, N] float64: each image's cross-entropy without the unit, minus that with it.
 
     One forward of all images for every unit, in eval mode.
 
@@ -34,16 +34,16 @@ def loss_changes(
 
     def loss() -> Tensor:
         out = logits(model, x).double()
-        return nn.functional.cross_entropy(out, y).cpu()
+        return nn.functional.cross_entropy(out, y, reduction="none").cpu()
 
-    changes = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in groups}
+    changes = {g.name: torch.zeros(len(x), g.units.size, dtype=torch.float64) for g in groups}
     with torch.no_grad(), Gates(model, groups) as gates:
         whole = loss()
         for g in groups:
             for unit in range(g.units.size):
                 gates.values = torch.ones(1, gates.total + 1)
                 gates.values[0, gates.offsets[g.name] + unit] = 0
-                changes[g.name][unit] = loss() - whole
+                changes[g.name][:, unit] = loss() - whole
     model.train(training)
     return changes
 

@@ -4,8 +4,8 @@ t_s = ∂L_s/∂z = Σ a·∂L_s/∂a,  a the unit's output wherever it is read,
 
 taylor         |mean_s t_s|                the R-Score of FAIR-Pruner, gate form
 taylor-sq      mean_s t_s²                 first order, Molchanov et al., arXiv 1906.10771
-taylor-so      mean_s(-t_s + ½ t_s²)       second order: the change that z = 0 is expected to
-                                           make, with the empirical Fisher for the Hessian
+taylor-so      mean_s (-t_s + ½ t_s²)²     second order, ibid., with each image's empirical Fisher
+                                           t_s² for the diagonal of the Hessian
 taylor-weight  |mean_s Σ_w w·∂L_s/∂w|      over the unit's own filters; with batch statistics
                                            (train mode) it would vanish, see tests/vision
 """
@@ -29,8 +29,8 @@ def squared(view: GroupView) -> Tensor:
 
 
 def second_order(view: GroupView) -> Tensor:
-    """[N] expected change of the loss when the unit leaves; may be negative."""
-    return (0.5 * view.rows.square() - view.rows).mean(0)
+    """[N] mean square of the change that is expected at z = 0."""
+    return (0.5 * view.rows.square() - view.rows).square().mean(0)
 
 
 def weight_form(view: GroupView) -> Tensor:
