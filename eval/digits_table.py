@@ -12,7 +12,7 @@ channels removed; fine-tuning is the paper's (SGD, learning rate .001, momentum 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
 the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.
 
-With `--oracle`: correlation of criteria with the measured change of the loss when a unit leaves alone:
+With `--oracle`: correlation of criteria with the measured change of the loss when one unit leaves:
 its mean over images, and the mean of its square, which Molchanov's criterion estimates.
 """
 

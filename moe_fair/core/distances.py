@@ -94,9 +94,13 @@ def largest_class_distance(
         [N] float64.
     """
     n, d, s = projected.shape
+    # single numbers are exact in float64 at no cost; of many directions the mean is taken anyway
+    kind = np.float64 if d == 1 else projected.dtype
     step = max(1, chunk_bytes // (d * s * projected.itemsize))
     parts = [
-        between_classes(projected[i : i + step], labels).mean(axis=-1).max(axis=0)
+        between_classes(projected[i : i + step].astype(kind, copy=False), labels)
+        .mean(axis=-1)
+        .max(axis=0)
         for i in range(0, n, step)
     ]
     return np.concatenate(parts)
