@@ -25,6 +25,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import torch
 from torch import nn
 from train_digits import digits, fresh
 
+from moe_fair.core.oracle import Oracle, agreement
 from moe_fair.core.units import Statistics
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.collect import Watch, collect
@@ -40,7 +42,7 @@ from moe_fair.vision.data import Data, sample
 from moe_fair.vision.finetune import Training, finetune
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.load import load_weights
-from moe_fair.vision.oracle import correlations, loss_changes
+from moe_fair.vision.oracle import loss_changes
 from moe_fair.vision.plan import Goal, Rules, make
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.size import Sizes
@@ -211,8 +213,8 @@ def _oracle(
     for name in CRITERIA:
         values = criterion(name)(found).values
         row[name] = {
-            "change": correlations(values, mean),
-            "squared": correlations(values, squared),
+            kind: asdict(agreement(values, Oracle(changes, 0.0, 0)))
+            for kind, changes in (("change", mean), ("squared", squared))
         }
     yield row
 
@@ -260,7 +262,7 @@ def _oracle_table(rows: list[Row]) -> None:
             picked = [
                 [r[c][kind][what] for r in mine]
                 for kind, what in (
-                    ("change", "pearson"), ("change", "spearman"), ("change", "within"),
+                    ("change", "pearson"), ("change", "spearman"), ("change", "spearman_within"),
                     ("squared", "pearson"), ("squared", "spearman"),
                 )
             ]  # fmt: skip

@@ -20,15 +20,19 @@ from moe_fair.recipe import Recipe, parse_size
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     """Removal score, protection score and allocator that a recipe's method stands for.
 
-    `fair` is FAIR-Pruner's rule: routed output mass against |Taylor|, allocated by ToD. The name of
-    a criterion is that criterion with a uniform budget, as its paper has it.
+    `second-order`, the default, takes out what adds least to the loss by the second order of exact
+    counterfactual outputs, wherever it lies (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
+    routed output mass against |Taylor|, allocated by ToD. The name of a criterion is that criterion
+    with a uniform budget, as its paper has it.
     """
-    if recipe.method == "fair":
+    if recipe.method == "second-order":
+        removal, rule = recipe.removal or "counterfactual-set", recipe.allocate or "global"
+    elif recipe.method == "fair":
         removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
     elif recipe.method in criteria():
         removal, rule = recipe.removal or recipe.method, recipe.allocate or "uniform"
     else:
-        pick({"fair": None, **criteria()}, recipe.method, "method")
+        pick({"second-order": None, "fair": None, **criteria()}, recipe.method, "method")
         raise AssertionError
     paired = allocator(rule).needs_protection or recipe.protection or recipe.method == "fair"
     protection = recipe.protection or "taylor"
@@ -98,7 +102,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
 def _left_out(recipe: Recipe, statistic: str) -> str | None:
     """The flag by which this statistic is not collected, if it is not."""
     gradient = statistic.startswith("taylor") or statistic in (
-        "rows", "removed_first", "removed_second",
+        "rows", "removed_first", "removed_gram",
     )  # fmt: skip
     if gradient and not recipe.taylor:
         return "--no-taylor"

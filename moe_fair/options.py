@@ -105,6 +105,15 @@ Counterfactual = Annotated[
         panel=TEXT,
     ),
 ]
+RepairName = Annotated[
+    str | None,
+    option(
+        "--repair",
+        text="Fit the remaining experts to the original model, layer by layer: none, scale, "
+        "channel, variance, matrix, refit or distill  [default: distill]",
+        panel=SCORE,
+    ),
+]
 Method = Annotated[
     str | None,
     option(

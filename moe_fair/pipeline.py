@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_fair.checks import (
     check_disk,
@@ -21,9 +23,11 @@ from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
-from moe_fair.moe.checkpoint import count_key, write_model
+from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.repair import LayerRepair
 from moe_fair.recipe import Recipe
+from moe_fair.repairing import repair_kind, repair_model
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint: plan, statistics, recipe, held-out losses
 
@@ -86,6 +90,8 @@ def prune(
     source = open_model(recipe)
     heldout = heldout_set(recipe, source)
     work = work_folder(output, recipe)
+    kind = repair_kind(recipe, source, say)
+    text: CalibrationSet | None = None
     if ready is None:
         size = check_plan_settings(recipe, source).after.bytes
         check_disk(size, output)
@@ -98,15 +104,25 @@ def prune(
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
 
+    repairs: list[LayerRepair] = []
+    if kind is not None:
+        if text is None:
+            about = ready.recipe if statistics is None else statistics.facts["calibration"]
+            text = calibration_set(_same_text(recipe, about), source, say)
+        repairs = repair_model(recipe, source, text, ready.kept, kind, work / "repair", say)
+
     folder = fresh(partial_path(output))
     if statistics is not None:
         statistics.save(folder / FOLDER)
     say(f"cutting {ready.before.parameters:,} parameters to {ready.after.parameters:,}")
     started = time.perf_counter()
-    write_model(source, ready.kept, folder)
+    write_model(source, ready.kept, folder, repaired=work / "repair" if repairs else None)
     say(f"written in {time.perf_counter() - started:.1f} s")
     ready.save(folder / FOLDER / "plan.json")
     (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
+    if repairs:
+        table = json.dumps([asdict(r) for r in repairs], indent=1)
+        (folder / FOLDER / "repair.json").write_text(table + "\n")
     before = after = None
     if heldout is not None:
         before = measure(recipe, source, heldout, "held-out loss, original")
@@ -116,6 +132,14 @@ def prune(
     settle(folder, output)
     discard(work)
     return Pruned(output, ready, before, after)
+
+
+def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
+    """The text that statistics or a plan were made from, where the recipe names none itself."""
+    if recipe.calibration != Recipe().calibration:
+        return recipe
+    names = ("calibration", "samples", "length", "seed")
+    return recipe.with_settings({n: about[n] for n in names if n in about})
 
 
 def work_folder(output: Path, recipe: Recipe) -> Path:
@@ -132,8 +156,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
-    assert source.blocks  # finds them, or says what was looked for
-    count_key(source.config)
+    assert source.groups  # finds the experts in model and files, or says what was looked for
+    count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.length > limit:
         raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")

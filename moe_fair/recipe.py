@@ -41,13 +41,16 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
-        method: `fair`, or the name of a criterion, with that method's usual allocation.
+        method: `second-order` (ours), `fair` (the paper's), or the name of a criterion, with that
+            method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
+            unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
         heldout_samples: most held-out windows.
     """
@@ -68,7 +71,7 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
-    method: str = "fair"
+    method: str = "second-order"
     removal: str | None = None
     protection: str | None = None
     allocate: str | None = None
@@ -80,6 +83,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
 

@@ -42,12 +42,13 @@ def _masked_block(block: MoeBlock, kept: Sequence[int]) -> Iterator[None]:
         with mock.patch.object(torch.nn.functional, "linear", hide):
             return stock(*args, **kwargs)
 
+    # sigmoid(-inf) = 0, so a correction bias alone would choose
     biases = [getattr(m, t) for m, t, _ in block.routed if "bias" in t]
     saved = [b.detach().clone() for b in biases]
     block.router.forward = forward
     with torch.no_grad():
         for b in biases:
-            b.view(-1)[gone] = float("-inf")  # sigmoid(-inf) = 0: the bias alone could choose
+            b.view(-1)[gone] = float("-inf")
     try:
         yield
     finally:

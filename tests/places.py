@@ -1,8 +1,9 @@
-"""Where the reference model and its texts lie."""
+"""Where the reference model, its texts and the record of families lie."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "eval" / "tiny-qwen2-moe"
-CALIBRATION = ROOT / "eval" / "text" / "calibration"
-HELDOUT = ROOT / "eval" / "text" / "heldout"
+EVAL = ROOT / "eval"
+MODEL = EVAL / "tiny-qwen2-moe"
+CALIBRATION = EVAL / "text" / "calibration"
+HELDOUT = EVAL / "text" / "heldout"

@@ -19,6 +19,7 @@ ORDER = [
     {"report", "evaluate", "publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
+    {"repairing"},
     {"pipeline"},
     {"tables", "vision_cli"},
     {"cli"},

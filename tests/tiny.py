@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_fair.engines.auto import auto_class
+
+LARGEST = 10_000_000  # parameters; a config that is not small by mistake must not be built
 
 # Small values for whatever of these a family's config knows.
 SMALL: dict[str, Any] = {
@@ -21,7 +25,7 @@ SMALL: dict[str, Any] = {
     "num_experts": 12, "num_local_experts": 12, "n_routed_experts": 12, "moe_num_experts": 12,
     "num_experts_per_tok": 4, "moe_k": 4, "moe_topk": 4, "num_shared_experts": 1,
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
-    "num_dense_layers": 1, "moe_layer_start_index": 1, "n_group": 1, "topk_group": 1,
+    "num_dense_layers": 1, "moe_layer_start_index": 1,
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "sliding_window": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
@@ -29,18 +33,59 @@ SMALL: dict[str, Any] = {
     "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 8, "use_mamba_kernels": False,
 }  # fmt: skip
 
+# Beside these for configs that limit tokens to some of the groups of experts.
+GROUPED: dict[str, Any] = {
+    "n_group": 4, "topk_group": 2, "num_experts": 16, "num_local_experts": 16,
+    "n_routed_experts": 16,
+}  # fmt: skip
+
+# Beside these for latent attention, whose rotary part is what `head_dim` means.
+LATENT: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 4}
+
+# Beside or instead of these for the other towers of a multimodal model.
+TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "depth": 1,
+    "num_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "out_hidden_size": 64, "adapter_in_dim": 32, "adapter_out_dim": 64, "adapter_input_size": 32,
+    "downsample_hidden_size": 16, "num_local_experts": 4, "moe_intermediate_size": 16,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "embed_dim": 32,
+}  # fmt: skip
+
 # What a family needs beside or instead; None leaves the family's own value.
 EXTRA: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
-    "deepseek_v3": {
-        "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
-        "head_dim": None,
-    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "glm_moe_dsa": {"n_group": 1, "topk_group": 1, "head_dim": 8, "index_n_heads": 4,
+        "index_head_dim": 16, "indexer_types": ["full"] * 4},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 4, "num_experts": 12,
+        "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 16, "global_head_dim": 16},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [4]},  # one layer, with experts
+    "phimoe": {"num_experts_per_tok": 2},  # what its router does whatever the config says
+    "beam": {"mlp_layer_types": ["dense", "sparse"] * 2},
+    "nemotron_h": {"layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8,
+    },
+    "kimi_linear": {
+        "num_experts_per_tok": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 16, "linear_num_heads": 4,
+    },
+    "bailing_hybrid": {
+        "num_experts": 16, "num_experts_per_tok": 4, "layer_group_size": 2, "head_dim": 16,
+        "n_group": 4, "topk_group": 2,
+    },
+    "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 24, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+        "index_n_heads": 4, "index_head_dim": 16, "shared_experts_intermediate_size": 48},
 }  # fmt: skip
 
 
@@ -56,23 +101,41 @@ def fused_families() -> list[str]:
 
 
 def tiny_config(kind: str, **extra: Any) -> Any:
-    """A small config of this type."""
-    known = CONFIG_MAPPING[kind]().to_dict()
-    values = {k: v for k, v in SMALL.items() if k in known}
-    values |= EXTRA.get(kind, {}) | extra
-    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if v is not None})
+    """A small config of this type; a multimodal one with small towers."""
+    cls = CONFIG_MAPPING[kind]
+    values = _known(cls, SMALL) | EXTRA.get(kind, {}) | extra
+    for name, part in cls.sub_configs.items():
+        if name == "text_config":
+            values[name] = tiny_config(part.model_type)
+        elif isinstance(part, type) and part is not AutoConfig:
+            values[name] = part(**_known(part, TOWER) | EXTRA.get(part.model_type, {}))
+    return cls(**{k: v for k, v in values.items() if v is not None})
+
+
+def _known(cls: Any, small: dict[str, Any]) -> dict[str, Any]:
+    """Of the small values those that this config class knows."""
+    known = cls().to_dict()
+    if small is SMALL:
+        small = small | (GROUPED if "n_group" in known else {})
+        small |= LATENT if "kv_lora_rank" in known else {}
+    return {k: v for k, v in small.items() if k in known}
 
 
 def tiny_model(kind: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
     """A small model whose experts and router biases differ visibly."""
+    config = tiny_config(kind, **extra)
+    auto = auto_class(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in auto.from_config(config).parameters())
+    assert size <= LARGEST, f"{kind} has {size:,} parameters: make it smaller in EXTRA"
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **extra), dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
             scale = 0.08 if p.dim() >= 2 else 0.02
             p.add_(torch.randn(p.shape, generator=generator) * scale)
         for name, b in model.named_buffers():
-            if "correction_bias" in name:
-                b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
+            if "bias" in name and b.is_floating_point():  # of routers: what corrects the choice
+                b.add_(torch.randn(b.shape, generator=generator) * 0.05)
     return model.eval()

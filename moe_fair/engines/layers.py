@@ -16,7 +16,6 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 
@@ -61,7 +61,7 @@ class LayeredModel:
     ) -> None:
         self.dtype, self.device = dtype, device
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
+            self.model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         self.model.eval().requires_grad_(False)

@@ -3,19 +3,36 @@
 transformers keeps the experts of a layer in one module of fused 3-D parameters, under the contract
 of `use_experts_implementation`: `num_experts`, `_apply_gate`, and
 `forward(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K])`. The router is the sibling
-that carries the same `num_experts`. What does not fit raises before anything is measured.
+that carries the same `num_experts`. A block that is built otherwise has a file in `families/` that
+says what differs; what fits neither raises before anything is measured.
 
-Shape legend: T tokens, E experts, K top-k, D model, F hidden.
+Shape legend: T tokens, E experts, K top-k, S = T·K (token, slot) rows, D model, F hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moe_fair.core.units import UnitGroup
+from moe_fair.moe.families import families
+
+# experts in the place of a block's own: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+# names under which modules keep E as a number
+COUNTERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class Axis(NamedTuple):
+    """A tensor with an expert axis: `length // E` rows an expert, then `length % E` of none."""
+
+    module: nn.Module
+    tensor: str
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class MoeBlock:
         name: module path of the block, as in `model.named_modules()`.
         layer: index of the decoder layer.
         block, experts, router: the modules.
-        routed: (module, tensor name, dimension) of every router-side tensor with an expert axis.
+        routed: every router-side tensor with an expert axis.
         top_k: experts per token.
         n_group, topk_group: group-limited routing; 1, 1 without.
     """
@@ -36,7 +53,7 @@ class MoeBlock:
     block: nn.Module
     experts: nn.Module
     router: nn.Module
-    routed: tuple[tuple[nn.Module, str, int], ...]
+    routed: tuple[Axis, ...]
     top_k: int
     n_group: int = 1
     topk_group: int = 1
@@ -46,11 +63,53 @@ class MoeBlock:
         """E, as the experts module has it now."""
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
-    def counters(self) -> Iterator[nn.Module]:
-        """The modules that carry `num_experts` as a number."""
-        for m in (self.block, self.experts, self.router):
-            if getattr(m, "num_experts", None) == self.num_experts:
-                yield m
+    def tensors(self) -> Iterator[Axis]:
+        """Every tensor that is cut: those of the experts, then those of the router's side."""
+        for module in self.experts.modules():
+            yield from (Axis(module, tensor, 0) for tensor, _ in own_tensors(module))
+        yield from self.routed
+
+    def numbers(self) -> Iterator[tuple[nn.Module, str]]:
+        """(module, attribute) of every number that is E."""
+        linear = {m for m, _, _ in self.routed if isinstance(m, nn.Linear)}
+        inside = dict.fromkeys([self.block, *self.experts.modules(), *self.router.modules()])
+        for m in inside:
+            for name in (*COUNTERS, *(["out_features"] if m in linear else [])):
+                if getattr(m, name, None) == self.num_experts:
+                    yield m, name
+
+    def path(self, module: nn.Module, attribute: str) -> str:
+        """`experts.down_proj`: where an attribute lies, from the block."""
+        [name] = [n for n, m in self.block.named_modules() if m is module]
+        return f"{name}.{attribute}" if name else attribute
+
+    def attach(self, forward: Forward) -> tuple[Forward, Callable[[], None]]:
+        """Put `forward` in the place of the block's experts.
+
+        Returns:
+            the stock forward, and what undoes it.
+        """
+        experts, stock = self.experts, self.experts.forward
+        experts.forward = forward
+
+        def detach() -> None:
+            del experts.forward  # the class's own shows again
+            if experts.forward != stock:  # accelerate had put a hook on the instance
+                experts.forward = stock
+
+        return stock, detach
+
+    def outputs(self, stock: Forward, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """f_e(x) before its weight, one (token, slot) a row [S, D], by the stock kernel.
+
+        Args:
+            rows, ids, weights: [S, D], [S], [S]: what the experts would be given of each.
+        """
+        return stock(rows, ids.unsqueeze(1), torch.ones_like(weights).unsqueeze(1))
+
+    def matrices(self) -> list[Tensor]:
+        """The experts' weights, [E, ...] each."""
+        return [p for p in self.experts.parameters() if p.dim() == 3]
 
     def floor(self) -> int:
         """Fewest experts that routing can work with."""
@@ -61,9 +120,12 @@ class MoeBlock:
 
     def unit_parameters(self) -> int:
         """Parameters that leave with one expert: its matrices and its router entries."""
-        own = sum(p.numel() for p in self.experts.parameters())
-        routing = sum(getattr(m, t).numel() for m, t, _ in self.routed if t in m._parameters)
-        return (own + routing) // self.num_experts
+        size, count = self.num_experts, 0
+        for module, tensor, dim in self.tensors():
+            t = getattr(module, tensor)
+            if tensor in module._parameters:
+                count += t.numel() // t.shape[dim] * (t.shape[dim] // size)
+        return count
 
     def unit_group(self, bytes_per_parameter: float) -> UnitGroup:
         """The block as the core sees it."""
@@ -87,26 +149,61 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[MoeBlock]:
-    """Every MoE block of a model, in layer order.
+    """Every MoE block of a model whose experts can be removed, in layer order.
 
     Raises:
         ValueError: the model has no routed experts, or a block whose structure is unknown; says
             what was looked for.
     """
-    blocks = [_block(model, name, m) for name, m in model.named_modules() if is_experts(m)]
+    decoder = language_model(model)
+    modules = {n: m for n, m in model.named_modules() if (n + ".").startswith(decoder)}
+    special = {n: f for n, m in modules.items() if (f := _family(m)) is not None}
+    found: list[MoeBlock | None] = []
+    for name, module in modules.items():
+        parent = name.rpartition(".")[0]
+        if name in special:
+            found.append(special[name](name, module))
+        elif is_experts(module) and parent not in special:
+            found.append(standard_block(parent, modules[parent]))
+    blocks = [b for b in found if b is not None]
     if not blocks:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"{kind}: no routed experts found. Looked for modules with fused experts "
             "(num_experts, gate_up_proj [E, 2F, D], down_proj [E, D, F]) that transformers marks "
-            "with use_experts_implementation; a dense model has nothing to prune here"
+            f"with use_experts_implementation, and for blocks of {', '.join(families())}; a dense "
+            "model has nothing to prune here"
         )
     return blocks
 
 
-def _block(model: nn.Module, experts_name: str, experts: nn.Module) -> MoeBlock:
-    name = experts_name.rpartition(".")[0]
-    block = model.get_submodule(name)
+def language_model(model: nn.Module) -> str:
+    """Prefix of the modules of a model's text decoder: other towers may have experts of their own.
+
+    Returns:
+        `model.language_model.`, or the empty string where the model does not say.
+    """
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find else None
+    names = [n for n, m in model.named_modules() if m is decoder]
+    return f"{names[0]}." if names and names[0] else ""
+
+
+def _family(module: nn.Module) -> Callable[[str, nn.Module], MoeBlock | None] | None:
+    """The view of the family whose block this is, if it is one of the exceptions."""
+    for family in families().values():
+        if type(module).__name__ in family.blocks:
+            return family.view
+    return None
+
+
+def standard_block(name: str, block: nn.Module) -> MoeBlock:
+    """The view of a block that follows the contract.
+
+    Raises:
+        ValueError: something of its structure is unknown; says what was looked for.
+    """
+    experts = next(m for m in block.children() if is_experts(m))
     size = int(experts.num_experts)  # type: ignore[arg-type]
     _check_experts(name, experts, size)
     router = _router(name, block, experts, size)
@@ -115,7 +212,7 @@ def _block(model: nn.Module, experts_name: str, experts: nn.Module) -> MoeBlock:
         raise ValueError(f"{name}: the router {type(router).__name__} has no integer top_k")
     return MoeBlock(
         name=name,
-        layer=_layer_index(name),
+        layer=layer_index(name),
         block=block,
         experts=experts,
         router=router,
@@ -124,6 +221,13 @@ def _block(model: nn.Module, experts_name: str, experts: nn.Module) -> MoeBlock:
         n_group=int(getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1),
         topk_group=int(getattr(router, "topk_group", None) or 1),
     )
+
+
+def rows_of(ids: Sequence[int], length: int, size: int) -> list[int]:
+    """The indices that stay on an axis of this length when these of `size` experts do."""
+    width = length // size
+    rows = [e * width + i for e in ids for i in range(width)]
+    return rows + list(range(width * size, length))
 
 
 def _check_experts(name: str, experts: nn.Module, size: int) -> None:
@@ -148,32 +252,35 @@ def _router(name: str, block: nn.Module, experts: nn.Module, size: int) -> nn.Mo
     return found[0]
 
 
-def _expert_axes(
-    name: str, block: nn.Module, router: nn.Module, size: int
-) -> Iterator[tuple[nn.Module, str, int]]:
+def _expert_axes(name: str, block: nn.Module, router: nn.Module, size: int) -> Iterator[Axis]:
     for module in router.modules():
-        for tensor, t in _tensors(module):
+        for tensor, t in own_tensors(module):
             if t.shape[0] == size:
-                yield module, tensor, 0
+                yield Axis(module, tensor, 0)
             elif t.dim() == 2 and t.shape == (1, size):
-                yield module, tensor, 1
+                yield Axis(module, tensor, 1)
             else:
                 raise ValueError(
                     f"{name}: router tensor {tensor} {tuple(t.shape)} has no axis of {size} experts"
                 )
-    for tensor, t in _tensors(block):  # a correction bias that some families keep on the block
+    for tensor, t in own_tensors(block):  # a correction bias that some families keep on the block
         if t.dim() == 1 and t.shape[0] == size:
-            yield block, tensor, 0
+            yield Axis(block, tensor, 0)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The module's own parameters and buffers, not those of its children."""
     for name, t in (*module._parameters.items(), *module._buffers.items()):
         if t is not None:
             yield name, t
 
 
-def _layer_index(name: str) -> int:
+def layer_index(name: str) -> int:
+    """The decoder layer that a module path lies in.
+
+    Raises:
+        ValueError: the path has no number.
+    """
     numbers = [int(p) for p in name.split(".") if p.isdigit()]
     if not numbers:
         raise ValueError(f"{name}: no layer index in the module path")

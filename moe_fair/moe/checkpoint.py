@@ -13,14 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_fair.engines.names import destinations
+from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import write_shards
-from moe_fair.moe.file_surgery import classify, cut_tensors
-from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, is_ours, modeling_source
+from moe_fair.moe.blocks import COUNTERS, rows_of
+from moe_fair.moe.file_surgery import cut_tensors
+from moe_fair.moe.load import Checkpoint, first_line
+from moe_fair.moe.overlay import with_repairs
+from moe_fair.moe.own_code import (
+    MODELING_CLASS,
+    MODELING_FILE,
+    REFERENCE,
+    is_ours,
+    modeling_source,
+)
 from moe_fair.moe.surgery import check_all
 
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # files that come along as they are
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model",
@@ -34,6 +41,7 @@ def write_model(
     kept: Mapping[str, Sequence[int]],
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
+    repaired: Path | None = None,
 ) -> None:
     """Write the pruned weights, config, modeling file and companions into `folder`.
 
@@ -42,65 +50,162 @@ def write_model(
     Args:
         kept: block name -> ids that stay.
         advance: told the number of bytes after each copy.
+        repaired: folder of repaired layers whose tensors replace the original ones.
 
     Raises:
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
     """
     check_all(source.blocks, kept)
-    find = destinations(source.skeleton)
-    names = {t.name: find(t.name).name for t in source.tensors}
-    parts = classify(source.tensors, names, source.blocks)
-    counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(cut_tensors(source.tensors, parts, kept), folder, advance=advance)
-    _write_config(source, counts, folder)
+    _write_config(source, kept, folder)
+    if repaired is not None:
+        tensors = with_repairs(source, kept, repaired)
+    else:
+        tensors = cut_tensors(source.tensors, source.parts, kept)
+    write_shards(tensors, folder, advance=advance)
     for pattern in COMPANIONS:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_config(source: Checkpoint, counts: Mapping[str, int], folder: Path) -> None:
-    config = json.loads((source.path / "config.json").read_text())
-    key = count_key(source.config)
-    for name in ("moe_fair", "per_layer_config", "allow_global_per_layer_attribute_access"):
-        config.pop(name, None)  # of an earlier pruning
-    stock = next(c for c in type(source.skeleton).__mro__ if c.__name__ != MODELING_CLASS)
-    if config.get("auto_map") is not None and is_ours(source.path):
-        del config["auto_map"]
-    config["architectures"] = [stock.__name__]
+def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
+    """The stock config where the stock class can hold the result, else ours with its file.
+
+    Raises:
+        ValueError: neither gives a model with the shapes of the result.
+    """
+    counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
+    shapes = _shapes(source, kept)
     if len(set(counts.values())) == 1:
-        home = config.get("text_config") if key not in config else config
-        assert isinstance(home, dict)
-        home[key] = next(iter(counts.values()))
-    else:
-        layers = {b.layer: counts[b.name] for b in source.blocks}
-        config |= _unequal(key, counts, layers)
-        (folder / MODELING_FILE).write_text(modeling_source(stock))
+        _save(_stock_config(source, next(iter(counts.values()))), folder)
+        if not _misfit(folder, shapes):
+            return
+    (folder / MODELING_FILE).write_text(modeling_source(_stock_class(source)))
+    config = _unequal_config(source, counts)
+    _save(_with_layers(config, source, counts), folder)
+    if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
+        _save(config, folder)
+        wrong = _misfit(folder, shapes)
+        if wrong:
+            raise ValueError(
+                f"{source.model}: layers of different sizes cannot be written: {wrong}"
+            )
+
+
+def _save(config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _unequal(key: str, counts: Mapping[str, int], layers: Mapping[int, int]) -> dict[str, Any]:
-    return {
+def _shapes(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Name in the model -> shape after the cut, of every tensor that a checkpoint holds."""
+    shapes = {n: tuple(t.shape) for n, t in source.skeleton.state_dict().items()}
+    for b in source.blocks:
+        for module, tensor, dim in b.tensors() if b.name in kept else ():
+            name = f"{b.name}.{b.path(module, tensor)}"
+            if name in shapes:
+                old = shapes[name]
+                length = len(rows_of(kept[b.name], old[dim], b.num_experts))
+                shapes[name] = (*old[:dim], length, *old[dim + 1 :])
+    return shapes
+
+
+def _misfit(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What transformers would build otherwise from this folder's config; nothing where all fits."""
+    try:
+        state = Checkpoint(str(folder)).skeleton.state_dict()
+    except (ValueError, RuntimeError) as e:
+        return first_line(e)
+    built = {n: tuple(t.shape) for n, t in state.items()}
+    for name in sorted(built.keys() | shapes.keys()):
+        if built.get(name) != shapes.get(name):
+            return f"{name} is {built.get(name)} in the model and {shapes.get(name)} in the result"
+    return ""
+
+
+def _stock_class(source: Checkpoint) -> type:
+    return next(c for c in type(source.skeleton).__mro__ if c.__name__ != MODELING_CLASS)
+
+
+def _own_config(source: Checkpoint) -> dict[str, Any]:
+    """The source's config as text, without what an earlier pruning wrote."""
+    config: dict[str, Any] = json.loads((source.path / "config.json").read_text())
+    if config.get("auto_map") is not None and is_ours(source.path):
+        del config["auto_map"]
+    config["architectures"] = [_stock_class(source).__name__]
+    home, key = _home(config), count_path(source.config)[-1]
+    if config.pop("moe_fair", None) is not None and all(
+        layer.keys() == {key} for layer in home.get("per_layer_config", {}).values()
+    ):
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            home.pop(name, None)
+    return config
+
+
+def _home(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
+    config = _own_config(source)
+    *folders, key = count_path(source.config)
+    home = _home(config)
+    for folder in folders:
+        home = home.setdefault(folder, {})
+    names = {
+        old for old, new in source.config.get_text_config().attribute_map.items() if new == key
+    }
+    home.update(dict.fromkeys({key} | (names & home.keys()), count))
+    return config
+
+
+def _unequal_config(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
+    auto = auto_class(source.config).__name__
+    return _own_config(source) | {
         "architectures": [MODELING_CLASS],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"},
-        "moe_fair": {"experts": dict(counts)},
+        "auto_map": {auto: REFERENCE},
+        "moe_fair": {
+            "experts": dict(counts),
+            "tensors": {b.path(m, t): dim for b in source.blocks for m, t, dim in b.tensors()},
+            "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
+        },
+    }
+
+
+def _with_layers(
+    config: dict[str, Any], source: Checkpoint, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """The config with `per_layer_config` as well, where the family has none of its own."""
+    if _home(config).get("per_layer_config"):
+        return config
+    key = count_path(source.config)[-1]
+    layers = {b.layer: counts[b.name] for b in source.blocks}
+    extra = {
         "per_layer_config": {str(i): {key: n} for i, n in sorted(layers.items())},
         # the stock class still reads the model-wide number while it is built
         "allow_global_per_layer_attribute_access": True,
     }
+    if _home(config) is config:
+        return config | extra
+    return config | {"text_config": config["text_config"] | extra}
 
 
-def count_key(config: Any) -> str:
-    """The config's own name for the number of routed experts.
+def count_path(config: Any) -> tuple[str, ...]:
+    """Where the language model's config keeps the number of routed experts.
 
     Raises:
         ValueError: none of the known names is there.
     """
     plain = config.get_text_config().to_dict()
-    for key in COUNT_KEYS:
+    for key in COUNTERS:
         if isinstance(plain.get(key), int):
-            return key
+            return (key,)
+    for folder, inner in plain.items():
+        for key in COUNTERS if isinstance(inner, dict) else ():
+            if isinstance(inner.get(key), int):
+                return folder, key
     raise ValueError(
-        f"{config.model_type}: the config has none of {', '.join(COUNT_KEYS)} to write the new "
+        f"{config.model_type}: the config has none of {', '.join(COUNTERS)} to write the new "
         "number of experts to"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
-from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.blocks import Forward, MoeBlock
 from moe_fair.moe.counterfactual import Candidates, Rerouting
 
 FORWARD = (
@@ -36,8 +36,8 @@ FORWARD = (
 )
 VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
 TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
-# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e², see `counterfactual`
-REMOVED = ("removed_error", "removed_first", "removed_second")
+# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e δ_f ([E, E]), see `counterfactual`
+REMOVED = ("removed_error", "removed_first", "removed_gram")
 
 
 class ExpertCollector:
@@ -116,30 +116,27 @@ class _Tap:
     """Stands before one experts module and books what passes."""
 
     def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
-        self.collector, self.experts = collector, block.experts
+        self.collector, self.block, self.experts = collector, block, block.experts
         self.size, self.domains = block.num_experts, domains
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.rerouting = Rerouting(block) if collector.counterfactual else None
-        self._stock: Callable[..., Tensor] | None = None
+        self._stock: Forward
+        self._detach: Callable[[], None]
 
     def attach(self) -> None:
-        self._stock = self.experts.forward
-        self.experts.forward = self.forward
+        self._stock, self._detach = self.block.attach(self.forward)
         if self.rerouting is not None:
             self.rerouting.attach()
 
     def detach(self) -> None:
         if self.rerouting is not None:
             self.rerouting.detach()
-        del self.experts.forward  # the class's own shows again
-        if self.experts.forward != self._stock:  # accelerate had put a hook on the instance
-            self.experts.forward = self._stock  # type: ignore[assignment]
+        self._detach()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output [T, D], as the stock forward gives it."""
-        assert self._stock is not None
         batch = self.collector.batch
         assert batch is not None, "an engine calls begin() before it runs a batch"
         taylor = self.collector.taylor
@@ -147,8 +144,8 @@ class _Tap:
         if unbooked and self._same_bits():
             return self._stock(hidden_states, top_k_index, top_k_weights)
         t, k = top_k_index.shape
-        ids = top_k_index.flatten()
-        f = self.outputs(hidden_states.repeat_interleave(k, dim=0), ids, top_k_weights.dtype)
+        rows = hidden_states.repeat_interleave(k, dim=0)
+        f = self.outputs(rows, top_k_index.flatten(), top_k_weights.flatten())
         if unbooked:
             weights, book = top_k_weights, None
         else:
@@ -162,7 +159,9 @@ class _Tap:
             if self.rerouting is not None:
                 routes = self.rerouting.routes(top_k_index, top_k_weights.detach())
                 book.reroute(
-                    hidden_states.detach(), f.detach(), Candidates.of(top_k_index, *routes)
+                    hidden_states.detach(),
+                    f.detach(),
+                    Candidates.of(top_k_index, *routes, self.size),
                 )
                 if taylor:
                     y.register_hook(book.output_gradient)
@@ -170,11 +169,9 @@ class _Tap:
                 book.commit()
         return y
 
-    def outputs(self, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """f_e(x), [R, D], of one expert [R] for each row [R, D], by the stock kernel."""
-        assert self._stock is not None
-        ones = torch.ones_like(ids, dtype=dtype).unsqueeze(1)
-        return self._stock(rows, ids.unsqueeze(1), ones)
+    def outputs(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """f_e(x), [R, D], of one expert [R] for each row [R, D]; see `MoeBlock.outputs`."""
+        return self.block.outputs(self._stock, rows, ids, weights)
 
     def _same_bits(self) -> bool:
         """The stock forward sums as we do, so that it may stand in where nothing is booked."""
@@ -192,7 +189,7 @@ class _Tap:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
         if self.constants or next(self.experts.parameters()).is_meta:
             return
-        matrices = [p for p in self.experts.parameters() if p.dim() == 3]
+        matrices = self.block.matrices()
         per_expert = torch.tensor(
             [
                 [
@@ -265,9 +262,8 @@ class _Booking:
     def reroute(self, x: Tensor, f: Tensor, candidates: Candidates) -> None:
         """‖Δ_e‖² of every expert; the further candidates' outputs wait for the gradient."""
         token = candidates.tokens_of_extra()
-        others = self.tap.outputs(
-            x[token], candidates.ids.flatten()[candidates.extra], self.weights_dtype
-        )
+        ids, weights = candidates.extra_ids_and_weights()
+        others = self.tap.outputs(x[token], ids, weights.to(self.weights_dtype))
         self.sums["removed_error"] = self._over_tokens(
             candidates.errors(candidates.outputs(f, others))
         )
@@ -333,7 +329,9 @@ class _Booking:
         tokens = self.batch.predicted().repeat_interleave(self.batch.mask.shape[1])
         delta = candidates.first_order(products * tokens.unsqueeze(1))
         self.sums["removed_first"] = self._over_tokens(delta)
-        self.sums["removed_second"] = self._over_tokens(delta.square())
+        if self.counted is not None:
+            delta = delta * self.batch.mask.flatten().to(delta).unsqueeze(1)
+        self.sums["removed_gram"] = delta.T @ delta
 
     def commit(self) -> None:
         """Enter the batch's sums."""

@@ -9,13 +9,13 @@ where groups do not limit the choice, the top k + 1.
 
     y₋ₑ(t) = Σ_i c_ei(t) f_i(x_t),    Δ_e = y₋ₑ − y
 
-Shape legend: T tokens, E experts, K top-k, M candidates of a token (K routed, then the others),
-D model.
+Shape legend: T tokens, E experts, R removals, K top-k, M candidates of a token (K routed, then the
+others), D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,27 +66,29 @@ class Rerouting:
         return self._output
 
     @torch.no_grad()
-    def routes(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The choice with nothing removed, then with each expert removed.
+    def routes(
+        self, index: Tensor, weights: Tensor, sets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The choice with nothing removed, then with each expert (or set of experts) removed.
 
         Args:
             index, weights: [T, K], what the experts were called with.
+            sets: sets of experts that leave together; None: each expert alone.
 
         Returns:
-            ids [1 + E, T, K] int64 and weights [1 + E, T, K], in float32 at least.
+            ids [1 + R, T, K] int64 and weights [1 + R, T, K], in float32 at least, for R removals.
         """
         assert self._stock is not None
-        size = self.block.num_experts
         where = self._positions(index, weights)
         assert self._logits is not None
         logits = self._logits.to(torch.promote_types(self._logits.dtype, torch.float32))
         args, kwargs = self._call
         ids, values = [], []
-        for e in range(-1, size):
+        removals = [[e] for e in range(self.block.num_experts)] if sets is None else sets
+        for gone in ([], *map(list, removals)):
             hidden = logits.clone()
-            if e >= 0:
-                hidden[..., e] = -torch.inf
-            with _Answer(hidden, self._number), self._without_bias(e):
+            hidden[..., gone] = -torch.inf
+            with _Answer(hidden, self._number), self._without_bias(gone):
                 output = self._stock(*args, **kwargs)
             ids.append(output[where[0]].view_as(index))
             values.append(output[where[1]].view_as(weights).to(logits.dtype))
@@ -107,13 +109,13 @@ class Rerouting:
         return ids[0], values[0]
 
     @contextmanager
-    def _without_bias(self, e: int) -> Iterator[None]:
+    def _without_bias(self, gone: Sequence[int]) -> Iterator[None]:
         """The choice is also biased: sigmoid(-inf) + bias could still win."""
         biases = [getattr(m, t) for m, t, _ in self.block.routed if "bias" in t]
         saved = [b.detach().clone() for b in biases]
         try:
-            for b in biases if e >= 0 else ():
-                b.data.view(-1)[e] = -torch.inf
+            for b in biases:
+                b.data.view(-1)[list(gone)] = -torch.inf
             yield
         finally:
             for b, s in zip(biases, saved, strict=True):
@@ -171,7 +173,8 @@ class Candidates:
 
     Attributes:
         ids: [T, M] expert ids, the K routed first; -1 where a token has fewer candidates.
-        change: [T, E, M] c_e − g: how each candidate's weight changes when e is removed.
+        change: [T, R, M] c_r − g: how each candidate's weight changes in removal r (by default of
+            each expert alone, so that R = E).
         extra: [R] flat positions in `ids` of the candidates that are not routed.
     """
 
@@ -180,10 +183,9 @@ class Candidates:
     extra: Tensor
 
     @staticmethod
-    def of(index: Tensor, ids: Tensor, weights: Tensor) -> Candidates:
-        """From the routed ids [T, K] and `Rerouting.routes`."""
+    def of(index: Tensor, ids: Tensor, weights: Tensor, size: int) -> Candidates:
+        """From the routed ids [T, K] and `Rerouting.routes` of a block of `size` experts."""
         cases, tokens, k = ids.shape
-        size = cases - 1
         chosen = torch.zeros(tokens, size, dtype=torch.bool, device=ids.device)
         for case in ids[1:]:
             chosen.scatter_(1, case, True)
@@ -215,15 +217,19 @@ class Candidates:
         """[R] token of each extra candidate."""
         return self.extra.div(self.ids.shape[1], rounding_mode="floor")
 
+    def extra_ids_and_weights(self) -> tuple[Tensor, Tensor]:
+        """[R] expert of each extra candidate, and its largest weight in any of the cases."""
+        return self.ids.flatten()[self.extra], self.change.amax(1).flatten()[self.extra]
+
     def chunks(self, width: int) -> Iterator[slice]:
-        """Tokens in runs whose [tokens, M, width] and [tokens, E, M] fit a fixed memory."""
-        tokens, size, m = self.change.shape
-        step = max(1, CELLS // (m * max(width, size)))
+        """Tokens in runs whose [tokens, M, width] and [tokens, R, M] fit a fixed memory."""
+        tokens, removals, m = self.change.shape
+        step = max(1, CELLS // (m * max(width, removals)))
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
     def errors(self, f: Tensor) -> Tensor:
-        """[T, E] ‖Δ_e‖² in float64, from the candidates' outputs [T, M, D]."""
+        """[T, R] ‖Δ_r‖² in float64, from the candidates' outputs [T, M, D]."""
         parts = []
         for s in self.chunks(f.shape[-1]):
             fd, c = f[s].double(), self.change[s].double()
@@ -232,7 +238,7 @@ class Candidates:
         return torch.cat(parts)
 
     def first_order(self, products: Tensor) -> Tensor:
-        """[T, E] ⟨G, Δ_e⟩ in float64, from the candidates' ⟨G, f_i⟩ [T, M]."""
+        """[T, R] ⟨G, Δ_r⟩ in float64, from the candidates' ⟨G, f_i⟩ [T, M]."""
         parts = [
             (self.change[s].double() @ products[s].double().unsqueeze(-1)).squeeze(-1)
             for s in self.chunks(1)

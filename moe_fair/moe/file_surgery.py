@@ -13,19 +13,29 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from moe_fair.engines.shards import StoredTensor
-from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.blocks import MoeBlock, rows_of
 
 LAST_NUMBER = re.compile(r"^(.*\.)(\d+)(\..+)$")
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """A stored tensor that changes with its block: which block, and which expert or axis of it."""
+    """A stored tensor that changes with its block.
+
+    Attributes:
+        block: the block's name.
+        expert: whose tensor this is, or None for a tensor with an axis of all of them.
+        dim: that axis.
+        experts: how many experts lie along it.
+    """
 
     block: str
     expert: int | None
     dim: int
+    experts: int
 
 
 def classify(
@@ -44,23 +54,23 @@ def classify(
     """
     experts, routed = _model_tensors(blocks)
     found: dict[str, ExpertTensor] = {}
-    prefixes: dict[str, tuple[str, int]] = {}
+    prefixes: dict[str, MoeBlock] = {}
     fused: dict[str, MoeBlock] = {}
     for t in tensors:
         target = names[t.name]
         if target in routed:
             block, dim = routed[target]
-            found[t.name] = ExpertTensor(block, None, dim)
+            found[t.name] = ExpertTensor(block.name, None, dim, block.num_experts)
         elif target in experts:
-            block_view, dims = experts[target]
-            if len(t.shape) == dims:
-                _check_axis(t, block_view)
-                found[t.name] = ExpertTensor(block_view.name, None, 0)
-                fused[t.name.rpartition(".")[0] + "."] = block_view
+            block, shape = experts[target]
+            if len(t.shape) == len(shape):
+                _check_axis(t, shape[0])
+                found[t.name] = ExpertTensor(block.name, None, 0, block.num_experts)
+                fused[t.name.rpartition(".")[0] + "."] = block
             else:
                 prefix, number = _expert_number(t)
-                prefixes[prefix] = (block_view.name, number)
-                found[t.name] = ExpertTensor(block_view.name, number, 0)
+                prefixes[prefix] = block
+                found[t.name] = ExpertTensor(block.name, number, 0, block.num_experts)
     for t in tensors:
         if t.name not in found:
             companion = _companion(t, prefixes, fused)
@@ -87,33 +97,58 @@ def cut_tensors(
         if part is None or part.block not in kept:
             yield t
         elif part.expert is None:
-            yield t.take(kept[part.block], part.dim)
+            rows = rows_of(kept[part.block], t.shape[part.dim], part.experts)
+            yield t.take(rows, part.dim)
         elif part.expert in place[part.block]:
             number = place[part.block][part.expert]
             yield t.renamed(LAST_NUMBER.sub(rf"\g<1>{number}\g<3>", t.name))
 
 
+def unit_sizes(
+    tensors: Sequence[StoredTensor], what: Mapping[str, ExpertTensor]
+) -> dict[str, tuple[int, int]]:
+    """Block name -> (parameters, bytes) on disk that leave with one expert, on average.
+
+    Args:
+        what: from `classify`.
+    """
+    totals: dict[str, tuple[int, int]] = {}
+    for t in tensors:
+        part = what.get(t.name)
+        if part is None:
+            continue
+        experts, length = part.experts, 1 if part.expert is not None else t.shape[part.dim]
+        share = 1 if part.expert is not None else length // experts * experts
+        numel, size = totals.get(part.block, (0, 0))
+        totals[part.block] = (
+            numel + t.numel // length * share,
+            size + t.bytes // length * share,
+        )
+    experts_of = {p.block: p.experts for p in what.values()}
+    return {b: (n // experts_of[b], s // experts_of[b]) for b, (n, s) in totals.items()}
+
+
 def _model_tensors(
     blocks: Sequence[MoeBlock],
-) -> tuple[dict[str, tuple[MoeBlock, int]], dict[str, tuple[str, int]]]:
-    """Model names of expert tensors -> (block, dimensions), of router tensors -> (block, axis)."""
+) -> tuple[dict[str, tuple[MoeBlock, torch.Size]], dict[str, tuple[MoeBlock, int]]]:
+    """Model names of expert tensors -> (block, shape), of router tensors -> (block, axis)."""
     experts, routed = {}, {}
     for b in blocks:
-        inside = {id(m): n for n, m in b.block.named_modules()}
-        base = f"{b.name}.{inside[id(b.experts)]}."
-        for name, p in b.experts.named_parameters():
-            experts[base + name] = (b, p.dim())
-        for module, tensor, dim in b.routed:
-            path = ".".join(x for x in (b.name, inside[id(module)], tensor) if x)
-            routed[path] = (b.name, dim)
+        paths = {id(m): f"{b.name}.{n}" if n else b.name for n, m in b.block.named_modules()}
+        for module, tensor, dim in b.tensors():
+            name = f"{paths[id(module)]}.{tensor}"
+            if (module, tensor, dim) in b.routed:
+                routed[name] = (b, dim)
+            else:
+                experts[name] = (b, getattr(module, tensor).shape)
     return experts, routed
 
 
-def _check_axis(t: StoredTensor, block: MoeBlock) -> None:
-    if t.shape[0] != block.num_experts:
+def _check_axis(t: StoredTensor, length: int) -> None:
+    if not t.shape or t.shape[0] != length:
         raise ValueError(
-            f"{t.name} {list(t.shape)}: expected {block.num_experts} experts on its first axis; "
-            "this packing of experts is not supported"
+            f"{t.name} {list(t.shape)}: expected {length} on its first axis; this packing of "
+            "experts is not supported"
         )
 
 
@@ -125,16 +160,16 @@ def _expert_number(t: StoredTensor) -> tuple[str, int]:
 
 
 def _companion(
-    t: StoredTensor, prefixes: Mapping[str, tuple[str, int]], fused: Mapping[str, MoeBlock]
+    t: StoredTensor, prefixes: Mapping[str, MoeBlock], fused: Mapping[str, MoeBlock]
 ) -> ExpertTensor | None:
     """A tensor that the model does not know beside an expert's: scales of a quantised matrix."""
     match = LAST_NUMBER.match(t.name)
     if match and (owner := prefixes.get(match[1] + match[2] + ".")):
-        return ExpertTensor(owner[0], owner[1], 0)
+        return ExpertTensor(owner.name, int(match[2]), 0, owner.num_experts)
     for prefix, block in fused.items():
         if t.name.startswith(prefix):
-            _check_axis(t, block)
-            return ExpertTensor(block.name, None, 0)
+            _check_axis(t, block.num_experts)
+            return ExpertTensor(block.name, None, 0, block.num_experts)
     return None
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
+from moe_fair.engines.auto import auto_class
+from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.own_code import is_ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,14 +54,15 @@ class Checkpoint:
     def _config(self) -> Any:
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as e:
-            raise ValueError(f"{self.model}: config.json cannot be used: {first_line(e)}") from e
+        except (ValueError, OSError, KeyError, StrictDataclassError) as e:
+            why = first_line(e.__cause__ or e)
+            raise ValueError(f"{self.model}: config.json cannot be used: {why}") from e
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model on the meta device: structure without weights."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(self.config).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
 
@@ -94,10 +100,29 @@ class Checkpoint:
         return ModelSize(sum(t.numel for t in self.tensors), sum(t.bytes for t in self.tensors))
 
     @cached_property
+    def parts(self) -> dict[str, ExpertTensor]:
+        """Stored name -> what it is, for the tensors that a cut changes.
+
+        Raises:
+            ValueError: the checkpoint's layout of experts is unknown.
+        """
+        find = destinations(self.skeleton)
+        return classify(
+            self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks
+        )
+
+    @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
-        """The routed experts of every MoE layer as unit groups."""
-        per_parameter = self.size.bytes / max(self.size.parameters, 1)
-        return tuple(b.unit_group(per_parameter) for b in self.blocks)
+        """The routed experts of every MoE layer as unit groups, with their sizes on disk.
+
+        Raises:
+            ValueError: as `parts`.
+        """
+        sizes = unit_sizes(self.tensors, self.parts)
+        return tuple(
+            replace(b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1])
+            for b in self.blocks
+        )
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -133,7 +158,7 @@ class Checkpoint:
         """
         where = pick_device(device)
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(self.config).from_pretrained(
             self.path,
             dtype=pick_dtype(dtype, where),
             trust_remote_code=self.trust_remote_code,

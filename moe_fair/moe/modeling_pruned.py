@@ -2,7 +2,8 @@
 
 This file travels inside the checkpoint (`auto_map`), needs nothing but transformers, and changes
 nothing but sizes: it subclasses the stock model, and before the weights are loaded it cuts every
-block's experts and router to the count that `config.moe_fair["experts"]` gives for it.
+block of `config.moe_fair["experts"]` = {block: experts kept}. What is cut in a block is named by
+`config.moe_fair["tensors"]` = {tensor: axis of the experts} and `config.moe_fair["numbers"]`.
 """
 
 import torch
@@ -10,66 +11,72 @@ from torch import nn
 from transformers import Qwen2MoeForCausalLM as StockModel
 
 
-def _cut(store, name, dim, count):
-    tensor = store[name].detach().narrow(dim, 0, count).clone()
-    old = store[name]
-    store[name] = (
-        nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    )
+def _cut(module, name, dim, old, new):
+    t = getattr(module, name).detach()
+    length = t.shape[dim] // old * new + t.shape[dim] % old  # rows of no expert stay
+    t = t.narrow(dim, 0, length).clone()
+    setattr(module, name, nn.Parameter(t) if name in module._parameters else t)
 
 
-def _cut_router(module, old, new):
-    for sub in module.modules():
-        for store in (sub._parameters, sub._buffers):
-            for name, t in store.items():
-                if t is not None:
-                    _cut(store, name, 0 if t.shape[0] == old else 1, new)
-        if isinstance(sub, nn.Linear):
-            sub.out_features = new
+def _owner(block, path):
+    name, _, attribute = path.rpartition(".")
+    for part in name.split(".") if name else ():
+        block = getattr(block, part, None)
+    return (block, attribute) if getattr(block, attribute, None) is not None else (None, "")
 
 
-def _pad_router_logits(width):
+def _pad(index, width):
     """Recorded router logits keep one width, so that the auxiliary loss can stack the layers."""
 
     def hook(module, arguments, output):
-        logits = output[0]
+        logits = output[index] if isinstance(output, tuple) else output
         missing = width - logits.shape[-1]
-        return (nn.functional.pad(logits, (0, missing), value=float("-inf")), *output[1:])
+        padded = nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        if not isinstance(output, tuple):
+            return padded
+        return (*output[:index], padded, *output[index + 1 :])
 
     return hook
 
 
-def _resize(block, experts, new):
-    old = experts.num_experts
-    router = next(
-        c for c in block.children() if c is not experts and getattr(c, "num_experts", None) == old
-    )
-    for name, t in experts._parameters.items():
-        if t is not None:
-            _cut(experts._parameters, name, 0, new)
-    _cut_router(router, old, new)
-    for store in (block._parameters, block._buffers):
-        for name, t in store.items():
-            if t is not None and t.dim() == 1 and t.shape[0] == old:
-                _cut(store, name, 0, new)
-    for module in (block, experts, router):
-        if getattr(module, "num_experts", None) == old:
-            module.num_experts = new
-    router.register_forward_hook(_pad_router_logits(old))
-
-
 class MoeFairForCausalLM(StockModel):
-    """The stock model with `config.moe_fair["experts"]` = {block: number of experts}."""
+    """The stock model with blocks of different sizes."""
 
     # transformers finds these two by reading the source file of the class, and this is not the file
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
 
+    @classmethod
+    def is_custom_code(cls):
+        """The weights have the stock class's names: transformers' own conversion applies."""
+        return False
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        """Asked of the stock class, because transformers answers by the name of the class."""
+        return StockModel._supports_default_dynamic_cache()
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         with torch.no_grad():
             for name, count in config.moe_fair["experts"].items():
-                block = self.get_submodule(name)
-                experts = next(c for c in block.children() if hasattr(c, "_apply_gate"))
-                if experts.num_experts != count:
-                    _resize(block, experts, count)
+                self._resize(self.get_submodule(name), config.moe_fair, count)
+
+    def _resize(self, block, plan, new):
+        numbers = [_owner(block, path) for path in plan["numbers"]]
+        [old] = {getattr(m, name) for m, name in numbers if m is not None}
+        if old == new:
+            return
+        for path, dim in plan["tensors"].items():
+            module, name = _owner(block, path)
+            if module is not None:
+                _cut(module, name, dim, old, new)
+        for module, name in numbers:
+            if module is not None:
+                setattr(module, name, new)
+        recorders = (self._can_record_outputs or {}).get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
+            kind = getattr(recorder, "target_class", None)
+            for module in block.modules() if kind else ():
+                if isinstance(module, kind):
+                    module.register_forward_hook(_pad(recorder.index, old))

@@ -9,6 +9,7 @@ from pathlib import Path
 TEMPLATE = Path(__file__).with_name("modeling_pruned.py")
 MODELING_FILE = "modeling_moe_fair.py"
 MODELING_CLASS = "MoeFairForCausalLM"
+REFERENCE = f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"  # as `auto_map` writes it
 STOCK_IMPORT = re.compile(r"^from transformers[\w.]* import \w+ as StockModel$", re.MULTILINE)
 
 
@@ -27,7 +28,8 @@ def is_ours(folder: Path) -> bool:
     Only the line that imports the stock class may differ, and only within transformers.
     """
     config = json.loads((folder / "config.json").read_text())
-    if config.get("auto_map") != {"AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"}:
+    brought = config.get("auto_map")
+    if not isinstance(brought, dict) or set(brought.values()) != {REFERENCE}:
         return False
     file = folder / MODELING_FILE
     if not file.is_file():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.blocks import MoeBlock, find_blocks, rows_of
 
 
 def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     check_all(found, kept)
     blocks = {b.name: b for b in found}
     for name, ids in kept.items():
-        _cut_block(blocks[name], torch.as_tensor(list(ids)))
+        cut_block(blocks[name], ids)
 
 
 def check_all(found: Sequence[MoeBlock], kept: Mapping[str, Sequence[int]]) -> None:
@@ -66,23 +66,16 @@ def check_all(found: Sequence[MoeBlock], kept: Mapping[str, Sequence[int]]) -> N
         check_kept(blocks[name], ids)
 
 
-def _cut_block(block: MoeBlock, ids: Tensor) -> None:
-    counters = list(block.counters())
-    for name in list(block.experts._parameters):
-        _take(block.experts, name, 0, ids)
-    for module, name, dim in block.routed:
-        _take(module, name, dim, ids)
-        if isinstance(module, nn.Linear):
-            module.out_features = len(ids)
-    for module in counters:
-        module.num_experts = len(ids)  # type: ignore[assignment]
-
-
-def _take(module: nn.Module, name: str, dim: int, ids: Tensor) -> None:
-    t = getattr(module, name)
-    if t is None:
-        return
-    sliced = t.detach().index_select(dim, ids.to(t.device))
-    if name in module._parameters:
-        sliced = nn.Parameter(sliced, t.requires_grad)
-    setattr(module, name, sliced)
+def cut_block(block: MoeBlock, ids: Sequence[int]) -> None:
+    """Keep only these experts of one block, in place; `check_kept` says whether it can."""
+    size = block.num_experts
+    tensors, numbers = list(block.tensors()), list(block.numbers())
+    for module, name, dim in tensors:
+        t = getattr(module, name)
+        rows = torch.tensor(rows_of(ids, t.shape[dim], size), device=t.device)
+        sliced = t.detach().index_select(dim, rows)
+        if name in module._parameters:
+            sliced = nn.Parameter(sliced, t.requires_grad)
+        setattr(module, name, sliced)
+    for module, attribute in numbers:
+        setattr(module, attribute, len(ids))

@@ -1,14 +1,14 @@
-"""The oracle: how much the loss really changes when one unit is removed and nothing else.
+"""Measuring the oracle: what the loss of every image becomes when one unit is removed alone.
 
-Molchanov et al., arXiv 1906.10771, judge criteria by their correlation with it. Each unit's gate is
-closed in turn, which is the model without the unit, exactly.
+Each unit's gate is closed in turn, which is the model without the unit, exactly. How a score agrees
+with it: `core.oracle`.
 
 Shape legend: S images, N units of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +46,3 @@ def loss_changes(
                 changes[g.name][:, unit] = loss() - whole
     model.train(training)
     return changes
-
-
-def correlations(scores: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, float]:
-    """Agreement of scores with the oracle.
-
-    Returns:
-        `pearson` and `spearman` over all units, and `within`: Spearman within each group, averaged
-        over groups weighted by their units (groups of one unit or of equal values left out).
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    names = list(changes)
-    a = torch.cat([scores[n] for n in names]).numpy()
-    b = torch.cat([changes[n] for n in names]).numpy()
-    within = total = 0.0
-    for n in names:
-        u, v = scores[n], changes[n]
-        if len(u) > 1 and float(u.std()) > 0 and float(v.std()) > 0:
-            within += len(u) * float(spearmanr(u.numpy(), v.numpy()).statistic)
-            total += len(u)
-    return {
-        "pearson": float(pearsonr(a, b).statistic),
-        "spearman": float(spearmanr(a, b).statistic),
-        "within": within / total if total else float("nan"),
-    }

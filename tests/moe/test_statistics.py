@@ -305,6 +305,23 @@ def test_checkpointed_layers_are_booked_once() -> None:
             torch.testing.assert_close(got.sums[group.name][name], value, rtol=1e-6, atol=1e-9)
 
 
+def naive_set_score(c: Tensor) -> Tensor:
+    """Greedy removal with the objective computed anew for every candidate set."""
+
+    def cost(s: list[int]) -> float:
+        return 0.5 * sum(max(float(c[e, f]), 0.0) for e in s for f in s)
+
+    removed: list[int] = []
+    score = torch.zeros(len(c), dtype=torch.float64)
+    while len(removed) < len(c):
+        rest = [e for e in range(len(c)) if e not in removed]
+        best = min(rest, key=lambda e: cost([*removed, e]))
+        score[best] = cost([*removed, best]) - cost(removed)
+        removed.append(best)
+    assert sorted(removed) == list(range(len(c)))
+    return score
+
+
 def test_every_criterion_is_its_formula() -> None:
     model = model_of()
     s = collect(model, batches(), counterfactual=True)
@@ -326,8 +343,10 @@ def test_every_criterion_is_its_formula() -> None:
         "taylor-sq": (rows**2).mean(0),
         "reconstruction": total["removed_error"] / 90,
         "counterfactual-first": total["removed_first"] / 90,
-        "counterfactual": total["removed_first"] / 90 + total["removed_second"] / 180,
+        "counterfactual": total["removed_first"] / 90 + total["removed_gram"].diagonal() / 180,
+        "counterfactual-fisher": total["removed_gram"].diagonal() / 180,
     }  # fmt: skip
+    want["counterfactual-set"] = naive_set_score(total["removed_gram"] / 90)
     for name, criterion in criteria().items():
         have = criterion(s).values[block.name]
         if name == "random":

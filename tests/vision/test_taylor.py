@@ -14,7 +14,7 @@ from moe_fair.vision.collect import Watch, collect, taylor
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import Graph, logits
-from moe_fair.vision.oracle import correlations, loss_changes
+from moe_fair.vision.oracle import loss_changes
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.surgery import cut, cuts_of
 
@@ -135,12 +135,3 @@ def test_oracle_is_the_loss_of_the_cut_model() -> None:
             cut(smaller, cuts_of([g], kept))
             wanted = losses(smaller, x) - before
             torch.testing.assert_close(changes[g.name][:, unit], wanted, rtol=1e-6, atol=1e-9)
-
-
-def test_correlations_of_known_rankings() -> None:
-    changes = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.tensor([10.0, 20, 30])}
-    same = correlations({n: 3 * t + 1 for n, t in changes.items()}, changes)
-    assert same == pytest.approx({"pearson": 1.0, "spearman": 1.0, "within": 1.0})
-    layers = correlations({"a": changes["a"], "b": -changes["b"]}, changes)
-    assert layers["within"] == pytest.approx((4 - 3) / 7)
-    assert layers["pearson"] < 0

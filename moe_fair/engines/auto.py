@@ -1,0 +1,40 @@
+"""Which auto class of transformers loads a checkpoint as the class it was saved as.
+
+A multimodal checkpoint (`Qwen3VLMoeForConditionalGeneration`) must not be opened by
+`AutoModelForCausalLM`, which either does not know it or takes its language model out of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+NAMES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class for this config: that of its `architectures`, else the first that knows it.
+
+    Args:
+        config: a transformers config; one that brings code names the auto class (`auto_map`).
+    """
+    autos = {n: getattr(transformers, n) for n in NAMES if hasattr(transformers, n)}
+    for name in getattr(config, "auto_map", None) or {}:
+        if name in autos:
+            return autos[name]
+    knowing = {n: _class_names(a, config) for n, a in autos.items()}
+    saved_as = set(getattr(config, "architectures", None) or ())
+    for fits in (lambda known: saved_as & known, lambda known: known):
+        for name, known in knowing.items():
+            if fits(known):
+                return autos[name]
+    return autos[NAMES[0]]
+
+
+def _class_names(auto: Any, config: Any) -> set[str]:
+    """Names of the classes that an auto class has for this type of config."""
+    if type(config) not in auto._model_mapping:
+        return set()
+    found = auto._model_mapping[type(config)]
+    return {c.__name__ for c in (found if isinstance(found, (list, tuple)) else (found,))}

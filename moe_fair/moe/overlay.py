@@ -1,0 +1,117 @@
+"""Repaired tensors in the place of a checkpoint's own, byte range by byte range.
+
+Repairs leave one safetensors file a layer, with tensors named as in the model. Where a checkpoint
+keeps one matrix per expert, or gate and up apart, the ranges are those of that matrix. The repair
+also keeps an original tensor of every kind that it changed; a checkpoint whose bytes are not those
+has another layout, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_fair.engines.names import Destination, destinations
+from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
+from moe_fair.moe.file_surgery import ExpertTensor, cut_tensors
+from moe_fair.moe.load import Checkpoint
+
+ORIGINAL = "original: "  # name, in a repair's file, of what a tensor was: of the first kept expert
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
+
+def with_repairs(
+    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path
+) -> Iterator[StoredTensor]:
+    """The tensors of the pruned checkpoint, with those that the repairs in `folder` changed.
+
+    Raises:
+        ValueError: a repaired tensor whose layout in the checkpoint is unknown.
+    """
+    find = destinations(source.skeleton)
+    types = {find(t.name).name: t.dtype for t in source.tensors}
+    new: dict[str, StoredTensor] = {}
+    originals: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("layer-*.safetensors")):
+        _store_as(file, types)
+        with safe_open(file, framework="pt") as f:
+            names = [n for n in f.keys() if n.startswith(ORIGINAL)]  # noqa: SIM118
+            originals |= {n.removeprefix(ORIGINAL): f.get_tensor(n) for n in names}
+        new |= {t.name: t for t in stored_tensors(file) if not t.name.startswith(ORIGINAL)}
+    for t in source.tensors:
+        where, part = find(t.name), source.parts.get(t.name)
+        for cut in cut_tensors([t], source.parts, kept):
+            if where.name not in new:
+                yield cut
+                continue
+            place = None
+            if part is not None and part.expert is not None:
+                place = list(kept[part.block]).index(part.expert)
+            if place in (None, 0):
+                first = kept[part.block][0] if part is not None else 0
+                _check_layout(t, where, part, first, originals[where.name])
+            yield _range(new[where.name], cut, where, place)
+
+
+def _range(
+    new: StoredTensor, cut: StoredTensor, where: Destination, place: int | None
+) -> StoredTensor:
+    """The bytes of `new` that stand for the tensor `cut`."""
+    if place is not None:
+        [piece] = new.take([place]).pieces
+        size = piece.length // where.parts
+        new = StoredTensor(
+            cut.name, new.dtype, cut.shape,
+            (Piece(piece.file, piece.start + size * (where.part or 0), size),),
+        )  # fmt: skip
+    if (new.dtype, new.shape, new.bytes) != (cut.dtype, cut.shape, cut.bytes):
+        raise ValueError(_unknown(cut.name))
+    return new.renamed(cut.name)
+
+
+def _check_layout(
+    t: StoredTensor, where: Destination, part: ExpertTensor | None, first: int, original: Tensor
+) -> None:
+    """The checkpoint's own bytes are what the model had where the repair changed it."""
+    with safe_open(t.pieces[0].file, framework="pt") as f:
+        if part is not None and part.expert is None and part.dim == 0:
+            width = t.shape[0] // part.experts
+            stored = f.get_slice(t.name)[first * width : (first + 1) * width]
+        elif part is not None and part.expert is None:
+            return  # a router's [1, E]: its shape leaves no other layout
+        else:
+            stored = f.get_tensor(t.name)
+    if where.part is not None and where.parts > 1:
+        original = original.chunk(where.parts)[where.part]
+    stored = stored.reshape(-1).to(original.dtype)
+    if stored.numel() != original.numel() or not torch.equal(stored, original.reshape(-1)):
+        raise ValueError(_unknown(t.name))
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"{name}: the checkpoint keeps it in another layout than the model, so the repaired values "
+        "cannot be written; use --repair none"
+    )
+
+
+def _store_as(file: Path, types: Mapping[str, str]) -> None:
+    """Rewrite one layer's file in the data types of the checkpoint."""
+    with safe_open(file, framework="pt") as f:
+        tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
+        about = f.metadata()
+    cast = {
+        n: t if n.startswith(ORIGINAL) else t.to(TYPES.get(types[n], t.dtype))
+        for n, t in tensors.items()
+    }
+    if any(cast[n].dtype != t.dtype for n, t in tensors.items()):
+        partial = file.with_suffix(".partial")
+        save_file(cast, partial, about)
+        partial.rename(file)

@@ -1,0 +1,305 @@
+"""Repair after removal: each layer is fitted to the original model's layer on calibration text.
+
+Two streams walk through the layers: one of the original model, one of the pruned one, in which
+every layer sees what the repaired layers before it hand on. At an MoE layer the block is cut in
+place, and its experts' down projections are fitted so that the pruned layer's OUTPUT comes near the
+original layer's: what earlier layers got wrong is made good as far as this one can. Where the
+routed output does not simply add to the layer's output, it is fitted to the original's routed
+output instead. Everything folds into tensors that are there, so the checkpoint stays stock.
+
+A held-out share of the sequences decides how strongly a fit is regularised, and whether it helps.
+
+Shape legend: T tokens, K top-k, D model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moe_fair.engines.batch import Batch
+from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.overlay import ORIGINAL
+from moe_fair.moe.repairs import Repair, repair
+from moe_fair.moe.routed import Routed, check_linear, read_down, write_down
+from moe_fair.moe.surgery import cut_block
+from moe_fair.moe.tune import tune
+from moe_fair.moe.watch import Watch
+
+HELD_OUT = 5  # every fifth sequence judges the fits
+ROUNDING = 1e-10  # an error below this is no error
+PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
+REPAIR_FORMAT = "moe_fair.repair/1"
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """What was done to one layer.
+
+    Attributes:
+        name: the block.
+        repair: name of the repair, or "none" where it did not help.
+        ridge: the chosen regularisation.
+        before, after: squared error of the fitted output relative to the target's square, on the
+            held-out sequences, with the layer only cut, and repaired.
+        epoch: of the distillation that followed, the epoch that was kept; 0 where none helped.
+        tuned_before, tuned_after: error of the layer's output relative to what the layer adds to
+            the residual stream, on the held-out sequences, before and after the distillation.
+    """
+
+    name: str
+    repair: str
+    ridge: float
+    before: float
+    after: float
+    epoch: int = 0
+    tuned_before: float = 0.0
+    tuned_after: float = 0.0
+
+
+class Repairer:
+    """Repairs the layers of a model while it is cut.
+
+    Args:
+        engine: over the ORIGINAL model; its blocks are cut in place as the walk goes on.
+        kept: block name -> ids that stay.
+        kind: name of the repair.
+        folder: where each layer's new tensors are written, one safetensors file a layer; a walk
+            that was killed takes up what it finds there with the same `key`.
+        key: everything the result depends on: plan, text, settings.
+
+    Raises:
+        ValueError: no such repair, or experts that cannot be repaired.
+    """
+
+    def __init__(
+        self,
+        engine: StreamingEngine,
+        kept: Mapping[str, Sequence[int]],
+        kind: str,
+        *,
+        folder: Path | None = None,
+        key: str = "",
+    ) -> None:
+        self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
+        self.kind: Repair = repair(kind)
+        self.epochs = int(getattr(self.kind, "epochs", 0))
+        self.blocks = {b.layer: b for b in find_blocks(engine.model) if b.name in kept}
+        for b in self.blocks.values():
+            check_linear(b.experts)
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Batch]) -> list[LayerRepair]:
+        """Walk once over the batches; returns what was done, in layer order."""
+        layered = self.engine.layered
+        batches = [b.to(layered.device) for b in batches]
+        calls, original = self.engine.embed(batches)
+        pruned = list(original)
+        done: list[LayerRepair] = []
+        depth = len(layered)
+        for i in range(depth):
+            with layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
+                step = [row[i] for row in calls]
+                if i in self.blocks:
+                    done.append(self._layer(layer, self.blocks[i], step, batches, original, pruned))
+                    continue
+                for j, _ in enumerate(self.engine.visit("repairing", i, batches)):
+                    same = original[j] is pruned[j]
+                    original[j] = step[j].run(layer, original[j])
+                    pruned[j] = original[j] if same else step[j].run(layer, pruned[j])
+        return done
+
+    def _layer(
+        self,
+        layer: nn.Module,
+        block: MoeBlock,
+        calls: Sequence[LayerCall],
+        batches: Sequence[Batch],
+        original: list[Tensor],
+        pruned: list[Tensor],
+    ) -> LayerRepair:
+        """Cut and repair one layer; both streams go past it."""
+        share = _uptake(layer, block, calls[0], original[0])
+        watch = Watch(block)
+        wanted: list[Tensor] = []  # the original layer's output, or its routed output
+        for j, _ in enumerate(self.engine.visit("repairing", block.layer, batches)):
+            with watch:
+                original[j] = calls[j].run(layer, original[j])
+            wanted.append(original[j] if share is not None else watch.y)
+        originals = _originals(block, self.kept[block.name][0])
+        cut_block(block, self.kept[block.name])
+        found = self._earlier(block)
+        if found is None:
+            text = _Text()
+            for j, batch in enumerate(batches):
+                with watch:
+                    out = calls[j].run(layer, pruned[j])
+                target = wanted[j].flatten(0, -2)
+                if share is not None:
+                    target = watch.y + (target - out.flatten(0, -2)) / share
+                text.add(batch, watch, target)
+            found = _fit(block, self.kind, *text.joined())
+            if self.epochs:
+                tuned = tune(
+                    layer, block.block, calls, batches, pruned, original, judges,
+                    epochs=self.epochs,
+                )  # fmt: skip
+                found = replace(
+                    found,
+                    epoch=tuned.epoch,
+                    tuned_before=tuned.before,
+                    tuned_after=tuned.after,
+                )
+            self._save(block, found, originals)
+        for j in range(len(batches)):
+            pruned[j] = calls[j].run(layer, pruned[j])
+        return found
+
+    def _path(self, block: MoeBlock) -> Path | None:
+        return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
+
+    def _save(self, block: MoeBlock, done: LayerRepair, originals: dict[str, Tensor]) -> None:
+        path = self._path(block)
+        if path is None:
+            return
+        tensors = {
+            n: p.detach().cpu().contiguous() for n, p in changed_tensors(block, done).items()
+        }
+        about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
+        partial = path.with_suffix(".partial")
+        save_file({**tensors, **{ORIGINAL + n: originals[n] for n in tensors}}, partial, about)
+        partial.rename(path)
+
+    def _earlier(self, block: MoeBlock) -> LayerRepair | None:
+        """What a killed run did to this layer, put into the block."""
+        path = self._path(block)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as f:
+                header = f.metadata() or {}
+                if header.get("format") != REPAIR_FORMAT or header.get("key") != self.key:
+                    return None
+                done = LayerRepair(**json.loads(header["done"]))
+                new = {n: f.get_tensor(n) for n in changed_tensors(block, done)}
+        except (SafetensorError, OSError, ValueError, TypeError):
+            return None  # damaged: fitted again
+        for name, p in changed_tensors(block, done).items():
+            p.data.copy_(new[name])
+        return done
+
+
+def changed_tensors(block: MoeBlock, done: LayerRepair) -> dict[str, nn.Parameter]:
+    """Name in the model -> parameter, of what a repair changed."""
+    every = {f"{block.name}.{n}": p for n, p in block.block.named_parameters()}
+    if done.epoch:
+        return every
+    if done.repair == "none":
+        return {}
+    down = ("down_proj", "down_proj_bias")
+    changed = {id(p) for n, p in block.experts.named_parameters() if n in down}
+    return {n: p for n, p in every.items() if id(p) in changed}
+
+
+def judges(batch: Batch) -> Tensor:
+    """[B] which sequences judge the fits instead of teaching them."""
+    return batch.sequence_ids % HELD_OUT == HELD_OUT - 1
+
+
+def _originals(block: MoeBlock, expert: int) -> dict[str, Tensor]:
+    """Name in the model -> the original tensor, of one expert where it has an expert axis."""
+    size = block.num_experts
+    axes = {id(getattr(m, t)) for m, t, dim in block.tensors() if dim == 0}
+    found = {}
+    for name, p in block.block.named_parameters():
+        t = p.detach()
+        if id(p) in axes:
+            width = len(t) // size
+            t = t[expert * width : (expert + 1) * width]
+        found[f"{block.name}.{name}"] = t.cpu().clone()
+    return found
+
+
+def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:
+    """c where the layer's output takes up a change δ of the routed output as c·δ; None elsewhere.
+
+    1 in most families, a residual multiplier in some, None behind a norm.
+    """
+    watch = Watch(block)
+    with watch:
+        out = call.run(layer, hidden)
+    y = watch.y
+    if y.numel() != out.numel():
+        return None
+    change = PROBE * y.roll(1, 0)
+    with watch.adding(change):
+        moved = call.run(layer, hidden)
+    wide, d = change.double(), (moved.double() - out.double()).view_as(y)
+    c = float((wide * d).sum() / wide.square().sum())
+    rest = float((d - c * wide).norm() / d.norm())
+    # what float rounding of the sum leaves; behind a norm it is of order one
+    near = 1e-3 if y.dtype in (torch.float32, torch.float64) else 0.1
+    return c if rest < near and c != 0 else None
+
+
+class _Text:
+    """What went into the pruned layer's experts, and what should come out."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, batch: Batch, watch: Watch, target: Tensor) -> None:
+        real = batch.mask.flatten().bool()
+        judge = judges(batch).repeat_interleave(batch.mask.shape[1])
+        part = (watch.x, watch.index, watch.weights, target, judge)
+        self._parts.append(part if bool(real.all()) else tuple(t[real] for t in part))
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, ids, weights, target, judge = (torch.cat(t) for t in zip(*self._parts, strict=True))
+        self._parts.clear()
+        return x, ids, weights, target, judge
+
+
+def _fit(
+    block: MoeBlock,
+    kind: Repair,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    judge: Tensor,
+) -> LayerRepair:
+    """Choose the ridge on the held-out tokens, fit on all, write the weights into the block."""
+    target = target.to(torch.promote_types(x.dtype, torch.float32))
+    if not bool(judge.any()) or bool(judge.all()):
+        # too few sequences to hold one out: every fifth token, weaker evidence
+        judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    learn = ~judge
+    routed = Routed(block.experts, x[judge], ids[judge], weights[judge])
+    before = error(routed.output(read_down(block.experts)), target[judge])
+    fitting = Routed(block.experts, x[learn], ids[learn], weights[learn])
+    tried = []
+    for ridge in kind.ridges:
+        w = kind.fit(fitting, target[learn], ridge)
+        tried.append((error(routed.output(w), target[judge]), ridge))
+    del fitting, routed
+    after, ridge = min(tried)
+    if not after < before or before < ROUNDING:
+        return LayerRepair(block.name, "none", 0.0, before, before)
+    write_down(block.experts, kind.fit(Routed(block.experts, x, ids, weights), target, ridge))
+    return LayerRepair(block.name, kind.name, ridge, before, after)
+
+
+def error(y: Tensor, target: Tensor) -> float:
+    """‖target - y‖² / ‖target‖²; NaN never passes for small."""
+    size = float(target.square().sum(dtype=torch.float64))
+    e = float((target - y).square().sum(dtype=torch.float64)) / max(size, 1e-300)
+    return e if e == e else float("inf")

@@ -1,0 +1,48 @@
+"""Repairs: how the remaining experts' down projections make up for the experts that left.
+
+A module here with `name`, `ridges` and `fit(routed, target, ridge)` is a repair; another package
+adds its own through the entry point group `moe_fair.repairs`.
+
+Shape legend: T tokens, E experts, F hidden, D model.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_fair.core.registry import discover, pick
+from moe_fair.moe.routed import Routed
+
+
+class Repair(Protocol):
+    """What a repair module offers.
+
+    Attributes:
+        ridges: the strengths of regularisation that are tried on a held-out share of the text.
+    """
+
+    name: str
+    ridges: tuple[float, ...]
+
+    def fit(self, routed: Routed, target: Tensor, ridge: float) -> Tensor:
+        """Down projections [E, F, D] with which `routed` comes near the target [T, D]."""
+        ...
+
+
+@cache
+def repairs() -> dict[str, Repair]:
+    """Every repair by name."""
+    found = discover(__name__, __path__, "moe_fair.repairs")
+    return {m.name: m for m in found if hasattr(m, "fit")}
+
+
+def repair(name: str) -> Repair:
+    """The repair of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    return pick(repairs(), name, "repair")

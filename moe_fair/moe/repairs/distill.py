@@ -1,0 +1,12 @@
+"""`refit`, then the layer's MoE block trained toward the original layer's output (`moe.tune`).
+
+Router, experts and shared experts take part; the gradient stays within the layer.
+"""
+
+from __future__ import annotations
+
+from moe_fair.moe.repairs.refit import fit as fit
+from moe_fair.moe.repairs.refit import ridges as ridges
+
+name = "distill"
+epochs = 5

@@ -1,0 +1,26 @@
+"""One factor per layer on the routed output: a = ⟨y, y'⟩ / ⟨y', y'⟩ (METHODS §7).
+
+With softmax over the remaining experts and no renormalisation over the top k every remaining weight
+grows when experts leave; a factor takes most of that back.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_fair.moe.routed import Routed, read_down
+
+name = "scale"
+ridges = (0.0,)
+
+
+def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+    """[E, F, D] the present down projections times the factor."""
+    w = read_down(routed.experts)
+    return factor(routed.output(w), target) * w
+
+
+def factor(y: Tensor, target: Tensor) -> float:
+    """Least squares of a·y to the target, both [T, D]; 1 where y is zero."""
+    size = float(y.double().square().sum())
+    return float((y.double() * target.double()).sum()) / size if size > 0 else 1.0

@@ -1,0 +1,81 @@
+"""Repairing a checkpoint's remaining experts on calibration text, whole in memory or streamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_fair.collecting import Say, choose_engine
+from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.choose import start
+from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.repair import LayerRepair, Repairer
+from moe_fair.moe.repairs import repair
+from moe_fair.moe.routed import check_linear
+from moe_fair.progress import Progress
+from moe_fair.recipe import Recipe
+
+DEFAULT = "distill"
+
+
+def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -> str | None:
+    """The repair that a recipe stands for on this model, or None.
+
+    Raises:
+        ValueError: the repair that was asked for does not exist, or cannot be done on this model.
+    """
+    if recipe.repair == "none":
+        return None
+    kind = repair(recipe.repair or DEFAULT).name
+    try:
+        if getattr(source.config, "quantization_config", None) is not None:
+            raise ValueError("quantised weights cannot be repaired; use --repair none")
+        for block in source.blocks:
+            check_linear(block.experts)
+    except ValueError as e:
+        if recipe.repair is not None:
+            raise
+        say(f"note: not repaired: {e}")
+        return None
+    return kind
+
+
+def repair_model(
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    kept: Mapping[str, Sequence[int]],
+    kind: str,
+    folder: Path,
+    say: Say = lambda _: None,
+) -> list[LayerRepair]:
+    """Repaired tensors of every cut layer into `folder`; a killed run goes on at the next layer.
+
+    Returns:
+        what was done to each layer.
+    """
+    key = {
+        "model": source.fingerprint, "text": text.digest, "kind": kind,
+        "kept": {k: list(v) for k, v in kept.items()},
+        "batch": recipe.batch_size, "dtype": recipe.dtype, "device": recipe.device,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = choose_engine(recipe, source)
+    say(f"repairing ({kind}) on {text.tokens:,} tokens, engine: {chosen.engine}")
+    layers = source.config.get_text_config().num_hidden_layers
+    with Progress("repairing", text.tokens * layers) as progress:
+        engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
+        if not isinstance(engine, StreamingEngine):
+            engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
+        done = Repairer(engine, kept, kind, folder=folder, key=digest).run(
+            text.batches(recipe.batch_size)
+        )
+    for layer in done:
+        if layer.repair == "none" and not layer.epoch:
+            say(f"{layer.name}: {kind} did not help on the held-out share and was not applied")
+    return done

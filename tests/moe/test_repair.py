@@ -1,0 +1,274 @@
+"""Repairs: each fit against its closed form, the walk in both engines, the checkpoint left."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow import some
+from safetensors import safe_open
+from tiny import tiny_model
+from torch import Tensor
+
+from moe_fair.engines.auto import auto_class
+from moe_fair.engines.batch import Batch
+from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.checkpoint import write_model
+from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.repair import LayerRepair, Repairer
+from moe_fair.moe.repairs import refit, repair, repairs
+from moe_fair.moe.routed import Routed, read_down, write_down
+from moe_fair.moe.surgery import cut
+from moe_fair.moe.watch import Watch
+
+# per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
+# the choice; a multiplier on the residual branch
+KINDS = ["qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoe"]
+
+
+def batches(count: int = 3) -> list[Batch]:
+    """Four sequences each, of two domains; two of the sequences are padded."""
+    g = torch.Generator().manual_seed(3)
+    made = []
+    for number in range(count):
+        ids = torch.randint(3, 128, (4, 20), generator=g)
+        mask = torch.ones_like(ids)
+        if number == 1:
+            mask[1, 15:] = mask[3, 9:] = 0
+        made.append(Batch(ids, mask, torch.arange(4) + 4 * number, number % 2))
+    return made
+
+
+def saved(kind: str, folder: Path) -> Checkpoint:
+    tiny_model(kind).save_pretrained(folder)
+    return Checkpoint(str(folder))
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    checkpoint = Checkpoint(str(path))
+    auto = auto_class(checkpoint.config)
+    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval()
+
+
+def plan(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    return {b.name: some(b, i, uniform=True) for i, b in enumerate(checkpoint.blocks)}
+
+
+def walk(
+    model: Any, kept: dict[str, list[int]], kind: str, folder: Path | None = None, count: int = 3
+) -> list[LayerRepair]:
+    engine = StreamingEngine(LoadedLayers(model))
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+    return Repairer(engine, kept, kind, folder=folder, key="k").run(batches(count))
+
+
+def one_layer(kind: str) -> tuple[MoeBlock, Watch]:
+    """A block in float64 and what passes through its experts."""
+    model = tiny_model(kind).double().eval().requires_grad_(False)
+    model.set_experts_implementation("eager")
+    block = find_blocks(model)[-1]
+    watch = Watch(block)
+    ids = torch.randint(3, 128, (6, 60), generator=torch.Generator().manual_seed(1))
+    # norms and routers of some families compute in float32: only what follows must be float64
+    with watch, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return block, watch
+
+
+def design(block: MoeBlock, watch: Watch) -> Tensor:
+    """[T, E·F] by a loop over tokens and slots: g·h of each routed expert in its own columns."""
+    m, x = block.experts, watch.x
+    width = read_down(m).shape[1]
+    rows = torch.zeros(len(x), block.num_experts, width, dtype=torch.float64)
+    for t in range(len(x)):
+        for e, g in zip(watch.index[t].tolist(), watch.weights[t], strict=True):
+            if m.is_transposed:
+                gate_up = x[t] @ m.gate_up_proj[e] + m.gate_up_proj_bias[e]
+                gate, up = gate_up[::2].clamp(max=m.limit), gate_up[1::2].clamp(-m.limit, m.limit)
+                h = (up + 1) * gate * torch.sigmoid(gate * m.alpha)
+                h = torch.cat([h, torch.ones(1, dtype=h.dtype)])
+            else:
+                gate, up = (m.gate_up_proj[e] @ x[t]).chunk(2)
+                h = m.act_fn(gate) * up
+            rows[t, e] = g * h
+    return rows.flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_fits_equal_their_closed_forms(kind: str) -> None:
+    block, watch = one_layer(kind)
+    routed = Routed(block.experts, watch.x, watch.index, watch.weights)
+    phi, w0 = design(block, watch), read_down(block.experts)
+    flat = w0.flatten(0, 1)
+    y = phi @ flat
+    torch.testing.assert_close(y, watch.y, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(routed.output(w0), y, rtol=1e-9, atol=1e-12)
+    noise = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    target = 0.8 * y.roll(1, 1) + 0.7 * y + 0.1 * y.std() * noise
+    torch.testing.assert_close(routed.adjoint(target).flatten(0, 1), phi.T @ target)
+
+    a = (target * y).sum() / (y * y).sum()
+    got = repair("scale").fit(routed, target, 0.0)
+    torch.testing.assert_close(got, a * w0, rtol=1e-9, atol=1e-12)
+
+    lam = 0.1 * (y * y).sum(0).mean()
+    each = ((y * target).sum(0) + lam * a) / ((y * y).sum(0) + lam)
+    got = repair("channel").fit(routed, target, 0.1)
+    torch.testing.assert_close(got, w0 * each, rtol=1e-9, atol=1e-12)
+
+    got = routed.output(repair("variance").fit(routed, target, 0.0))
+    torch.testing.assert_close(got.std(0), target.std(0), rtol=1e-9, atol=1e-12)
+
+    eye = torch.eye(y.shape[1], dtype=y.dtype)
+    lam = 0.3 * (y.T @ y).diagonal().mean()
+    stacked = torch.cat([y, lam.sqrt() * eye]), torch.cat([target, lam.sqrt() * a * eye])
+    matrix = torch.linalg.lstsq(*stacked).solution
+    got = repair("matrix").fit(routed, target, 0.3)
+    torch.testing.assert_close(got, w0 @ matrix, rtol=1e-7, atol=1e-10)
+
+    lam = 0.3 * (phi * phi).sum(0).mean()
+    eye = torch.eye(phi.shape[1], dtype=y.dtype)
+    stacked = torch.cat([phi, lam.sqrt() * eye]), torch.cat([target, lam.sqrt() * a * flat])
+    best = torch.linalg.lstsq(*stacked).solution
+    torch.testing.assert_close(routed.gram, phi.T @ phi)
+    for direct in (10**6, 0):  # the matrix, and conjugate gradients
+        got = refit.fit(routed, target, 0.3, direct=direct, iterations=2000, solved=1e-13)
+        torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
+    # what a run does, 15 steps, is most of the way there
+    error = lambda w: float((target - phi @ w).square().sum())  # noqa: E731
+    short = refit.fit(routed, target, 0.3, direct=0).flatten(0, 1)
+    assert error(short) - error(best) < 0.05 * (error(a * flat) - error(best))
+
+
+def test_weights_go_back_where_they_came_from() -> None:
+    for kind in ("qwen2_moe", "gpt_oss"):
+        block, watch = one_layer(kind)
+        write_down(block.experts, 2 * read_down(block.experts))
+        y = block.experts(watch.x, watch.index, watch.weights)
+        torch.testing.assert_close(y, 2 * watch.y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["refit", "distill"])
+def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    checkpoint = saved(kind, tmp_path / "model")
+    kept = plan(checkpoint)
+    model = load(tmp_path / "model")
+    done = walk(model, kept, name, tmp_path / "resident")
+    assert any(d.repair == "refit" or d.repair == name for d in done)
+    assert all(d.after <= d.before and d.tuned_after <= d.tuned_before for d in done)
+
+    layered = LayeredModel(
+        checkpoint.path, checkpoint.config, dtype=torch.float32, device=torch.device("cpu")
+    )
+    (tmp_path / "streaming").mkdir()
+    again = Repairer(
+        StreamingEngine(layered), kept, name, folder=tmp_path / "streaming", key="k"
+    ).run(batches())
+    assert again == done
+    for file in sorted((tmp_path / "resident").iterdir()):
+        other = tmp_path / "streaming" / file.name
+        with safe_open(file, "pt") as a, safe_open(other, "pt") as b:
+            assert set(a.keys()) == set(b.keys())
+            for key in a.keys():  # noqa: SIM118
+                assert torch.equal(a.get_tensor(key), b.get_tensor(key)), key
+
+    write_model(checkpoint, kept, tmp_path / "out", repaired=tmp_path / "resident")
+    loaded = load(tmp_path / "out")
+    ids = batches()[0].input_ids
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_the_layers_come_nearer_to_the_original(tmp_path: Path) -> None:
+    checkpoint = saved("qwen2_moe", tmp_path / "model")
+    kept, original = plan(checkpoint), load(tmp_path / "model")
+    ids = torch.cat([b.input_ids for b in batches()])
+    distances = {}
+    for name in (None, "scale", "refit", "distill"):
+        model = copy.deepcopy(original)
+        if name is None:
+            cut(model, kept)
+        else:
+            walk(model, kept, name, count=60)
+        with torch.no_grad():
+            a = original(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            b = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        distances[name] = float((a - b).square().sum())
+    assert distances["distill"] < distances["refit"] < distances["scale"] < distances[None]
+
+
+def test_distillation_stays_within_the_block(tmp_path: Path) -> None:
+    model = tiny_model("qwen2_moe").eval()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    blocks = find_blocks(model)
+    kept = {b.name: some(b, i, uniform=True) for i, b in enumerate(blocks)}
+    walk(model, kept, "distill", count=60)
+    inside = tuple(b.name + "." for b in blocks)
+    changed = 0
+    for name, p in model.named_parameters():
+        if name.startswith(inside):
+            changed += p.shape == before[name].shape and not torch.equal(p, before[name])
+        else:
+            assert torch.equal(p, before[name]), name
+    assert changed > 0  # a shared expert's matrices, which no cut changes
+
+
+@pytest.mark.parametrize("name", sorted(repairs()))
+def test_what_does_not_help_is_not_applied(name: str) -> None:
+    """With every expert kept there is nothing to make good."""
+    model = tiny_model("qwen2_moe").eval()
+    before = copy.deepcopy(model.state_dict())
+    kept = {b.name: list(range(b.num_experts)) for b in find_blocks(model)}
+    for done in walk(model, kept, name):
+        assert (done.repair, done.epoch) == ("none", 0)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_walk_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tiny_model("qwen2_moe").eval()
+    kept = {b.name: some(b, i, uniform=True) for i, b in enumerate(find_blocks(original))}
+    whole = copy.deepcopy(original)
+    done = walk(whole, kept, "distill", tmp_path / "w")
+    last = sorted((tmp_path / "w").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:1000])  # damaged: counts as missing
+    fits = []
+    stock = refit.fit
+    monkeypatch.setattr(repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k))
+    resumed = copy.deepcopy(original)
+    assert walk(resumed, kept, "distill", tmp_path / "w") == done
+    assert len(fits) == len(refit.ridges) + 1  # of the last layer alone
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_layout_is_not_written(tmp_path: Path) -> None:
+    checkpoint = saved("qwen2_moe", tmp_path / "model")
+    kept = plan(checkpoint)
+    model = load(tmp_path / "model")
+    with torch.no_grad():
+        for b in find_blocks(model):
+            b.experts.down_proj.mul_(1.5)  # as if the checkpoint kept them scaled
+    walk(model, kept, "refit", tmp_path / "r")
+    with pytest.raises(ValueError, match=r"another layout than the model.*--repair none"):
+        write_model(checkpoint, kept, tmp_path / "out", repaired=tmp_path / "r")
+
+
+def test_experts_behind_a_norm_are_refused() -> None:
+    model = tiny_model("qwen2_moe")
+    block = find_blocks(model)[0]
+    block.experts.has_post_expert_norm = True
+    with pytest.raises(ValueError, match=r"not a linear map of down_proj.*--repair none"):
+        Repairer(StreamingEngine(LoadedLayers(model)), {block.name: [0, 1, 2, 3]}, "refit")
