@@ -227,27 +227,26 @@ def _table(rows: list[Row]) -> None:
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for r in rows:
         groups[r["net"], r["ratio"], r["method"]].append(r)
+    methods = [*METHODS, *sorted({r["method"] for r in rows} - set(METHODS))]
+    ratios = sorted({r["ratio"] for r in rows})
     for net in sorted({r["net"] for r in rows}):
-        dense = [r["dense"] for r in rows if r["net"] == net and r["method"] != PEER]
-        print(f"\n{net}: dense top-1 {_spread(sorted(set(dense)))} %\n")
-        print("| method | removed | after the cut | fine-tuned | parameters | multiply-adds |")
-        print("|---|---|---|---|---|---|")
-        order = [*METHODS, *sorted({r["method"] for r in rows} - set(METHODS))]
-        for (n, ratio, method), found in sorted(
-            groups.items(), key=lambda kv: (kv[0][0], kv[0][1], order.index(kv[0][2]))
-        ):
-            if n != net:
-                continue
-            good = [r for r in found if "failed" not in r]
-            if not good:
-                print(f"| {method} | {ratio:.0%} | fails | | | |")
-                continue
-            columns = [_spread([r[k] for r in good]) for k in ("cut", "tuned")]
-            shares = [
-                f"{statistics.mean(r[k] for r in good):.0%}" for k in ("parameters", "operations")
-            ]
-            failed = f" ({len(good)} of {len(found)} nets)" if len(good) < len(found) else ""
-            print(f"| {method}{failed} | {ratio:.0%} | {' | '.join([*columns, *shares])} |")
+        dense = {r["seed"]: r["dense"] for r in rows if r["net"] == net and "dense" in r}
+        print(f"\n{net}: dense top-1 {_spread(list(dense.values()))} %\n")
+        heads = [f"{r:.0%} cut | tuned | parameters, multiply-adds | nets" for r in ratios]
+        print(f"| method | {' | '.join(heads)} |")
+        print("|---" * (1 + 4 * len(ratios)) + "|")
+        for m in methods:
+            cells = [_cells(groups[net, ratio, m]) for ratio in ratios]
+            print(f"| {m} | {' | '.join(cells)} |")
+
+
+def _cells(found: list[Row]) -> str:
+    good = [r for r in found if "failed" not in r]
+    if not good:
+        return " | ".join(["fails" if found else "-", "-", "-", "0"])
+    sizes = (f"{statistics.mean(r[k] for r in good):.0%}" for k in ("parameters", "operations"))
+    tops = (_spread([r[k] for r in good]) for k in ("cut", "tuned"))
+    return " | ".join([*tops, ", ".join(sizes), str(len(good))])
 
 
 def _oracle_table(rows: list[Row]) -> None:
