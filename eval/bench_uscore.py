@@ -99,7 +99,7 @@ def _peer(args: argparse.Namespace) -> dict[str, float]:
 
 def _last_json(command: list[str]) -> dict[str, float]:
     paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    # what it says on the way goes to the screen: the peer's times so far are of use if it is stopped
+    # what it says on the way goes to the screen: the times so far are of use if it is stopped
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=paths)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed with code {done.returncode}")
