@@ -118,7 +118,8 @@ Method = Annotated[
     str | None,
     option(
         "--method",
-        text="fair (ToD), or a criterion: reap, frequency, ean, ...  [default: fair]",
+        text="second-order, fair (ToD), or a criterion: reap, frequency, ean, ...  [default: "
+        "second-order; fair with --tolerance]",
         panel=SCORE,
     ),
 ]

@@ -75,8 +75,9 @@ def pruned(
 ) -> Any:
     out = tmp_path_factory.mktemp("pruned") / "out"
     return moe_fair.prune(
-        str(MODEL), out, statistics=statistics_folder, experts=40, allocate=request.param
-    )
+        str(MODEL), out, statistics=statistics_folder, experts=40, method="fair",
+        allocate=request.param, repair="none",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,9 @@ def test_a_pruned_model_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None
         "samples": 4,
         "length": 32,
     }
-    twice = moe_fair.prune(str(pruned.output), tmp_path / "out", experts=20, **settings)
+    twice = moe_fair.prune(
+        str(pruned.output), tmp_path / "out", experts=20, repair="none", **settings
+    )
     assert sum(len(g.kept) for g in twice.plan.groups) == 120
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=not twice.plan.uniform, dtype=torch.float32
