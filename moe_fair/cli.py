@@ -79,6 +79,7 @@ from moe_fair.options import (
     Weights,
     option,
 )
+from moe_fair.vision_cli import app as vision_app
 
 if TYPE_CHECKING:
     from moe_fair.recipe import Recipe
@@ -94,6 +95,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(vision_app, name="vision")
 
 
 @app.callback(invoke_without_command=True)

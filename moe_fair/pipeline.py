@@ -20,19 +20,13 @@ from moe_fair.checks import (
 )
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.oracle import Agreement, Oracle
+from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.distributed import ALONE, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
-from moe_fair.moe.checkpoint import (
-    check_output,
-    count_path,
-    fresh,
-    partial_path,
-    settle,
-    write_model,
-)
+from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair

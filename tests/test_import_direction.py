@@ -25,7 +25,7 @@ ORDER = [
     {"repairing", "oracle"},
     {"pipeline"},
     {"evaluating"},
-    {"tables"},
+    {"tables", "vision_cli"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -85,7 +85,7 @@ def rank(
                 protection=r,
                 removal_order=block_order(u, group.blocks),
                 protection_order=None if r is None else block_order(-r, group.blocks),
-                depths=_depths(group, min_units, multiple_of),
+                depths=depths(group, min_units, multiple_of),
             )
         )
     return ranked
@@ -100,8 +100,13 @@ def block_order(values: np.ndarray, blocks: int = 1) -> np.ndarray:
     return np.lexsort((np.arange(n), values, rank_in_block.ravel()))
 
 
-def _depths(group: UnitGroup, min_units: int, multiple_of: int) -> np.ndarray:
-    step = math.lcm(multiple_of, group.blocks)
+def depths(group: UnitGroup, min_units: int = 0, multiple_of: int = 1) -> np.ndarray:
+    """[J] allowed numbers of removed units, rising.
+
+    Raises:
+        ValueError: there is none.
+    """
+    step = math.lcm(multiple_of, group.blocks, group.multiple)
     least = -(-max(group.floor, min_units) // step) * step
     most = group.size // step * step
     if least > most:

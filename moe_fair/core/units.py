@@ -39,6 +39,7 @@ class UnitGroup:
         unit_bytes: bytes that leave the checkpoint with one unit.
         blocks: the units lie in this many equal consecutive runs, and every run must keep the same
             number (group-limited routing); 1 where there is no such rule.
+        multiple: kept counts are multiples of this.
     """
 
     name: str
@@ -48,12 +49,15 @@ class UnitGroup:
     unit_parameters: int = 0
     unit_bytes: int = 0
     blocks: int = 1
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.floor <= self.size:
             raise ValueError(f"{self.name}: floor {self.floor} outside 0..{self.size} units")
         if self.blocks < 1 or self.size % self.blocks:
             raise ValueError(f"{self.name}: {self.size} units in {self.blocks} equal blocks")
+        if self.multiple < 1:
+            raise ValueError(f"{self.name}: kept counts cannot be multiples of {self.multiple}")
 
 
 @dataclass(frozen=True)
