@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moe_fair.core.allocate import allocator
@@ -23,6 +24,15 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     `fair` is FAIR-Pruner's rule: routed output mass against |Taylor|, allocated by ToD. The name of
     a criterion is that criterion with a uniform budget, as its paper has it.
     """
+    rule = recipe.allocate
+    if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
+        given = recipe.removal or (None if recipe.method == "fair" else recipe.method)
+        if given not in (None, only):
+            raise ValueError(
+                f"--allocate {rule} chooses the experts itself, as {only} counts them, and takes "
+                f"no {given}; leave it out"
+            )
+        return criterion(only), criterion(recipe.protection) if recipe.protection else None, rule
     if recipe.method == "fair":
         removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
     elif recipe.method in criteria():
@@ -84,6 +94,8 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         before=source.size,
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
+        costs={g.name: np.zeros(g.size + 1) for g in source.groups},
+        rows={g.name: np.zeros((1, g.size)) for g in source.groups},
     )
     for rule in (removal, protection):
         for name in rule.needs if rule else ():

@@ -105,6 +105,23 @@ Counterfactual = Annotated[
         panel=TEXT,
     ),
 ]
+Curves = Annotated[
+    str | None,
+    option(
+        "--curves",
+        text="Also measure what each layer's depth costs when experts leave in the order of this "
+        "criterion, for plan --allocate curves",
+        panel=TEXT,
+    ),
+]
+CurveSamples = Annotated[
+    int | None,
+    option(
+        "--curve-samples",
+        text="Calibration sequences on which cost curves are measured  [default: 16]",
+        panel=TEXT,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(
@@ -130,7 +147,13 @@ Protection = Annotated[
     option("--protection", text="Criterion whose highest scores are protected", panel=SCORE),
 ]
 Allocate = Annotated[
-    str | None, option("--allocate", text="tod, uniform, global or global-normalised", panel=SCORE)
+    str | None,
+    option(
+        "--allocate",
+        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves or "
+        "fisher (all layers together, by Taylor rows)",
+        panel=SCORE,
+    ),
 ]
 Weights = Annotated[
     str | None,

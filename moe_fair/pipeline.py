@@ -18,8 +18,11 @@ from moe_fair.checks import (
     target,
 )
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import curves, holds_curves
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
+from moe_fair.costing import check_curves, measure_curves
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import (
@@ -30,6 +33,7 @@ from moe_fair.moe.checkpoint import (
     settle,
     write_model,
 )
+from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.recipe import Recipe
@@ -53,9 +57,15 @@ def calibrate(recipe: Recipe, output: Path | None = None, say: Say = lambda _: N
     if output is not None:
         check_output(output)
     source = open_model(recipe)
+    if recipe.curves is not None:
+        criterion(recipe.curves)
+        check_curves(recipe, source)
     text = calibration_set(recipe, source, say)
     work = work_folder(output, recipe) if output else None
     statistics = collect(recipe, source, text, say, work)
+    if recipe.curves is not None:
+        home = work / "curves" if work else None
+        statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
     if output is not None and work is not None:
         folder = fresh(partial_path(output))
         statistics.save(folder)
@@ -69,6 +79,11 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     check_target(recipe, statistics.groups)
+    costs = rows = None
+    if needs(allocator(rule), "costs"):
+        costs = curves(statistics, removal.name, recipe.weights)
+    if needs(allocator(rule), "rows"):
+        rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
     return make_plan(
         statistics.groups,
         removal(statistics, recipe.weights),
@@ -78,6 +93,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         before=ModelSize(**statistics.facts["size"]),
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
+        costs=costs,
+        rows=rows,
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
@@ -102,10 +119,20 @@ def prune(
         size = check_plan_settings(recipe, source).after.bytes
         check_disk(size, output)
         say(f"disk: about {size / 1e9:.2f} GB for the result")
+        costly = _unmeasured(recipe, statistics)
+        if costly is not None:
+            check_curves(recipe, source)
         if statistics is None:
             text = calibration_set(recipe, source, say)
             statistics = collect(recipe, source, text, say, work)
         check_same_model(statistics.fingerprint, source, "statistics were")
+        if costly is not None:
+            if text is None:
+                about = statistics.facts["calibration"]
+                text = calibration_set(_same_text(recipe, about), source, say)
+            statistics = measure_curves(
+                recipe, source, text, statistics, costly, work / "curves", say
+            )
         ready = plan(statistics, recipe)
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
@@ -138,6 +165,15 @@ def prune(
     settle(folder, output)
     discard(work)
     return Pruned(output, ready, before, after)
+
+
+def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
+    """The removal score whose cost curves the allocator needs and the statistics do not hold."""
+    removal, _, rule = method(recipe)
+    if not needs(allocator(rule), "costs"):
+        return None
+    held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
+    return None if held else removal.name
 
 
 def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:

@@ -41,6 +41,8 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
+        curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
+            calibration sequences they are measured on.
         method: `fair`, or the name of a criterion, with that method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
@@ -70,6 +72,8 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
+    curves: str | None = None
+    curve_samples: int = 16
     method: str = "fair"
     removal: str | None = None
     protection: str | None = None
@@ -93,6 +97,7 @@ class Recipe:
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
+            ("curve_samples", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")

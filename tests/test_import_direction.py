@@ -19,7 +19,7 @@ ORDER = [
     {"report", "evaluate", "publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
-    {"repairing"},
+    {"costing", "repairing"},
     {"pipeline"},
     {"tables"},
     {"cli"},

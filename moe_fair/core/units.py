@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -70,6 +71,11 @@ class GroupView:
     row_weights: Tensor
     total_tokens: float
     total_sequences: float
+
+    def scaled_rows(self) -> np.ndarray:
+        """[S, N] rows times the square root of their weight's share: sums of products are means."""
+        share = self.row_weights / self.row_weights.sum()
+        return (self.rows * share.sqrt().unsqueeze(1)).numpy()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name] if name in self.sums else self.constants[name]
@@ -267,8 +273,11 @@ class Budget:
         kept: group name -> number of units kept.
         allocator: its name.
         explanation: numbers that explain the budget (the tolerance reached, what a fill added).
+        orders: group name -> [N] unit ids in the order in which they leave, from an allocator that
+            chooses units itself; without one they leave by rising removal score.
     """
 
     kept: dict[str, int]
     allocator: str
     explanation: dict[str, Any] = field(default_factory=dict)
+    orders: Mapping[str, np.ndarray] = field(default_factory=dict)
