@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from moe_fair import pipeline
-from moe_fair.costing import measure_curves
 from moe_fair.core.units import Statistics
+from moe_fair.costing import measure_curves
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate import heldout_loss
 from moe_fair.moe.load import Checkpoint
