@@ -17,30 +17,40 @@ from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint
 from moe_fair.recipe import Recipe, parse_size
 
+# methods that pair a removal score with |Taylor|, by ToD
+PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
+
+
+def with_needs(recipe: Recipe) -> Recipe:
+    """The recipe that also collects what its method needs and is not collected by default."""
+    needed = any("sketch" in c.needs for c in method(recipe)[:2] if c is not None)
+    return recipe.with_settings({"u_score": True}) if needed else recipe
+
 
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     """Removal score, protection score and allocator that a recipe's method stands for.
 
-    `fair` is FAIR-Pruner's rule: routed output mass against |Taylor|, allocated by ToD. The name of
-    a criterion is that criterion with a uniform budget, as its paper has it.
+    `fair` is FAIR-Pruner's rule: routed output mass against |Taylor|, allocated by ToD; `fair-u`
+    its pairing to the letter, U-Score between calibration domains against |Taylor|. The name of a
+    criterion is that criterion with a uniform budget, as its paper has it.
     """
     rule = recipe.allocate
     if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
-        given = recipe.removal or (None if recipe.method == "fair" else recipe.method)
+        given = recipe.removal or (None if recipe.method in PAIRS else recipe.method)
         if given not in (None, only):
             raise ValueError(
                 f"--allocate {rule} chooses the experts itself, as {only} counts them, and takes "
                 f"no {given}; leave it out"
             )
         return criterion(only), criterion(recipe.protection) if recipe.protection else None, rule
-    if recipe.method == "fair":
-        removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
+    if recipe.method in PAIRS:
+        removal, rule = recipe.removal or PAIRS[recipe.method], recipe.allocate or "tod"
     elif recipe.method in criteria():
         removal, rule = recipe.removal or recipe.method, recipe.allocate or "uniform"
     else:
-        pick({"fair": None, **criteria()}, recipe.method, "method")
+        pick({**PAIRS, **criteria()}, recipe.method, "method")
         raise AssertionError
-    paired = allocator(rule).needs_protection or recipe.protection or recipe.method == "fair"
+    paired = allocator(rule).needs_protection or recipe.protection or recipe.method in PAIRS
     protection = recipe.protection or "taylor"
     return criterion(removal), criterion(protection) if paired else None, rule
 

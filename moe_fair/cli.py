@@ -53,6 +53,7 @@ from moe_fair.options import (
     Tolerance,
     Total,
     Trust,
+    UScore,
     Weights,
     option,
 )
@@ -84,7 +85,7 @@ def calibrate(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
-    curves: Curves = None, curve_samples: CurveSamples = None,
+    u_score: UScore = None, curves: Curves = None, curve_samples: CurveSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
@@ -136,7 +137,7 @@ def prune(
     min_experts: MinExperts = None, multiple_of: MultipleOf = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
-    curve_samples: CurveSamples = None,
+    u_score: UScore = None, curve_samples: CurveSamples = None,
     repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,

@@ -105,6 +105,15 @@ Counterfactual = Annotated[
         panel=TEXT,
     ),
 ]
+UScore = Annotated[
+    bool | None,
+    option(
+        "--u-score/--no-u-score",
+        text="Also keep the distributions of each expert's outputs per calibration domain, for "
+        "--method fair-u  [default: --no-u-score; prune collects what its method needs]",
+        panel=TEXT,
+    ),
+]
 Curves = Annotated[
     str | None,
     option(
@@ -135,7 +144,8 @@ Method = Annotated[
     str | None,
     option(
         "--method",
-        text="fair (ToD), or a criterion: reap, frequency, ean, ...  [default: fair]",
+        text="fair (ToD), fair-u (ToD on U-Scores between calibration domains), or a criterion: "
+        "reap, frequency, ean, ...  [default: fair]",
         panel=SCORE,
     ),
 ]

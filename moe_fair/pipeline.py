@@ -16,6 +16,7 @@ from moe_fair.checks import (
     check_target,
     method,
     target,
+    with_needs,
 )
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.allocate import allocator, needs
@@ -124,7 +125,7 @@ def prune(
             check_curves(recipe, source)
         if statistics is None:
             text = calibration_set(recipe, source, say)
-            statistics = collect(recipe, source, text, say, work)
+            statistics = collect(with_needs(recipe), source, text, say, work)
         check_same_model(statistics.fingerprint, source, "statistics were")
         if costly is not None:
             if text is None:

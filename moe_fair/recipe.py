@@ -41,9 +41,10 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
+        u_score: also keep the distributions of each expert's outputs per calibration domain.
         curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
             calibration sequences they are measured on.
-        method: `fair`, or the name of a criterion, with that method's usual allocation.
+        method: `fair`, `fair-u`, or the name of a criterion, with that method's usual allocation.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
@@ -72,6 +73,7 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
+    u_score: bool = False
     curves: str | None = None
     curve_samples: int = 16
     method: str = "fair"

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_fair.core.sketch import Sketch
+
 STATISTICS_FILE = "statistics.safetensors"
 STATISTICS_FORMAT = "moe_fair.statistics/1"
 
@@ -61,7 +63,8 @@ class GroupView:
 
     `view["name"]` is the sum over the domains, [N, ...]; `rows` is [S, N], one row of Taylor values
     per calibration sequence; `row_weights` is [S]; `total_tokens` and `total_sequences` count the
-    calibration set, weighted like the sums.
+    calibration set, weighted like the sums. `domain_tokens` is [D], 0 for a domain without weight;
+    `sketch` holds each unit's outputs per domain.
     """
 
     group: UnitGroup
@@ -71,6 +74,8 @@ class GroupView:
     row_weights: Tensor
     total_tokens: float
     total_sequences: float
+    domain_tokens: Tensor
+    sketch: Sketch | None = None
 
     def scaled_rows(self) -> np.ndarray:
         """[S, N] rows times the square root of their weight's share: sums of products are means."""
@@ -82,7 +87,10 @@ class GroupView:
 
     def __contains__(self, name: str) -> bool:
         return (
-            name in self.sums or name in self.constants or (name == "rows" and len(self.rows) > 0)
+            name in self.sums
+            or name in self.constants
+            or (name == "rows" and len(self.rows) > 0)
+            or (name == "sketch" and self.sketch is not None)
         )
 
 
@@ -104,6 +112,7 @@ class Statistics:
         tokens, sequences: [D] float64, size of the calibration set per domain.
         fingerprint: digests of what the numbers were measured on (model, tokenizer, calibration).
         facts: whatever explains the run: model id, data type, sizes of the model.
+        sketches: group name -> distributions of each unit's output per domain, where collected.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -117,6 +126,7 @@ class Statistics:
     sequences: Tensor
     fingerprint: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    sketches: dict[str, Sketch] = field(default_factory=dict)
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""
@@ -135,6 +145,8 @@ class Statistics:
             row_weights=w[self.sequence_domains],
             total_tokens=float(w @ self.tokens),
             total_sequences=float(w @ self.sequences),
+            domain_tokens=self.tokens * (w > 0),
+            sketch=self.sketches.get(group.name),
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -166,6 +178,7 @@ class Statistics:
             sequences=self.sequences + other.sequences,
             fingerprint=self.fingerprint,
             facts=self.facts,
+            sketches={g: s.merge(other.sketches[g]) for g, s in self.sketches.items()},
         )
 
     def save(self, folder: Path) -> Path:
@@ -196,6 +209,9 @@ class Statistics:
                     yield f"{kind}/{group}/{name}", t.contiguous()
         for group, t in self.rows.items():
             yield f"rows/{group}", t.contiguous()
+        for group, sketch in self.sketches.items():
+            for name, t in sketch.pack().items():
+                yield f"sketches/{group}/{name}", t
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -218,6 +234,7 @@ class Statistics:
         sums: dict[str, dict[str, Tensor]] = {}
         constants: dict[str, dict[str, Tensor]] = {}
         rows: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, Tensor]] = {}
         for key, t in tensors.items():
             kind, _, rest = key.partition("/")
             group, _, name = rest.rpartition("/")
@@ -227,6 +244,8 @@ class Statistics:
                 constants.setdefault(group, {})[name] = t
             elif kind == "rows":
                 rows[rest] = t
+            elif kind == "sketches":
+                packed.setdefault(group, {})[name] = t
         return Statistics(
             groups=tuple(UnitGroup(**g) for g in header["groups"]),
             domains=tuple(header["domains"]),
@@ -239,6 +258,7 @@ class Statistics:
             sequences=tensors["sequences"],
             fingerprint=header["fingerprint"],
             facts=header["facts"],
+            sketches={g: Sketch.unpack(t) for g, t in packed.items()},
         )
 
 

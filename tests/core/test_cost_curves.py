@@ -180,7 +180,7 @@ def chosen(ranked: list[RankedGroup], remove: int) -> tuple[dict[str, list[int]]
         )
         for r in ranked
     }
-    return kept, budget.explanation["predicted_change"]
+    return kept, budget.explanation["objective"]
 
 
 @pytest.mark.parametrize(

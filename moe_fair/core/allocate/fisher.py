@@ -68,7 +68,7 @@ def allocate(
     return Budget(
         {g.ranked.group.name: g.ranked.group.size - len(g.removed) for g in groups},
         name,
-        {"predicted_change": float(total @ total) / 2},
+        {"objective": float(total @ total) / 2},
         {g.ranked.group.name: g.order() for g in groups},
     )
 
