@@ -135,7 +135,8 @@ def test_curves_of_another_score_are_refused(
     assert "hold the cost curves of taylor-sq, and the plan needs those of reap" in said
     assert "calibrate MODEL --curves reap" in said
     assert "hold no cost curves" in fails("plan", statistics_folder, *run)
-    said = fails("plan", statistics_folder, "--experts", 40, "--allocate", "fisher", "--method", "reap")  # fmt: skip
+    fisher = ["--experts", "40", "--allocate", "fisher", "--method", "reap"]
+    said = fails("plan", statistics_folder, *fisher)
     assert "--allocate fisher chooses the experts itself, as taylor-sq counts them" in said
 
 

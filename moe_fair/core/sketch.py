@@ -68,7 +68,8 @@ class Cell:
         a, b = self.binned(), other.binned()
         top = max(a.top, b.top)
         a, b = a.binned(top), b.binned(top)
-        assert a.bins is not None and b.bins is not None
+        assert a.bins is not None
+        assert b.bins is not None
         return Cell(a.count + b.count, None, a.bins + b.bins, top)
 
     def binned(self, top: int | None = None) -> Cell:
@@ -83,7 +84,7 @@ class Cell:
             top = int(seen.max()) if len(seen) else LOWEST
         sub = ((2 * mantissa.abs() - 1) * SUBS).long()  # |mantissa| is in [1/2, 1)
         place = ((exponent.long() - (top - OCTAVES) - 1) * SUBS + sub + 1).clamp(min=0)
-        place = torch.where(exponent <= top - OCTAVES, 0, place)
+        place = torch.where((exponent <= top - OCTAVES) | (self.values == 0), 0, place)
         place = torch.where(self.values < 0, SIDE - 1 - place, SIDE + place)
         bins = torch.zeros(len(place), 2 * SIDE, dtype=torch.int32)
         bins.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
@@ -136,7 +137,7 @@ def _between_values(
 ) -> Tensor:
     at = torch.cat([a, b, a.new_zeros(len(a), 1)], 1).sort(1).values
     f = [
-        (torch.searchsorted(v, at, right=True) + more * (at >= 0)) / total
+        (torch.searchsorted(v, at, right=True) + more * (at >= 0)).double() / total
         for v, more, total in zip((a, b), zeros, totals, strict=True)
     ]
     return ((f[0] - f[1]).abs()[:, :-1] * at.diff(dim=1)).sum(1)
