@@ -58,7 +58,7 @@ class Cell:
     @staticmethod
     def of(values: Tensor) -> Cell:
         """From [P, n] values in any order."""
-        rising = Cell(values.shape[1], values.float().sort(1).values)
+        rising = Cell(values.shape[1], values.float().contiguous().sort(1).values)
         return rising if rising.count <= CAPACITY else rising.binned()
 
     def merge(self, other: Cell) -> Cell:
@@ -234,7 +234,7 @@ class Sketch:
         for domain, unit in counts.nonzero().tolist():
             n = int(counts[domain, unit])
             if n <= CAPACITY:
-                cell = Cell(n, tensors["values"][:, at : at + n])
+                cell = Cell(n, tensors["values"][:, at : at + n].contiguous())
                 at += n
             else:
                 top = int(tensors["tops"][domain, unit])
