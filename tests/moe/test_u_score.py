@@ -66,7 +66,13 @@ def test_shards_padding_and_gradients_leave_no_trace() -> None:
     assert same(whole, first.merge(rest))
     assert same(whole, rest.merge(first))
     assert same(whole, collect(engine, model, data, taylor=True))
-    assert same(whole, collect(engine, model, batches(pad=7)))
+    padded = collect(engine, model, batches(pad=7))  # other rows shift the rounding of matmuls
+    for name, score in criterion("u-score")(whole).values.items():
+        counts = [x.sketches[name].pack()["counts"] for x in (whole, padded)]
+        assert torch.equal(*counts)
+        torch.testing.assert_close(
+            criterion("u-score")(padded).values[name], score, rtol=1e-5, atol=0
+        )
 
 
 def test_streaming_gives_the_same_bits_and_the_file_brings_them_back(tmp_path: Path) -> None:
