@@ -24,6 +24,8 @@ from moe_fair.options import (
     Calibration,
     Checkpointing,
     Counterfactual,
+    Curves,
+    CurveSamples,
     Debug,
     Device,
     DeviceMap,
@@ -76,6 +78,7 @@ from moe_fair.options import (
     Tolerance,
     Total,
     Trust,
+    UScore,
     Weights,
     option,
 )
@@ -112,6 +115,7 @@ def calibrate(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, curves: Curves = None, curve_samples: CurveSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
@@ -166,6 +170,7 @@ def prune(
     min_experts: MinExperts = None, multiple_of: MultipleOf = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, curve_samples: CurveSamples = None,
     repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,

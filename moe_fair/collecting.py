@@ -82,6 +82,7 @@ def collect(
                     text.domains,
                     taylor=recipe.taylor,
                     counterfactual=recipe.counterfactual,
+                    u_score=recipe.u_score,
                 )
                 with collector:
                     engine.run(shares[i], collector, backward=recipe.taylor)
@@ -138,6 +139,7 @@ def _run(recipe: Recipe, source: Checkpoint) -> str:
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     kind = "taylor" if recipe.taylor else "forward"
     kind += " counterfactual" if recipe.counterfactual else ""
+    kind += " u-score" if recipe.u_score else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 

@@ -45,8 +45,11 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
-        method: `second-order` (ours), `fair` (the paper's), or the name of a criterion, with that
-            method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
+        u_score: also keep the distributions of each expert's outputs per calibration domain.
+        curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
+            calibration sequences they are measured on.
+        method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
+            with that method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
@@ -77,6 +80,9 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
+    u_score: bool = False
+    curves: str | None = None
+    curve_samples: int = 16
     method: str | None = None
     removal: str | None = None
     protection: str | None = None
@@ -100,6 +106,7 @@ class Recipe:
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
+            ("curve_samples", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")

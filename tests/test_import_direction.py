@@ -22,7 +22,7 @@ ORDER = [
     {"publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
-    {"repairing", "oracle"},
+    {"costing", "repairing", "oracle"},
     {"pipeline"},
     {"evaluating"},
     {"tables", "vision_cli"},
