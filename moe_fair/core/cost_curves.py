@@ -75,10 +75,10 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     if len(x) == 2:
         return y[0] + d[0] * (at - x[0])
     m = np.zeros_like(y)
-    for i in range(1, len(x) - 1):
-        if d[i - 1] * d[i] > 0:
-            w, v = 2 * h[i] + h[i - 1], h[i] + 2 * h[i - 1]
-            m[i] = (w + v) / (w / d[i - 1] + v / d[i])
+    for k in range(1, len(x) - 1):
+        if d[k - 1] * d[k] > 0:
+            w, v = 2 * h[k] + h[k - 1], h[k] + 2 * h[k - 1]
+            m[k] = (w + v) / (w / d[k - 1] + v / d[k])
     m[0], m[-1] = _end(h[0], h[1], d[0], d[1]), _end(h[-1], h[-2], d[-1], d[-2])
     i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
     t = (at - x[i]) / h[i]

@@ -50,21 +50,28 @@ def second_order(view: GroupView) -> Tensor:
     return first_order(view) + fisher(view)
 
 
-def set_costs(gram: Tensor) -> tuple[list[int], list[float]]:
+def set_costs(gram: Tensor, blocks: int = 1) -> tuple[list[int], list[float]]:
     """Greedy removal of all units: each time the one that adds least to ½ Σ_{e,f∈S} max(C_ef, 0).
 
     Args:
         gram: [N, N] C, symmetric.
+        blocks: equal runs of units that must lose equal numbers: no run is ever two ahead.
 
     Returns:
-        the units in the order in which they leave, and what each adds, which never falls.
+        the units in the order in which they leave, and what each adds; within a block that never
+        falls.
     """
     c = gram.double().clamp(min=0)
     added = 0.5 * c.diagonal().clone()
     order: list[int] = []
     costs: list[float] = []
-    for _ in range(len(c)):
-        e = int(torch.argmin(added))  # the lowest id where several are lowest
+    run = len(c) // blocks
+    for step in range(len(c)):
+        if step % blocks == 0:
+            left = torch.ones(blocks, dtype=torch.bool)  # of this round
+        waiting = ~left.repeat_interleave(run)
+        e = int(torch.argmin(added.masked_fill(waiting, torch.inf)))  # the lowest id of equals
+        left[e // run] = False
         order.append(e)
         costs.append(float(added[e]))
         added = added + c[:, e]
@@ -74,7 +81,7 @@ def set_costs(gram: Tensor) -> tuple[list[int], list[float]]:
 
 def set_score(view: GroupView) -> Tensor:
     """[N] what each expert adds when its turn comes."""
-    order, costs = set_costs(view["removed_gram"] / view.total_tokens)
+    order, costs = set_costs(view["removed_gram"] / view.total_tokens, view.group.blocks)
     score = torch.zeros(len(order), dtype=torch.float64)
     score[order] = torch.tensor(costs, dtype=torch.float64)
     return score
