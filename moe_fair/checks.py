@@ -27,16 +27,17 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     routed output mass against |Taylor|, allocated by ToD. The name of a criterion is that criterion
     with a uniform budget, as its paper has it.
     """
-    if recipe.method == "second-order":
+    name = recipe.method or ("fair" if recipe.tolerance is not None else "second-order")
+    if name == "second-order":
         removal, rule = recipe.removal or "counterfactual-set", recipe.allocate or "global"
-    elif recipe.method == "fair":
+    elif name == "fair":
         removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
-    elif recipe.method in criteria():
-        removal, rule = recipe.removal or recipe.method, recipe.allocate or "uniform"
+    elif name in criteria():
+        removal, rule = recipe.removal or name, recipe.allocate or "uniform"
     else:
-        pick({"second-order": None, "fair": None, **criteria()}, recipe.method, "method")
+        pick({"second-order": None, "fair": None, **criteria()}, name, "method")
         raise AssertionError
-    paired = allocator(rule).needs_protection or recipe.protection or recipe.method == "fair"
+    paired = allocator(rule).needs_protection or recipe.protection or name == "fair"
     protection = recipe.protection or "taylor"
     return criterion(removal), criterion(protection) if paired else None, rule
 
@@ -159,3 +160,16 @@ def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str)
                 f"the {what} made from another {part} than that of {source.model}; "
                 "calibrate this model, or give the one they belong to"
             )
+
+
+def check_same_tokens(a: Checkpoint, b: Checkpoint) -> None:
+    """Two models read text as the same tokens, so that their predictions can be compared.
+
+    Raises:
+        ValueError: their vocabularies differ.
+    """
+    if a.tokenizer().get_vocab() != b.tokenizer().get_vocab():
+        raise ValueError(
+            f"{a.model} and {b.model} have different vocabularies; give the model that this one "
+            "was pruned from"
+        )

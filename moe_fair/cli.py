@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_fair import __version__, distributed
 from moe_fair.options import (
+    AgreementText,
     Allocate,
+    ApplyChatTemplate,
+    Baseline,
+    BaseModel,
     BatchSize,
     Calibration,
     Checkpointing,
@@ -21,27 +27,43 @@ from moe_fair.options import (
     Debug,
     Device,
     DeviceMap,
+    DryRun,
     Dtype,
     EngineName,
+    EvalBatchSize,
+    EvalDtype,
+    EvalOutput,
     Experts,
+    Format,
     Fresh,
     Heldout,
     HeldoutSamples,
+    IncludePath,
     Json,
     Length,
+    License,
+    Limit,
+    LogSamples,
     MaxMemory,
+    MeasureAgreement,
     Method,
     MinExperts,
     Model,
     MultipleOf,
+    NumFewshot,
     Output,
     PlanFile,
     PlanOutput,
+    Private,
     Protection,
+    Pruned,
+    PushRevision,
     Ratio,
     RecipeFile,
     Removal,
     RepairName,
+    RepoId,
+    ReportOutput,
     Revision,
     Samples,
     SaveEvery,
@@ -49,6 +71,7 @@ from moe_fair.options import (
     Size,
     StatisticsFolder,
     Stats,
+    Tasks,
     Taylor,
     Tolerance,
     Total,
@@ -178,6 +201,117 @@ def prune(
         pruned_summary(done)
 
 
+@app.command()
+def oracle(
+    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
+    stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
+    length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
+    device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
+    revision: Revision = None, trust_remote_code: Trust = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure the loss change of each expert removed alone; compare every criterion with it."""
+    settings = _settings(locals())
+    from moe_fair import pipeline
+    from moe_fair.core.units import Statistics
+    from moe_fair.tables import oracle_table
+
+    found, table = pipeline.oracle(
+        settings, output, statistics=Statistics.load(stats) if stats else None, say=_say
+    )
+    if as_json:
+        print((output / "agreement.json").read_text(), end="")
+    else:
+        oracle_table(found, table)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model = None, baseline: Baseline = None, output: EvalOutput = None,
+    tasks: Tasks = None, num_fewshot: NumFewshot = None, limit: Limit = None,
+    apply_chat_template: ApplyChatTemplate = False, include_path: IncludePath = None,
+    log_samples: LogSamples = False,
+    agreement: MeasureAgreement = False, heldout: AgreementText = None,
+    heldout_samples: HeldoutSamples = None, length: Length = None,
+    batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
+    engine: EngineName = None, max_memory: MaxMemory = None,
+    revision: Revision = None, trust_remote_code: Trust = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run lm-eval's benchmarks, or measure agreement with the original."""
+    if model is None or not (tasks or agreement):
+        raise ValueError("give a MODEL and --tasks, or --agreement")
+    if agreement and baseline is None:
+        raise ValueError("--agreement compares with the original: name it with --baseline")
+    given = {k: v for k, v in locals().items() if k != "batch_size"}
+    if batch_size is not None and batch_size.isdigit():
+        given["batch_size"] = int(batch_size)
+    settings = _settings(given)
+    from moe_fair import evaluating
+    from moe_fair.moe.load import Checkpoint
+    from moe_fair.tables import evaluation, evaluation_json
+
+    folder = evaluating.home(model, output)
+    source = Checkpoint(model, revision, settings.trust_remote_code)
+    original = Checkpoint(baseline, None, settings.trust_remote_code) if baseline else None
+    rows = found = None
+    if tasks:
+        from moe_fair.evaluate.benchmark import Benchmark, names
+
+        benchmark = Benchmark(
+            tasks=names(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size or "8",
+            dtype=dtype or "checkpoint",
+            device=settings.device,
+            apply_chat_template=apply_chat_template,
+            include_path=include_path,
+        )
+        rows = evaluating.run_benchmarks(
+            source, original, benchmark,
+            folder=folder, log_samples=log_samples, say=_say, quiet=_without_bars,
+        )  # fmt: skip
+    if agreement and original is not None:
+        found = evaluating.run_agreement(settings, source, original, folder)
+    if folder is not None and output is None:
+        from moe_fair.report.write import write_report
+
+        _say(f"report: {write_report(source.path)}")
+    if as_json:
+        print(json.dumps(evaluation_json(rows, found), indent=1))
+    else:
+        evaluation(rows, found)
+
+
+@app.command()
+def report(
+    out: Pruned, output: ReportOutput = None, format: Format = "html", debug: Debug = False
+) -> None:
+    """Draw what a pruning run did: one page, written by prune and eval as well."""
+    from moe_fair.report.write import write_report
+
+    print(write_report(out, format, output))
+
+
+@app.command()
+def push(
+    out: Pruned, repo: RepoId, private: Private = False, revision: PushRevision = None,
+    base_model: BaseModel = None, license: License = None, dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Upload a pruned checkpoint to the Hub with its model card, in one commit."""
+    from moe_fair.publish import push as publish
+    from moe_fair.tables import upload
+
+    upload(
+        publish.push(
+            out, repo, private=private, revision=revision, base_model=base_model, license=license,
+            dry_run=dry_run, say=_say,
+        )
+    )  # fmt: skip
+
+
 def _settings(given: dict[str, Any]) -> Recipe:
     """The recipe file, with the options of the command line over it."""
     from moe_fair.recipe import Recipe, load_recipe
@@ -198,6 +332,11 @@ def _parse_weights(text: str) -> dict[str, float]:
         raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
 
 
+def _without_bars() -> AbstractContextManager:
+    """Away from a terminal, drop the progress bars that lm-eval writes whatever is set."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+
+
 def _say(line: str) -> None:
     if distributed.is_first():
         _print(line)
@@ -211,12 +350,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _quieten()
-    if not distributed.is_first() and arguments[:1] not in TOGETHER:
-        sys.exit(0)
+    if arguments[:1] not in TOGETHER:
+        if not distributed.is_first():
+            sys.exit(0)
+        distributed.stay_alone()
     command = typer.main.get_command(app)
     try:
-        if arguments[:1] in TOGETHER:
-            distributed.team()
+        distributed.team()
         code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
         distributed.finish()
     except KeyboardInterrupt:
@@ -252,6 +392,8 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_LEAVE", "")  # a bar that is done goes
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 

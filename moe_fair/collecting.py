@@ -202,6 +202,10 @@ class SharedEngine:
             everything |= part
         yield from (everything[i] for i in range(len(batches)))
 
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Of all batches, by this process's own engine: they are too large to be handed around."""
+        return self.engine.logits(batches)
+
 
 def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:
     """The engine of a pass over batches, the same in every process."""

@@ -135,7 +135,8 @@ Method = Annotated[
     str | None,
     option(
         "--method",
-        text="fair (ToD), or a criterion: reap, frequency, ean, ...  [default: fair]",
+        text="second-order, fair (ToD), or a criterion: reap, frequency, ean, ...  [default: "
+        "second-order; fair with --tolerance]",
         panel=SCORE,
     ),
 ]
@@ -206,3 +207,95 @@ StatisticsFolder = Annotated[
 PlanOutput = Annotated[Path | None, option("-o", "--output", text="Also write the plan here")]
 PlanFile = Annotated[Path | None, option("--plan", text="Plan file made before")]
 Stats = Annotated[Path | None, option("--stats", text="Directory that `calibrate` wrote")]
+
+TASKS, PUBLISH = "Benchmarks", "Card"
+
+Pruned = Annotated[Path, typer.Argument(help="Directory that `prune` wrote", show_default=False)]
+Baseline = Annotated[
+    str | None, option("--baseline", text="The original model, run on the same items and text")
+]
+Tasks = Annotated[
+    list[str] | None,
+    option(
+        "--tasks",
+        text="lm-eval's tasks and groups, and the suites hc-smoe, reap-mc and quick; a,b,c or "
+        "repeated",
+        panel=TASKS,
+    ),
+]
+NumFewshot = Annotated[
+    int | None, option("--num-fewshot", text="Examples before each question", panel=TASKS)
+]
+Limit = Annotated[
+    float | None,
+    option("--limit", text="Items per task, or their share below 1: for trying out", panel=TASKS),
+]
+ApplyChatTemplate = Annotated[
+    bool, option("--apply-chat-template", text="Ask through the chat template", panel=TASKS)
+]
+IncludePath = Annotated[
+    Path | None,
+    option("--include-path", text="Folder of task files of your own, as eval/tasks", panel=TASKS),
+]
+LogSamples = Annotated[
+    bool, option("--log-samples", text="Also save every question and answer", panel=TASKS)
+]
+AgreementText = Annotated[
+    list[str] | None,
+    option(
+        "--heldout",
+        text="Text (as --calibration of prune) for --agreement",
+        panel="Agreement",
+    ),
+]
+MeasureAgreement = Annotated[
+    bool,
+    option(
+        "--agreement",
+        text="Loss, KL, same top-1 and speculative acceptance against --baseline on --heldout",
+        panel="Agreement",
+    ),
+]
+EvalBatchSize = Annotated[
+    str | None,
+    option("--batch-size", text="Sequences per batch, or auto (tasks only)  [default: 8]",
+           panel=RUN),
+]  # fmt: skip
+EvalDtype = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        text="auto, checkpoint, float32, bfloat16 or float16  [default: checkpoint for tasks, as "
+        "lm_eval has it; auto for --agreement, as prune has it]",
+        panel=RUN,
+    ),
+]
+EvalOutput = Annotated[
+    Path | None,
+    option(
+        "-o",
+        "--output",
+        text="Directory for the results  [default: in MODEL/moe_fair, if prune wrote MODEL]",
+    ),
+]
+Format = Annotated[str, option("--format", text="html or md  [default: html]")]
+ReportOutput = Annotated[
+    Path | None,
+    option("-o", "--output", text="File to write  [default: OUT/moe_fair/report.html or .md]"),
+]
+RepoId = Annotated[str, typer.Argument(help="USER/NAME on the Hub", show_default=False)]
+Private = Annotated[bool, option("--private", text="Make the repository private, if it is new")]
+PushRevision = Annotated[
+    str | None, option("--revision", text="Branch to push to, made if it is new  [default: main]")
+]
+DryRun = Annotated[bool, option("--dry-run", text="Show what would go, and write the card")]
+BaseModel = Annotated[
+    str | None,
+    option(
+        "--base-model", text="Hub id of the original, if you pruned a local copy", panel=PUBLISH
+    ),
+]
+License = Annotated[
+    str | None,
+    option("--license", text="Licence on the card, if not the base model's", panel=PUBLISH),
+]

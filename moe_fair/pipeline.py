@@ -19,6 +19,7 @@ from moe_fair.checks import (
     target,
 )
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.distributed import ALONE, is_first, team
@@ -32,12 +33,13 @@ from moe_fair.moe.checkpoint import (
     settle,
     write_model,
 )
+from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair
+from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
-
-FOLDER = "moe_fair"  # inside a pruned checkpoint: plan, statistics, recipe, held-out losses
+from moe_fair.report.sources import FOLDER
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,38 @@ def calibrate(
         settle(folder, output)
         discard(work)
     return statistics
+
+
+def oracle(
+    recipe: Recipe,
+    output: Path,
+    *,
+    statistics: Statistics | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Oracle, dict[str, Agreement]]:
+    """Measured loss change of every expert removed alone, and every criterion's agreement with it.
+
+    Args:
+        output: new directory for the oracle, the table and the recipe.
+        statistics: to score with; without them they are collected on the same text.
+    """
+    check_output(output)
+    source = open_model(recipe)
+    if statistics is not None:
+        check_same_model(statistics.fingerprint, source, "statistics were")
+    text = calibration_set(recipe, source, say)
+    work = work_folder(output, recipe)
+    if statistics is None:
+        statistics = collect(recipe, source, text, say, work)
+    found = measure_oracle(recipe, source, text, work / "oracle", say)
+    assert statistics is not None  # one process alone has them
+    table = agreements(found, statistics)
+    folder = fresh(partial_path(output))
+    save_oracle(folder, found, table)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    settle(folder, output)
+    discard(work)
+    return found, table
 
 
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
@@ -154,6 +188,9 @@ def prune(
         if before is not None and after is not None:
             losses = {"original": asdict(before), "pruned": asdict(after)}
             (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
+        from moe_fair.report.write import write_report  # matplotlib takes a second to import
+
+        write_report(folder)
         settle(folder, output)
         discard(work)
     return Pruned(output, made, before, us.told(lambda: after))
@@ -199,6 +236,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     check_device_map(recipe, source)
+    if source.unpacking and recipe.engine == "streaming":
+        raise ValueError(f"{recipe.model}: {PACKED}")
     assert source.groups  # finds the experts in model and files, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)

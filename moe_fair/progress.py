@@ -41,6 +41,11 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
+    def add(self, tokens: int) -> None:
+        """There is more to do than was said."""
+        if self._bar:
+            self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) + tokens)
+
     def visit(self, what: str, layer: int | None, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield the batches of one pass, showing rate, time left and memory."""
         for batch in batches:

@@ -46,7 +46,7 @@ class Recipe:
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
         method: `second-order` (ours), `fair` (the paper's), or the name of a criterion, with that
-            method's usual allocation.
+            method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
@@ -77,7 +77,7 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
-    method: str = "second-order"
+    method: str | None = None
     removal: str | None = None
     protection: str | None = None
     allocate: str | None = None

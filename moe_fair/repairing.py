@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_fair.collecting import Say, choose_engine
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import start
 from moe_fair.moe.load import Checkpoint
@@ -72,9 +72,14 @@ def repair_model(
         engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
         if not isinstance(engine, StreamingEngine):
             engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
-        done = Repairer(engine, kept, kind, folder=folder, key=digest).run(
-            text.batches(recipe.batch_size)
-        )
+        repairer = Repairer(engine, kept, kind, folder=folder, key=digest)
+        try:
+            done = repairer.run(text.batches(recipe.batch_size))
+        except NotLayerwise as e:  # met before anything is changed
+            if recipe.repair is not None:
+                raise
+            say(f"note: not repaired: {e}")
+            return []
     for layer in done:
         if layer.repair == "none" and not layer.epoch:
             say(f"{layer.name}: {kind} did not help on the held-out share and was not applied")

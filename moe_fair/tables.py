@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
+from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import Plan
-from moe_fair.pipeline import Pruned
+from moe_fair.engines.auto import auto_class
+from moe_fair.evaluate.agreement import Agreements
+from moe_fair.evaluate.compare import Row
+from moe_fair.moe.load import Checkpoint
+from moe_fair.pipeline import FOLDER, Pruned
+from moe_fair.report import document
+from moe_fair.report.numbers import (
+    PAIRED_NOTE,
+    agreement_table,
+    amount,
+    benchmark_table,
+    heldout_table,
+)
+
+if TYPE_CHECKING:
+    from moe_fair.publish.push import Upload
 
 BAR = 24  # columns
+MOST_COLUMNS = 1000  # of a table
 
 
 def plan_table(plan: Plan) -> None:
@@ -51,24 +71,83 @@ def plan_table(plan: Plan) -> None:
         console.print(f"note: {note}", soft_wrap=True)
 
 
+def oracle_table(oracle: Oracle, table: Mapping[str, Agreement]) -> None:
+    """Correlations of every criterion with the measured loss changes."""
+    console = Console(highlight=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("criterion", "Pearson", "Spearman", "within layers", "Spearman within"):
+        shown.add_column(name, justify="left" if name == "criterion" else "right")
+    for name, a in table.items():
+        values = (a.pearson, a.spearman, a.pearson_within, a.spearman_within)
+        shown.add_row(name, *(f"{v:.3f}" for v in values))
+    console.print(shown)
+    count = sum(len(c) for c in oracle.changes.values())
+    console.print(
+        f"\nagainst the loss change of each of {count} experts removed alone, on "
+        f"{oracle.tokens:,} tokens (loss {oracle.loss:.4f})",
+        soft_wrap=True,
+    )
+
+
 def pruned_summary(done: Pruned) -> None:
     """Held-out losses and where the result lies."""
     console = Console(highlight=False)
     if done.before and done.after:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in ("held-out loss", "original", "pruned", "change"):
-            table.add_column(name, justify="left" if name == "held-out loss" else "right")
-        rows = [(d, done.before.domains[d], done.after.domains[d]) for d in done.before.domains]
-        for name, b, a in [*rows, ("all", done.before.mean, done.after.mean)]:
-            table.add_row(name, f"{b:.4f}", f"{a:.4f}", f"{a - b:+.4f}")
         console.print()
-        console.print(table)
-    remote = "" if done.plan.uniform else ", trust_remote_code=True"
+        _print(console, heldout_table(done.before, done.after))
+    result = Checkpoint(str(done.output))
+    remote = ", trust_remote_code=True" if result.trust_remote_code else ""
     console.print(
         f"\n{done.output}: load it with "
-        f'AutoModelForCausalLM.from_pretrained("{done.output}"{remote})',
+        f'{auto_class(result.config).__name__}.from_pretrained("{done.output}"{remote})\n'
+        f"report: {done.output / FOLDER / 'report.html'}",
         soft_wrap=True,
     )
+
+
+def evaluation(rows: list[Row] | None, found: Agreements | None) -> None:
+    """Benchmarks and agreement, whichever were measured."""
+    console = Console(highlight=False)
+    if rows is not None:
+        _print(console, benchmark_table(rows))
+        if any(r.p is not None for r in rows):
+            console.print(PAIRED_NOTE, soft_wrap=True)
+    if found is not None:
+        if rows is not None:
+            console.print()
+        _print(console, agreement_table(found))
+
+
+def evaluation_json(rows: list[Row] | None, found: Agreements | None) -> dict[str, Any]:
+    """The same as `evaluation`, for scripts."""
+    return {
+        "benchmarks": None if rows is None else [asdict(r) for r in rows],
+        "agreement": None if found is None else asdict(found),
+    }
+
+
+def upload(done: Upload) -> None:
+    """The files of an upload, or of a dry run with the card's front matter."""
+    console = Console(highlight=False)
+    if done.url is not None:
+        console.print(done.url, soft_wrap=True)
+        return
+    files = [(name, f"{amount(size)}B") for name, size in done.files.items()]
+    files.append((f"{len(files)} files to {done.repo_id}", f"{amount(sum(done.files.values()))}B"))
+    _print(console, document.Table(("file", "size"), tuple(files)))
+    console.print(f"\n{done.card.split('<!--')[0]}", soft_wrap=True, markup=False)
+
+
+def _print(console: Console, made: document.Table) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(made.header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in made.rows:
+        table.add_row(*map(Text, row))  # a name is not markup
+    # a terminal that is too narrow breaks the lines; a pipe has no width: no number is cut short
+    unbounded = console.options.update(width=MOST_COLUMNS)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(table)
 
 
 def pruned_json(done: Pruned) -> dict[str, Any]:
@@ -82,14 +161,6 @@ def pruned_json(done: Pruned) -> dict[str, Any]:
         if done.before and done.after
         else None,
     }
-
-
-def amount(n: float) -> str:
-    """`14.3 G` style."""
-    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.2f} {prefix}"
-    return f"{n:.0f} "
 
 
 def _sizes(sizes: list[int]) -> str:

@@ -25,7 +25,8 @@ from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.surgery import cut
 
 DOMAINS = ("a", "b")
-Expert = Callable[[Any, int, Tensor], Tensor]  # (experts module, e, x [n, D]) -> f_e(x) [n, D]
+# (experts module, e, x [n, D], weight g [n, 1]) -> f_e(x) [n, D] such that g f_e(x) is what e adds
+Expert = Callable[[Any, int, Tensor, Tensor], Tensor]
 # (experts, input [T, D], ids [T, K], weights [T, K], routed output [T, D]) of each block
 Calls = list[tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]]
 
@@ -63,6 +64,11 @@ def some(block: MoeBlock, index: int, uniform: bool) -> list[int]:
     return sorted(int(i) for c in chosen for i in c)
 
 
+def kept_experts(checkpoint: Checkpoint, uniform: bool) -> dict[str, list[int]]:
+    """What `check_cut` keeps of every block."""
+    return {b.name: some(b, i, uniform) for i, b in enumerate(checkpoint.blocks)}
+
+
 def check_streaming(checkpoint: Checkpoint) -> None:
     """A layer at a time gives the statistics of the whole model, bit for bit."""
     model = original(checkpoint)
@@ -80,8 +86,8 @@ def check_streaming(checkpoint: Checkpoint) -> None:
         assert resident.rows[group.name].abs().sum() > 0
 
 
-def fused_expert(m: Any, e: int, x: Tensor) -> Tensor:
-    """f_e(x) by the definition of the fused contract, one expert's slices at a time."""
+def fused_expert(m: Any, e: int, x: Tensor, g: Tensor) -> Tensor:
+    """f_e(x), whatever g, as the fused contract defines it, by one expert's slices at a time."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         w = getattr(m, name)[e]
@@ -157,7 +163,8 @@ def _naive(
         token, slot = torch.where((ids == e) & counted[:, None])
         if not len(token):
             continue
-        g, f = weights[token, slot].double(), expert(m, e, x[token]).double()
+        weight = weights[token, slot]
+        g, f = weight.double(), expert(m, e, x[token], weight[:, None]).double()
         n, xd, yd = f.norm(dim=1), x[token].double(), out[token].double()
         turn = 1 - (xd * (xd + yd)).sum(1) / (xd.norm(dim=1) * (xd + yd).norm(dim=1))
         values = {
@@ -190,13 +197,41 @@ def _weight_taylor(model: Any, blocks: list[MoeBlock]) -> Iterator[Tensor]:
     yield from totals
 
 
+def check_counterfactual(
+    checkpoint: Checkpoint, recorded: Callable[[Any], Any] = fused_calls
+) -> None:
+    """Σ ‖Δ_e‖² is what the last block's output changes by when its router cannot see e."""
+    model = original(checkpoint)
+    blocks = find_blocks(model)
+    with ExpertCollector(blocks, checkpoint.groups, DOMAINS, counterfactual=True) as collector:
+        ResidentEngine(model).run(batches(), collector)
+    block = blocks[-1]
+    got = collector.statistics().sums[block.name]["removed_error"]
+    want = torch.zeros_like(got)
+
+    def output(batch: Batch) -> Tensor:
+        with recorded(model) as calls, torch.no_grad():
+            model(batch.input_ids, attention_mask=batch.mask)
+        y: Tensor = calls[-1][-1]
+        return y.reshape(-1, y.shape[-1])[batch.mask.flatten().bool()].double()
+
+    for batch in batches():
+        y = output(batch)
+        for e in range(block.num_experts):
+            others = [i for i in range(block.num_experts) if i != e]
+            with masked(model, {block.name: others}):
+                want[batch.domain, e] += (output(batch) - y).square().sum()
+    assert want.max() > 0
+    assert (got - want).abs().max() <= 1e-4 * want.max()
+
+
 def check_cut(checkpoint: Checkpoint, folder: Path, uniform: bool) -> Any:
     """Cut on disk = cut in memory = the original whose router cannot see the removed experts.
 
     Returns:
         the loaded result.
     """
-    kept = {b.name: some(b, i, uniform) for i, b in enumerate(checkpoint.blocks)}
+    kept = kept_experts(checkpoint, uniform)
     write_model(checkpoint, kept, folder)
     stock = not (folder / "modeling_moe_fair.py").exists()
     result = Checkpoint(str(folder))

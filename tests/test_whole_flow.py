@@ -77,7 +77,7 @@ def test_the_screen_and_the_file_agree(
 ) -> None:
     run("plan", statistics_folder, "--experts", 40, "--json", "-o", tmp_path / "plan.json")
     assert capsys.readouterr().out == (tmp_path / "plan.json").read_text()
-    run("plan", statistics_folder, "--experts", 15)
+    run("plan", statistics_folder, "--experts", 15, "--method", "fair")
     screen = capsys.readouterr().out
     for said in ("ToD", "null depth", "90 of 360 experts kept", "parameters: 8.05 M ->", "ceiling"):
         assert said in screen

@@ -61,6 +61,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "llama4": {"vision_feature_layer": -1},
+    "llama4_vision_model": {
+        "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    },
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 4, "num_experts": 12,
         "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128,
         "hidden_size_per_layer_input": 16, "global_head_dim": 16},
@@ -68,7 +73,22 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"num_experts_per_tok": 2},  # what its router does whatever the config says
     "beam": {"mlp_layer_types": ["dense", "sparse"] * 2},
     "nemotron_h": {"layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"] * 2},
+    "doge": {"is_moe": True, "num_experts": 16},
+    "jetmoe": {"kv_channels": 16},
+    "longcat_flash": {
+        "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
+    "glm4v_moe_text": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 16], "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2],
+        },
+    },
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
@@ -105,8 +125,12 @@ def tiny_config(kind: str, **extra: Any) -> Any:
     cls = CONFIG_MAPPING[kind]
     values = _known(cls, SMALL) | EXTRA.get(kind, {}) | extra
     for name, part in cls.sub_configs.items():
+        if name in extra:
+            continue
         if name == "text_config":
-            values[name] = tiny_config(part.model_type)
+            values[name] = tiny_config(
+                part.model_type, **{k: v for k, v in extra.items() if k == "vocab_size"}
+            )
         elif isinstance(part, type) and part is not AutoConfig:
             values[name] = part(**_known(part, TOWER) | EXTRA.get(part.model_type, {}))
     return cls(**{k: v for k, v in values.items() if v is not None})

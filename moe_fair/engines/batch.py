@@ -89,6 +89,10 @@ class Engine(Protocol):
         """Per batch: next-token losses [B, L - 1] and their weights, see `token_losses`."""
         ...
 
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Per batch: logits [B, L, V] on the device; the caller keeps batches small."""
+        ...
+
 
 def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Next-token negative log-likelihood of every position and whether it counts.

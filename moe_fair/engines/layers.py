@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.auto import auto_class
+from moe_fair.engines.decoder import find_decoder
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
@@ -67,12 +68,10 @@ class LayeredModel:
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         self.model.eval().requires_grad_(False)
-        self.base = self.model.base_model
-        if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
-            raise ValueError(
-                f"{type(self.base).__name__} has no list of decoder layers to stream; use "
-                "--engine resident"
-            )
+        try:
+            self.decoder = find_decoder(self.model)
+        except ValueError as e:
+            raise ValueError(f"{e} to stream; use --engine resident") from e
         self._destinations: dict[str, Destination] = {}
         self._stored = self._group([t for f in shard_files(folder) for t in stored_tensors(f)])
         self.reader = reader(team)
@@ -86,7 +85,7 @@ class LayeredModel:
         return self.reader.bytes
 
     def __len__(self) -> int:
-        return len(self.base.layers)
+        return len(self.decoder.layers)
 
     @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
@@ -97,7 +96,7 @@ class LayeredModel:
                 cache while this one computes.
         """
         self._load(index)
-        layer = self.base.layers[index]
+        layer = self.decoder.layers[index]
         self._check(layer)
         if following is not None:
             self.reader.ahead(following, self._stored.get(following, []))
@@ -111,7 +110,7 @@ class LayeredModel:
         """Embeddings, final norm and head with their weights; on leaving they are dropped."""
         self._load(OUTSIDE)
         self.model.tie_weights()
-        self._check(self.model, skip=self.base.layers)
+        self._check(self.model, skip=self.decoder.layers)
         try:
             yield
         finally:
@@ -120,7 +119,7 @@ class LayeredModel:
     def _group(self, tensors: list[StoredTensor]) -> dict[int, list[StoredTensor]]:
         """Stored tensors by the decoder layer that owns them in the model."""
         find = destinations(self.model)
-        prefix = next(n for n, m in self.model.named_modules() if m is self.base.layers) + "."
+        prefix = next(n for n, m in self.model.named_modules() if m is self.decoder.layers) + "."
         known = self.model.state_dict()
         groups: dict[int, list[StoredTensor]] = {}
         for t in tensors:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fair.engines.decoder import find_decoder
+
 
 class LoadedLayers:
     """The interface of `LayeredModel` over a model whose weights are all there.
@@ -22,21 +24,19 @@ class LoadedLayers:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.base = model.base_model
+        self.decoder = find_decoder(model)
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.seconds = 0.0
         self.bytes_read = 0
-        if not isinstance(getattr(self.base, "layers", None), nn.ModuleList):
-            raise ValueError(f"{type(self.base).__name__} has no list of decoder layers")
 
     def __len__(self) -> int:
-        return len(self.base.layers)
+        return len(self.decoder.layers)
 
     @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """The layer."""
-        yield self.base.layers[index]
+        yield self.decoder.layers[index]
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -33,15 +33,20 @@ from moe_fair.engines.batch import (
     sequence_losses,
     token_losses,
 )
+from moe_fair.engines.decoder import Decoder
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
 NOT_ALONE = (
     "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; "
-    "use --engine resident"
+    "use --engine resident and --repair none"
 )
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
+
+
+class NotLayerwise(ValueError):
+    """What a procedure needs that goes layer by layer does not hold for this model."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class LayerCall:
         output = layer(hidden, *self.arguments, **self.keywords)
         hidden, *rest = output if isinstance(output, tuple) else (output,)
         if any(r is not None for r in rest) or before != [len(v) for v in shared]:
-            raise ValueError(NOT_ALONE.format(type(layer).__name__))
+            raise NotLayerwise(NOT_ALONE.format(type(layer).__name__))
         return hidden
 
 
@@ -120,23 +125,33 @@ class StreamingEngine:
                 yield torch.cat(losses, 1), torch.cat(weights, 1)
 
     @torch.no_grad()
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Logits of every batch, [B, L, V]."""
+        batches = [b.to(self.layered.device) for b in batches]
+        calls, hidden = self.embed(batches)
+        hidden = self._forward(batches, calls, hidden, None, None)
+        with self.layered.outside():
+            for batch, last in zip(batches, hidden, strict=True):
+                yield self._logits(batch, last)
+
+    @torch.no_grad()
     def embed(self, batches: Sequence[Batch]) -> tuple[list[list[LayerCall]], list[Tensor]]:
         """The arguments of every layer for every batch, and the first layer's input."""
         calls: list[list[LayerCall]] = []
         first: list[Tensor] = []
         with self.layered.outside():
             for batch in batches:
-                stubs = _Stubs(self.layered.base.layers)
-                with stubs.standing_in(self.layered.base):
+                stubs = _Stubs(self.layered.decoder)
+                with stubs.standing_in():
                     try:
-                        self.layered.base(
+                        self.layered.decoder.entry(
                             input_ids=batch.input_ids,
                             attention_mask=batch.attention_mask(),
                             use_cache=False,
                         )
                     except (ValueError, TypeError) as e:  # more than hidden states was unpacked
                         layer = type(stubs.real[0]).__name__
-                        raise ValueError(NOT_ALONE.format(layer)) from e
+                        raise NotLayerwise(NOT_ALONE.format(layer)) from e
                 calls.append(stubs.calls)
                 first.append(stubs.first)
         return calls, first
@@ -199,8 +214,8 @@ class StreamingEngine:
 
     def _logits(self, batch: Batch, last: Tensor, **keep: Tensor) -> Tensor:
         """The model's logits from its last hidden states, its layers standing aside."""
-        stubs = _Stubs(self.layered.base.layers, output=last)
-        with stubs.standing_in(self.layered.base), torch.set_grad_enabled(last.requires_grad):
+        stubs = _Stubs(self.layered.decoder, output=last)
+        with stubs.standing_in(), torch.set_grad_enabled(last.requires_grad):
             return self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask(),
@@ -231,23 +246,22 @@ class StreamingEngine:
 class _Stubs:
     """Layers that only note what they are called with; the last may hand out given states."""
 
-    def __init__(self, layers: nn.ModuleList, output: Tensor | None = None) -> None:
+    def __init__(self, decoder: Decoder, output: Tensor | None = None) -> None:
         self.calls: list[LayerCall] = []
         self.first: Tensor
-        self.real = layers
+        self.decoder, self.real = decoder, decoder.layers
+        last = len(self.real) - 1
         self._list = nn.ModuleList(
-            _Stub(self, layer, output if i == len(layers) - 1 else None)
-            for i, layer in enumerate(layers)
+            _Stub(self, layer, output if i == last else None) for i, layer in enumerate(self.real)
         )
 
     @contextmanager
-    def standing_in(self, base: nn.Module) -> Iterator[None]:
-        real = base.layers
-        base.layers = self._list
+    def standing_in(self) -> Iterator[None]:
+        setattr(self.decoder.holder, self.decoder.name, self._list)
         try:
             yield
         finally:
-            base.layers = real
+            setattr(self.decoder.holder, self.decoder.name, self.real)
 
 
 class _Stub(nn.Module):

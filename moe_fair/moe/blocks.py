@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,10 @@ class MoeBlock:
             rows, ids, weights: [S, D], [S], [S]: what the experts would be given of each.
         """
         return stock(rows, ids.unsqueeze(1), torch.ones_like(weights).unsqueeze(1))
+
+    def chosen(self, output: Any) -> tuple[Tensor, Tensor] | None:
+        """Ids and weights [T, K] from what the router gives, where it does not give just these."""
+        return None
 
     def matrices(self) -> list[Tensor]:
         """The experts' weights, [E, ...] each."""

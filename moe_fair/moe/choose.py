@@ -21,6 +21,9 @@ ENGINES = ("auto", "resident", "streaming")
 USABLE = 0.7
 
 
+PACKED = "quantised weights cannot be streamed; use --engine resident on a machine that holds them"
+
+
 @dataclass(frozen=True)
 class Choice:
     """An engine's name, and why it was chosen."""
@@ -90,6 +93,8 @@ def start(
         model = source.load(dtype, device, device_map)
         again = checkpointing or offloaded(model)
         return ResidentEngine(model, visit=visit, checkpointing=again), model
+    if source.unpacking:
+        raise ValueError(f"{source.model}: {PACKED}")
     layered = LayeredModel(
         source.path,
         source.config,

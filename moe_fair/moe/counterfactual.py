@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Rerouting:
             ids [1 + R, T, K] int64 and weights [1 + R, T, K], in float32 at least, for R removals.
         """
         assert self._stock is not None
-        where = self._positions(index, weights)
+        read = self._reader(index, weights)
         assert self._logits is not None
         logits = self._logits.to(torch.promote_types(self._logits.dtype, torch.float32))
         args, kwargs = self._call
@@ -90,12 +91,18 @@ class Rerouting:
             hidden[..., gone] = -torch.inf
             with _Answer(hidden, self._number), self._without_bias(gone):
                 output = self._stock(*args, **kwargs)
-            ids.append(output[where[0]].view_as(index))
-            values.append(output[where[1]].view_as(weights).to(logits.dtype))
+            case_ids, case_weights = read(output)
+            ids.append(case_ids.view_as(index))
+            values.append(case_weights.view_as(weights).to(logits.dtype))
         return torch.stack(ids), torch.stack(values)
 
-    def _positions(self, index: Tensor, weights: Tensor) -> tuple[int, int]:
-        """Where in the router's output the ids and the weights lie that reach the experts."""
+    def _reader(self, index: Tensor, weights: Tensor) -> Callable[[Any], tuple[Tensor, Tensor]]:
+        """What takes the ids and weights that reach the experts out of the router's output."""
+        found = self.block.chosen(self._output)
+        if found is not None:
+            assert _same(found[0], index)
+            assert _same(found[1], weights)
+            return self.block.chosen  # type: ignore[return-value]
         output = self._output if isinstance(self._output, tuple) else ()
         ids = [i for i, t in enumerate(output) if _same(t, index)]
         values = [i for i, t in enumerate(output) if _same(t, weights)]
@@ -106,7 +113,7 @@ class Rerouting:
                 f"was not recognised in {type(self.router).__name__}; choose a --method that needs "
                 "no counterfactual (taylor-sq, fair, reap) and --no-counterfactual"
             )
-        return ids[0], values[0]
+        return itemgetter(ids[0], values[0])
 
     @contextmanager
     def _without_bias(self, gone: Sequence[int]) -> Iterator[None]:

@@ -59,7 +59,8 @@ def classify(
     for t in tensors:
         target = names[t.name]
         if target in routed:
-            block, dim = routed[target]
+            block, shape, dim = routed[target]
+            dim = _stored_axis(t, shape, dim)
             found[t.name] = ExpertTensor(block.name, None, dim, block.num_experts)
         elif target in experts:
             block, shape = experts[target]
@@ -76,7 +77,7 @@ def classify(
             companion = _companion(t, prefixes, fused)
             if companion:
                 found[t.name] = companion
-    _check_complete(found, blocks)
+    _check_complete(found, {b.name for b in fused.values()}, blocks)
     return found
 
 
@@ -130,18 +131,31 @@ def unit_sizes(
 
 def _model_tensors(
     blocks: Sequence[MoeBlock],
-) -> tuple[dict[str, tuple[MoeBlock, torch.Size]], dict[str, tuple[MoeBlock, int]]]:
-    """Model names of expert tensors -> (block, shape), of router tensors -> (block, axis)."""
+) -> tuple[dict[str, tuple[MoeBlock, torch.Size]], dict[str, tuple[MoeBlock, torch.Size, int]]]:
+    """Model names of expert tensors -> (block, shape), of router tensors -> with axis as well."""
     experts, routed = {}, {}
     for b in blocks:
         paths = {id(m): f"{b.name}.{n}" if n else b.name for n, m in b.block.named_modules()}
         for module, tensor, dim in b.tensors():
             name = f"{paths[id(module)]}.{tensor}"
+            shape = getattr(module, tensor).shape
             if (module, tensor, dim) in b.routed:
-                routed[name] = (b, dim)
+                routed[name] = (b, shape, dim)
             else:
-                experts[name] = (b, getattr(module, tensor).shape)
+                experts[name] = (b, shape)
     return experts, routed
+
+
+def _stored_axis(t: StoredTensor, shape: torch.Size, dim: int) -> int:
+    """The axis of the experts in a stored router tensor, which some families transpose on load."""
+    if tuple(t.shape) == tuple(shape):
+        return dim
+    if len(shape) == 2 and tuple(t.shape) == tuple(shape[::-1]):
+        return 1 - dim
+    raise ValueError(
+        f"{t.name} {list(t.shape)}: expected the router's {list(shape)}; this layout is not "
+        "supported"
+    )
 
 
 def _check_axis(t: StoredTensor, length: int) -> None:
@@ -173,13 +187,19 @@ def _companion(
     return None
 
 
-def _check_complete(found: Mapping[str, ExpertTensor], blocks: Sequence[MoeBlock]) -> None:
+def _check_complete(
+    found: Mapping[str, ExpertTensor], fused: set[str], blocks: Sequence[MoeBlock]
+) -> None:
     for b in blocks:
         parts = [p for p in found.values() if p.block == b.name]
         numbers = {p.expert for p in parts if p.expert is not None}
         if numbers and numbers != set(range(b.num_experts)):
             raise ValueError(
-                f"{b.name}: the checkpoint holds {len(numbers)} of its {b.num_experts} experts"
+                f"{b.name}: the checkpoint has {len(numbers)} numbered experts where the block has "
+                f"{b.num_experts}; whose the others are is unknown"
             )
-        if not parts:
-            raise ValueError(f"{b.name}: none of its tensors was found in the checkpoint")
+        if not numbers and b.name not in fused:
+            raise ValueError(
+                f"{b.name}: none of its experts' tensors was found in the checkpoint under a name "
+                "that transformers knows"
+            )

@@ -24,8 +24,9 @@ from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
-from moe_fair.moe.own_code import is_ours
+from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
+from moe_fair.moe.quantised import unpacking
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -55,6 +56,11 @@ class Checkpoint:
         # the file that our own pruning put there is run without asking; no other code is
         self.trust_remote_code = trust_remote_code or is_ours(self.path)
         self.config = self._config()
+        if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
+            raise ValueError(
+                f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
+                "of moe_fair writes it; read it, then allow it with --trust-remote-code"
+            )
 
     def _config(self) -> Any:
         try:
@@ -171,6 +177,7 @@ class Checkpoint:
             dtype=pick_dtype(dtype, where),
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            **self.unpacking,
         )
         return model.to(where)
 
@@ -188,9 +195,22 @@ class Checkpoint:
             offload_folder=folder,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            **self.unpacking,
         )
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model
+
+    @property
+    def unpacking(self) -> dict[str, Any]:
+        """See `quantised.unpacking`.
+
+        Raises:
+            ValueError: quantised weights that cannot be scored.
+        """
+        try:
+            return unpacking(self.config)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
 
 
 def pick_device(device: str) -> torch.device:

@@ -43,8 +43,8 @@ class MoeFairForCausalLM(StockModel):
     """The stock model with blocks of different sizes."""
 
     # transformers finds these two by reading the source file of the class, and this is not the file
-    _can_set_experts_implementation_cached_value = True
-    _can_set_attn_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = StockModel._can_set_experts_implementation()
+    _can_set_attn_implementation_cached_value = StockModel._can_set_attn_implementation()
 
     @classmethod
     def is_custom_code(cls):

@@ -89,7 +89,7 @@ def _check_layout(
         else:
             stored = f.get_tensor(t.name)
     if where.part is not None and where.parts > 1:
-        original = original.chunk(where.parts)[where.part]
+        original = original[0].chunk(where.parts)[where.part]  # of one expert's rows
     stored = stored.reshape(-1).to(original.dtype)
     if stored.numel() != original.numel() or not torch.equal(stored, original.reshape(-1)):
         raise ValueError(_unknown(t.name))

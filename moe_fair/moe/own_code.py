@@ -25,16 +25,30 @@ def modeling_source(stock: type) -> str:
 def is_ours(folder: Path) -> bool:
     """The only code that a checkpoint brings is our modeling file, letter for letter.
 
-    Only the line that imports the stock class may differ, and only within transformers.
+    Only the line that imports the stock class may differ, and only within transformers. A tokenizer
+    or adapter that names code or a base model of its own makes the checkpoint somebody else's.
     """
     config = json.loads((folder / "config.json").read_text())
     brought = config.get("auto_map")
     if not isinstance(brought, dict) or set(brought.values()) != {REFERENCE}:
         return False
+    if (folder / "adapter_config.json").exists() or any(map(_names_code, folder.glob("*.json"))):
+        return False
     file = folder / MODELING_FILE
     if not file.is_file():
         return False
     return _without_import(file.read_text()) == _without_import(TEMPLATE.read_text())
+
+
+def _names_code(file: Path) -> bool:
+    """A JSON file other than the model's config that points to code, as tokenizers may."""
+    if file.name in ("config.json", "tokenizer.json") or file.name.endswith(".index.json"):
+        return False
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        return True  # what cannot be read is not vouched for
+    return isinstance(content, dict) and "auto_map" in content
 
 
 def _without_import(text: str) -> str:

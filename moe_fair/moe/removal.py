@@ -58,7 +58,7 @@ class RemovalLosses:
             sets: group name -> the sets of experts to remove; layers that are not named are passed.
         """
         calls, hidden = self.engine.embed(self.batches)
-        layers = self.layered.base.layers
+        layers = self.layered.decoder.layers
         whole = [list(row) for row in calls]
         ends = [h.clone() for h in hidden]
         for j, row in enumerate(whole):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.overlay import ORIGINAL
 from moe_fair.moe.repairs import Repair, repair
@@ -102,6 +102,11 @@ class Repairer:
         layered = self.engine.layered
         batches = [b.to(layered.device) for b in batches]
         calls, original = self.engine.embed(batches)
+        if original[0].dim() != 3:
+            raise NotLayerwise(
+                f"{type(self.engine.model).__name__}: layers carry several streams of hidden "
+                "states, which no repair is made for; use --repair none"
+            )
         pruned = list(original)
         done: list[LayerRepair] = []
         depth = len(layered)

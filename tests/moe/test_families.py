@@ -7,14 +7,15 @@ passes everything or is refused, before anything is measured, with the reason th
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flow import check_cut, check_generation, check_naive, check_streaming
-from places import EVAL
+from flow import check_counterfactual, check_cut, check_generation, check_naive, check_streaming
+from packaging.version import Version
+from places import EVAL, RECORD
 from tiny import fused_families, tiny_model
 from transformers import __version__
 
@@ -22,16 +23,15 @@ from moe_fair.moe.load import Checkpoint
 from moe_fair.pipeline import open_model
 from moe_fair.recipe import Recipe
 
-RECORD = json.loads((EVAL / "families.json").read_text())
-REFUSED: dict[str, str] = RECORD["refused"]
-# one of each way to route: softmax; sigmoid with bias in groups; biased and transposed experts;
-# a correction bias on the block; hybrid layers
-QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba")
+REFUSED: dict[str, dict[str, str]] = RECORD["refused"]
+# softmax; sigmoid with bias in groups; biased, transposed experts; a correction bias on the block
+QUICK = ("mixtral", "deepseek_v3", "gpt_oss", "minimax_m2")
 
 FAMILIES = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
     for kind in fused_families()
     if kind not in REFUSED
+    and Version(__version__) >= Version(RECORD["swept_from"].get(kind, __version__))
 ]
 
 
@@ -58,21 +58,36 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: s
     check_naive(checkpoint, implementation)
 
 
+@pytest.mark.slow
+def test_without_each_expert(checkpoint: Checkpoint) -> None:
+    check_counterfactual(checkpoint)
+
+
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
 def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: bool) -> None:
     loaded = check_cut(checkpoint, tmp_path / "out", uniform)
-    assert (type(loaded).__name__ == "MoeFairForCausalLM") != uniform
+    stock = uniform and checkpoint.config.model_type not in RECORD["never_stock"]
+    assert (type(loaded).__name__ != "MoeFairForCausalLM") == stock
     check_generation(loaded)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_before_anything_is_measured(kind: str, tmp_path: Path) -> None:
     _saved(kind, tmp_path)
-    with pytest.raises(ValueError, match=re.escape(REFUSED[kind])):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[kind]["message"])):
         open_model(Recipe(model=str(tmp_path)))
 
 
 @pytest.mark.skipif(__version__ != RECORD["transformers"], reason="another registry")
 def test_the_record_is_of_this_registry() -> None:
-    assert sorted(RECORD["served"] + list(REFUSED)) == sorted(fused_families())
+    fused = set(fused_families())
+    assert set(RECORD["served"]) == fused - set(REFUSED)
     assert set(RECORD["resident_only"]) <= set(RECORD["served"])
+
+
+def test_the_readme_shows_the_record() -> None:
+    sys.path.insert(0, str(EVAL))
+    from families_table import replaced, table
+
+    readme = (EVAL.parent / "README.md").read_text()
+    assert replaced(readme, table(RECORD)) == readme

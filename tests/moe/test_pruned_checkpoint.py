@@ -75,8 +75,9 @@ def pruned(
 ) -> Any:
     out = tmp_path_factory.mktemp("pruned") / "out"
     return moe_fair.prune(
-        str(MODEL), out, statistics=statistics_folder, experts=40, allocate=request.param
-    )
+        str(MODEL), out, statistics=statistics_folder, experts=40, method="fair",
+        allocate=request.param, repair="none",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_sizes_in_the_plan_are_those_on_disk(pruned: Any) -> None:
 
 def test_what_lies_beside_the_weights(pruned: Any) -> None:
     inside = {p.name for p in (pruned.output / "moe_fair").iterdir()}
-    assert inside == {"plan.json", "statistics.safetensors", "recipe.yaml"}
+    assert inside == {"plan.json", "statistics.safetensors", "recipe.yaml", "report.html"}
     assert Plan.load(pruned.output / "moe_fair" / "plan.json") == pruned.plan
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (pruned.output / name).read_bytes() == (MODEL / name).read_bytes()
@@ -165,7 +166,9 @@ def test_a_pruned_model_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None
         "samples": 4,
         "length": 32,
     }
-    twice = moe_fair.prune(str(pruned.output), tmp_path / "out", experts=20, **settings)
+    twice = moe_fair.prune(
+        str(pruned.output), tmp_path / "out", experts=20, repair="none", **settings
+    )
     assert sum(len(g.kept) for g in twice.plan.groups) == 120
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=not twice.plan.uniform, dtype=torch.float32

@@ -1,4 +1,4 @@
-"""What a model is worth: next-token loss on held-out text."""
+"""Next-token loss of a model on held-out text."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""The README's table of model families, from `eval/families.json`.
+
+What that file says is asserted by tests/moe/test_families.py and its neighbours, which walk over
+transformers' own registry; a test also keeps the README equal to this table.
+
+    python eval/families_table.py           # print it
+    python eval/families_table.py --write   # put it into README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RECORD = HERE / "families.json"
+START, END = "<!-- families: eval/families_table.py -->\n", "<!-- end of families -->"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    own, multimodal = set(record["own_file"]), set(record["multimodal"])
+    rows = [
+        ("passed", _names(set(record["served"]) - own - multimodal)),
+        ("passed, by a file of its own in `moe_fair/moe/families/`", _names(own - multimodal)),
+        ("passed, multimodal: the language model is pruned", _names(multimodal)),
+        ("passed, but layers hand on more than hidden states: only `--engine resident`",
+         _names(record["resident_only"])),
+    ]  # fmt: skip
+    rows += [(f"refused: {why['why']}", _names([kind])) for kind, why in record["refused"].items()]
+    lines = [f"| transformers {record['transformers']} | model types |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {names} |" for what, names in rows)]) + "\n"
+
+
+def _names(kinds: Iterable[str]) -> str:
+    return ", ".join(f"`{k}`" for k in sorted(kinds))
+
+
+def replaced(readme: str, new: str) -> str:
+    """The README with this table between its two marks."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    assert after, f"README.md has no {START.strip()} ... {END}"
+    return before + START + new + END + after
+
+
+def main() -> None:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(description="The README's table of model families.")
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    text = table(json.loads(RECORD.read_text()))
+    if parser.parse_args().write:
+        README.write_text(replaced(README.read_text(), text))
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Evaluating checkpoints: benchmarks and agreement, kept beside the model where `prune` made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_fair.checks import check_same_tokens
+from moe_fair.collecting import Say, choose_engine, passes
+from moe_fair.evaluate.agreement import Agreements, agreement
+from moe_fair.evaluate.compare import Row, compare
+from moe_fair.evaluate.record import save_agreement, save_benchmarks
+from moe_fair.moe.choose import start
+from moe_fair.moe.load import Checkpoint
+from moe_fair.pipeline import heldout_set
+from moe_fair.progress import Progress
+from moe_fair.recipe import Recipe
+from moe_fair.report.sources import FOLDER
+
+if TYPE_CHECKING:
+    from moe_fair.evaluate.benchmark import Benchmark
+
+LOGITS = 2**28  # elements of the logits of one batch: a gigabyte in float32
+
+
+def run_benchmarks(
+    source: Checkpoint,
+    baseline: Checkpoint | None,
+    benchmark: Benchmark,
+    *,
+    folder: Path | None,
+    log_samples: bool = False,
+    say: Say = lambda _: None,
+    quiet: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Row]:
+    """lm-eval's tasks on a model and, on the same items, on the one it was pruned from.
+
+    Args:
+        folder: where lm-eval's JSON (`lm-eval/`) and the table (`benchmarks.json`) go.
+        log_samples: also write what was asked and answered, item by item.
+        quiet: a context for the time in which lm-eval runs.
+    """
+    from moe_fair.evaluate import benchmark as lm_eval  # takes seconds to import
+
+    lm_eval.find_tasks(benchmark)  # a wrong name fails before a model is loaded
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    sides = {"original": baseline, "pruned" if baseline else "model": source}
+    results = {}
+    for name, checkpoint in sides.items():
+        if checkpoint is None:
+            continue
+        say(f"lm-eval: {', '.join(benchmark.tasks)} on {checkpoint.model}")
+        with quiet():
+            results[name] = lm_eval.run(checkpoint, benchmark)
+        if folder is not None:
+            path = lm_eval.save(results[name], folder / "lm-eval", f"{stamp}-{name}", log_samples)
+            say(f"lm-eval's results: {path}")
+    rows = compare(results["pruned" if baseline else "model"], results.get("original"))
+    if folder is not None:
+        save_benchmarks(folder, rows)
+    return rows
+
+
+def run_agreement(
+    recipe: Recipe, source: Checkpoint, baseline: Checkpoint, folder: Path | None
+) -> Agreements:
+    """How far a model agrees with the one it was pruned from, on the recipe's held-out text.
+
+    Each model gets its own engine; --max-memory holds for each.
+
+    Raises:
+        ValueError: no text, or the two read text differently.
+    """
+    check_same_tokens(source, baseline)
+    text = heldout_set(recipe, source)
+    if text is None:
+        raise ValueError("--agreement needs text: give --heldout path/to/text.jsonl")
+    vocabulary = source.config.get_text_config().vocab_size
+    size = max(1, min(recipe.batch_size, LOGITS // (recipe.length * vocabulary)))
+    engines = []
+    with Progress("agreement", 0) as progress:
+        for checkpoint in (baseline, source):
+            chosen = choose_engine(recipe, checkpoint)
+            progress.add(text.tokens * passes(chosen, checkpoint, False))
+            engine, _ = start(
+                checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit
+            )
+            engines.append(engine)
+        original, pruned = engines
+        found = agreement(original, pruned, text.batches(size), text.domains)
+    if folder is not None:
+        save_agreement(folder, found)
+    return found
+
+
+def home(model: str, output: Path | None) -> Path | None:
+    """Where results go: as asked, or the folder of ours in a checkpoint that `prune` wrote."""
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"output {output} is a file; give a directory")
+        return output
+    own = Path(model) / FOLDER
+    return own if (own / "plan.json").is_file() else None

@@ -1,0 +1,1 @@
+"""A pruned checkpoint on the Hub: its model card, and the upload."""

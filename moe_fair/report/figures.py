@@ -1,0 +1,222 @@
+"""The pictures of a report, as PNG bytes. Nothing here knows experts: groups, units, scores.
+
+The same numbers give the same bytes: no date, no global state of matplotlib, no display.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+WIDTH = 10.4  # inches; shown at 100 pixels an inch, drawn at twice that
+DPI = 200
+BLUE, ORANGE, RED, GREY = "#2f6db5", "#d08b1d", "#c8322b", "#8a93a1"
+STYLE: Any = {
+    # a name with a dollar sign is a name, not a formula
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.0,
+    "legend.frameon": False,
+}
+FOLD = 4.0  # routing maps end at 2^4 times even use, and at 2^-4
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Numbers of one group's units, and which of them left.
+
+    Attributes:
+        label: of the group, on the axis.
+        values: [N].
+        removed: ids.
+    """
+
+    label: str
+    values: np.ndarray
+    removed: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """ToD of one group at every depth, and the depth that was taken.
+
+    Attributes:
+        label: of the group.
+        tod: [N + 1].
+        depth: units removed.
+    """
+
+    label: str
+    tod: np.ndarray
+    depth: int
+
+
+def kept_bars(
+    labels: Sequence[str],
+    sizes: Sequence[int],
+    kept: Sequence[int],
+    null: Sequence[float] | None,
+    unit: str,
+) -> bytes:
+    """Units kept per group, the mean over groups, and where independent rankings would stop.
+
+    Args:
+        null: units that the null depth would leave in each group, or None without a tolerance.
+    """
+    with _drawing(WIDTH, 3.2) as (figure, done):
+        axes = figure.subplots()
+        x = np.arange(len(labels))
+        axes.bar(x, sizes, color="#e6eaf0", width=0.8, label="before")
+        axes.bar(x, kept, color=BLUE, width=0.8, label="kept")
+        mean = float(np.mean(kept))
+        axes.axhline(mean, color=ORANGE, lw=1.5, ls="--", label=f"uniform: {mean:.4g} each")
+        if null is not None:
+            axes.plot(x, null, ls="", marker="_", ms=_fit(400 / len(x), 6, 16), mew=2, color=RED,
+                      label="null depth: rankings that know nothing of each other")  # fmt: skip
+        if len(x) <= 40:
+            for i, n in enumerate(kept):
+                axes.text(i, 0, f"{n}\n", ha="center", va="bottom", color="white", linespacing=0.6)
+        _ticks(axes, x, labels, 48)
+        axes.set(xlabel="layer", ylabel=f"{unit}s", xlim=(-0.7, len(x) - 0.3))
+        axes.margins(y=0.02)
+        figure.legend(loc="outside upper left", ncols=4)
+    return done()
+
+
+def tod_curves(curves: Sequence[Curve], tolerance: float | None) -> bytes:
+    """Each group's ToD over depth: the cut, independent rankings, and what counting forces."""
+    columns = min(6, len(curves))
+    rows = -(-len(curves) // columns)
+    with _drawing(WIDTH, 0.7 + 1.45 * rows) as (figure, done):
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, c in zip(grid.flat, curves, strict=False):
+            n = len(c.tod) - 1
+            m = np.arange(1, n + 1)
+            axes.plot([0, n], [0, 1], color=GREY, lw=1, ls="--", label="independent rankings")
+            axes.plot(m, np.maximum(0, (2 * m - n) / m), color=GREY, lw=1, ls=":",
+                      label="forced by counting")  # fmt: skip
+            axes.plot(np.arange(n + 1), c.tod, color=BLUE, lw=1.4, label="ToD")
+            if tolerance is not None:
+                axes.axhline(tolerance, color=ORANGE, lw=1, label=f"tolerance {tolerance:.3g}")
+            axes.axvline(c.depth, color=RED, lw=1.4, label="cut")
+            axes.set_title(f"{c.label}: {c.depth} removed", pad=3)
+        for axes in grid.flat[len(curves) :]:
+            axes.set_visible(False)
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=5)
+        figure.supxlabel("units removed", fontsize=9)
+        figure.supylabel("ToD", fontsize=9)
+    return done()
+
+
+def score_map(groups: Sequence[Marked], unit: str) -> bytes:
+    """Scores of all units, each group from its lowest (0) to its highest (1), removed ones marked.
+
+    The colour follows the square root: the low end, where the decision falls, is told apart.
+    """
+    values = np.full((len(groups), max(len(g.values) for g in groups)), np.nan)
+    for row, g in zip(values, groups, strict=True):
+        span = g.values.max() - g.values.min()
+        row[: len(g.values)] = np.sqrt((g.values - g.values.min()) / span) if span else 0.5
+    with _drawing(WIDTH, 1.0 + _row_height(groups) * len(groups)) as (figure, done):
+        axes = figure.subplots()
+        image = axes.imshow(
+            values, cmap="PuBu", vmin=0, vmax=1, aspect="auto", interpolation="none"
+        )
+        _mark(axes, groups, RED, "x")
+        _map_axes(axes, groups, unit)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.02, ticks=[0, 0.5, 1])
+        bar.ax.set_yticklabels(["lowest", "¼ of range", "highest"])
+    return done()
+
+
+def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> bytes:
+    """Per domain, how often each unit is used against even use, on a log scale.
+
+    Args:
+        domains: name, and per group the use of each unit divided by the group's mean use.
+    """
+    columns = 1 if len(domains) == 1 else 2
+    rows = -(-len(domains) // columns)
+    _, groups = domains[0]
+    height = 0.55 + _row_height(groups, 0.16) * len(groups)
+    with _drawing(WIDTH, 0.6 + height * rows) as (figure, done):
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        norm = TwoSlopeNorm(0.0, -FOLD, FOLD)
+        for axes, (name, marked) in zip(grid.flat, domains, strict=False):
+            values = np.full((len(marked), max(len(g.values) for g in marked)), np.nan)
+            for row, g in zip(values, marked, strict=True):
+                row[: len(g.values)] = np.log2(np.maximum(g.values, 2.0**-FOLD))
+            image = axes.imshow(values, cmap="PuOr_r", norm=norm, aspect="auto",
+                                interpolation="none")  # fmt: skip
+            _mark(axes, marked, "white", "o")
+            _map_axes(axes, marked, unit)
+            axes.label_outer()
+            axes.set_title(name, loc="left", pad=3)
+        for axes in grid.flat[len(domains) :]:
+            axes.set_visible(False)
+        bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.02, ticks=[-FOLD, 0, FOLD])
+        most = f"{2**FOLD:.0f}"
+        bar.ax.set_yticklabels([f"1/{most} or less", "even use", f"{most} times"])
+    return done()
+
+
+def _mark(axes: Axes, groups: Sequence[Marked], color: str, marker: str) -> None:
+    points = [(i, row) for row, g in enumerate(groups) for i in g.removed]
+    if points:
+        x, y = zip(*points, strict=True)
+        cell = 640 / max(len(g.values) for g in groups)  # points across one cell, at full width
+        if marker == "x":
+            size = _fit(cell * 0.55, 0.8, 5)
+            axes.scatter(x, y, s=size**2, c=color, marker="x", linewidths=0.9)
+        else:  # a ring, to be seen on every colour
+            size = _fit(cell * 0.2, 0.5, 2.5)
+            axes.scatter(x, y, s=size**2, c=color, edgecolors="black", linewidths=size / 6)
+
+
+def _map_axes(axes: Axes, groups: Sequence[Marked], unit: str) -> None:
+    _ticks(axes, np.arange(len(groups)), [g.label for g in groups], 24, axis="y")
+    axes.set(xlabel=unit, ylabel="layer")
+    axes.tick_params(length=2)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _ticks(axes: Axes, at: np.ndarray, labels: Sequence[str], most: int, axis: str = "x") -> None:
+    step = -(-len(labels) // most)
+    set_ticks: Callable = axes.set_xticks if axis == "x" else axes.set_yticks
+    set_ticks(at[::step], list(labels)[::step])
+
+
+def _row_height(groups: Sequence[Marked], most: float = 0.3) -> float:
+    return _fit(6.0 / len(groups), 0.09, most)
+
+
+def _fit(value: float, least: float, most: float) -> float:
+    return min(max(value, least), most)
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Callable[[], bytes]]]:
+    """A figure to draw on, and the function that gives its bytes afterwards."""
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # a name in a script that the font lacks is drawn as boxes; the text beside has it right
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        yield figure, out.getvalue
+        FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})

@@ -1,0 +1,111 @@
+"""How numbers are written, on the screen, in the report and on the model card alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_fair.core.plan import ModelSize
+from moe_fair.evaluate.agreement import Agreements
+from moe_fair.evaluate.compare import Row
+from moe_fair.evaluate.heldout import HeldoutLoss
+from moe_fair.moe.repair import LayerRepair
+from moe_fair.report.document import Table
+
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+
+
+def amount(n: float) -> str:
+    """`14.3 G` style."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.2f} {prefix}"
+    return f"{n:.0f} "
+
+
+def change(before: float, after: float) -> str:
+    """`-27.7%`."""
+    return f"{after / before - 1:+.1%}"
+
+
+def size_table(before: ModelSize, after: ModelSize) -> Table:
+    """Parameters and bytes of the whole model."""
+    rows = [
+        ("parameters", before.parameters, after.parameters, ""),
+        ("bytes", before.bytes, after.bytes, "B"),
+    ]
+    return Table(
+        ("size", "original", "pruned", "change"),
+        tuple((w, f"{amount(b)}{u}", f"{amount(a)}{u}", change(b, a)) for w, b, a, u in rows),
+    )
+
+
+def heldout_table(original: HeldoutLoss, pruned: HeldoutLoss) -> Table:
+    """Next-token loss per domain, in nats."""
+    rows = [(d, original.domains[d], pruned.domains[d]) for d in original.domains]
+    rows.append(("all", original.mean, pruned.mean))
+    return Table(
+        ("held-out loss", "original", "pruned", "change"),
+        tuple((d, f"{o:.4f}", f"{p:.4f}", f"{p - o:+.4f}") for d, o, p in rows),
+    )
+
+
+def repair_table(repairs: Sequence[LayerRepair]) -> Table:
+    """Relative squared errors on held-out sequences, with layers only cut, and repaired."""
+    tuned = any(r.epoch for r in repairs)
+    more = ("layer error before", "distilled", "epoch kept") if tuned else ()
+    return Table(
+        ("layer", "repair", "expert error before", "fitted", *more),
+        tuple(
+            (r.name, r.repair, f"{r.before:.4f}", f"{r.after:.4f}",
+             *((f"{r.tuned_before:.4f}", f"{r.tuned_after:.4f}", str(r.epoch)) if tuned else ()))
+            for r in repairs
+        ),
+    )  # fmt: skip
+
+
+def agreement_table(found: Agreements) -> Table:
+    """Both losses, KL, top-1 agreement and acceptance per domain."""
+    return Table(
+        ("agreement", "tokens", "original loss", "pruned loss", "KL", "same top-1", "acceptance"),
+        tuple(
+            (d, f"{a.tokens:,}", f"{a.original_loss:.4f}", f"{a.pruned_loss:.4f}", f"{a.kl:.4f}",
+             f"{a.top1:.2%}", f"{a.acceptance:.2%}")
+            for d, a in [*found.domains.items(), ("all", found.mean)]
+        ),
+    )  # fmt: skip
+
+
+def benchmark_table(rows: Sequence[Row]) -> Table:
+    """lm-eval's values; with an original also the paired difference, its error and p."""
+    paired = any(r.original is not None for r in rows)
+    if not paired:
+        return Table(
+            ("task", "metric", "items", "value", "± stderr"),
+            tuple((*_head(r), _value(r.pruned), _value(r.pruned_stderr)) for r in rows),
+        )
+    return Table(
+        ("task", "metric", "items", "original", "pruned", "difference", "± stderr", "p", "test"),
+        tuple(
+            (*_head(r), _value(r.original), _value(r.pruned), _value(r.difference, "+"),
+             _value(r.stderr), _p(r.p), r.test or "-")
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+PAIRED_NOTE = (
+    "The standard error is that of the difference, over the same items of both models; p is "
+    "two-sided: exact McNemar where items are right or wrong, paired t elsewhere."
+)
+
+
+def _head(r: Row) -> tuple[str, str, str]:
+    return "  " * r.depth + r.task, r.metric + ARROWS[r.higher_is_better], f"{r.items:,}"
+
+
+def _value(x: float | None, sign: str = "") -> str:
+    return "-" if x is None else f"{x:{sign}.4f}"
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,104 @@
+"""What a pruned checkpoint says about itself: the files of its `moe_fair` folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_fair.core.plan import Plan
+from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
+from moe_fair.evaluate.agreement import Agreements
+from moe_fair.evaluate.compare import Row
+from moe_fair.evaluate.heldout import HeldoutLoss
+from moe_fair.evaluate.record import load_agreement, load_benchmarks, load_heldout
+from moe_fair.moe.repair import LayerRepair
+
+FOLDER = "moe_fair"  # inside a pruned checkpoint
+USE = "tokens"  # the statistic that routing maps show
+
+
+@dataclass(frozen=True)
+class Routing:
+    """From the statistics: the unit groups, the calibration domains, and how often units were used.
+
+    `use`: group name -> [D, N].
+    """
+
+    groups: tuple[UnitGroup, ...]
+    domains: tuple[str, ...]
+    tokens: int
+    use: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that a report or a model card is made of; None for what there is not."""
+
+    plan: Plan
+    recipe: str
+    routing: Routing | None
+    repairs: list[LayerRepair] | None
+    heldout: tuple[HeldoutLoss, HeldoutLoss] | None
+    agreement: Agreements | None
+    benchmarks: list[Row] | None
+
+    @property
+    def model(self) -> str:
+        """The original's name; of a local directory only the last part."""
+        name = str(self.plan.recipe.get("model") or "model")
+        return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+
+
+def gather(output: Path) -> Sources:
+    """Read what `prune` and `eval` left in a pruned checkpoint.
+
+    Raises:
+        ValueError: it is none, or a file in it cannot be used.
+    """
+    folder = output / FOLDER
+    if not (folder / "plan.json").is_file():
+        raise ValueError(
+            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
+        )
+    recipe = folder / "recipe.yaml"
+    return Sources(
+        plan=Plan.load(folder / "plan.json"),
+        recipe=recipe.read_text() if recipe.is_file() else "",
+        routing=_routing(folder / STATISTICS_FILE),
+        repairs=_repairs(folder / "repair.json"),
+        heldout=load_heldout(folder),
+        agreement=load_agreement(folder),
+        benchmarks=load_benchmarks(folder),
+    )
+
+
+def _repairs(file: Path) -> list[LayerRepair] | None:
+    if not file.is_file():
+        return None
+    known = {f.name for f in fields(LayerRepair)}  # another version may know more
+    try:
+        layers = json.loads(file.read_text())
+        return [LayerRepair(**{k: v for k, v in layer.items() if k in known}) for layer in layers]
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is not a table of repairs: {e}; remove it") from e
+
+
+def _routing(file: Path) -> Routing | None:
+    """Only what is shown: the vector statistics of a large model are gigabytes."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get("moe_fair", "{}"))
+            if header.get("format") != STATISTICS_FORMAT:
+                raise ValueError(f"format {header.get('format')!r}")
+            groups = tuple(UnitGroup(**g) for g in header["groups"])
+            use = {g.name: f.get_tensor(f"sums/{g.name}/{USE}") for g in groups}
+            tokens = int(f.get_tensor("tokens").sum())
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} cannot be read as a statistics file: {e}") from e
+    return Routing(groups, tuple(header["domains"]), tokens, use)

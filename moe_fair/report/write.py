@@ -1,0 +1,47 @@
+"""Writing the report of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_fair import __version__
+from moe_fair.report import html, markdown
+from moe_fair.report.content import document
+from moe_fair.report.sources import FOLDER, gather
+
+FORMATS = ("html", "md")
+FOOTER = f"Written by moe_fair {__version__}."
+
+
+def write_report(output: Path, format: str = "html", path: Path | None = None) -> Path:
+    """The report of a pruned checkpoint, as one HTML file, or as Markdown with its pictures beside.
+
+    Args:
+        output: the directory that `prune` wrote.
+        path: where the report goes; by default `moe_fair/report.html` or `.md` in it.
+
+    Returns:
+        the file written.
+
+    Raises:
+        ValueError: an unknown format, or not a pruned checkpoint.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format {format!r} is none of {', '.join(FORMATS)}")
+    made = document(gather(output))
+    path = path or output / FOLDER / f"report.{format}"
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; name the file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if format == "html":
+        text = html.render(made, FOOTER)
+    else:
+        pictures = path.with_name(path.stem + "-figures")
+        pictures.mkdir(exist_ok=True)
+        for figure in made.figures():
+            (pictures / f"{figure.name}.png").write_bytes(figure.png)
+        text = markdown.render(made, FOOTER, pictures.name)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
