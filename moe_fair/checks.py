@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moe_fair.core.allocate import allocator
@@ -18,26 +19,45 @@ from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.placement import check_map, read_map
 from moe_fair.recipe import Recipe, parse_size
 
+# methods that pair a removal score with |Taylor|, by ToD
+PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
+
+
+def with_needs(recipe: Recipe) -> Recipe:
+    """The recipe that also collects what its method needs and is not collected by default."""
+    needed = any("sketch" in c.needs for c in method(recipe)[:2] if c is not None)
+    return recipe.with_settings({"u_score": True}) if needed else recipe
+
 
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     """Removal score, protection score and allocator that a recipe's method stands for.
 
     `second-order`, the default, takes out what adds least to the loss by the second order of exact
     counterfactual outputs, wherever it lies (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
-    routed output mass against |Taylor|, allocated by ToD. The name of a criterion is that criterion
+    routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
+    U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
     with a uniform budget, as its paper has it.
     """
     name = recipe.method or ("fair" if recipe.tolerance is not None else "second-order")
+    rule = recipe.allocate
+    if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
+        given = recipe.removal or (recipe.method if recipe.method in criteria() else None)
+        if given not in (None, only):
+            raise ValueError(
+                f"--allocate {rule} chooses the experts itself, as {only} counts them, and takes "
+                f"no {given}; leave it out"
+            )
+        return criterion(only), criterion(recipe.protection) if recipe.protection else None, rule
     if name == "second-order":
         removal, rule = recipe.removal or "counterfactual-set", recipe.allocate or "global"
-    elif name == "fair":
-        removal, rule = recipe.removal or "routed-mass", recipe.allocate or "tod"
+    elif name in PAIRS:
+        removal, rule = recipe.removal or PAIRS[name], recipe.allocate or "tod"
     elif name in criteria():
         removal, rule = recipe.removal or name, recipe.allocate or "uniform"
     else:
-        pick({"second-order": None, "fair": None, **criteria()}, name, "method")
+        pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
         raise AssertionError
-    paired = allocator(rule).needs_protection or recipe.protection or name == "fair"
+    paired = allocator(rule).needs_protection or recipe.protection or name in PAIRS
     protection = recipe.protection or "taylor"
     return criterion(removal), criterion(protection) if paired else None, rule
 
@@ -91,6 +111,8 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         before=source.size,
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
+        costs={g.name: np.zeros(g.size + 1) for g in source.groups},
+        rows={g.name: np.zeros((1, g.size)) for g in source.groups},
     )
     for rule in (removal, protection):
         for name in rule.needs if rule else ():

@@ -24,6 +24,8 @@ from moe_fair.options import (
     Calibration,
     Checkpointing,
     Counterfactual,
+    Curves,
+    CurveSamples,
     Debug,
     Device,
     DeviceMap,
@@ -76,9 +78,11 @@ from moe_fair.options import (
     Tolerance,
     Total,
     Trust,
+    UScore,
     Weights,
     option,
 )
+from moe_fair.vision_cli import app as vision_app
 
 if TYPE_CHECKING:
     from moe_fair.recipe import Recipe
@@ -94,6 +98,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(vision_app, name="vision")
 
 
 @app.callback(invoke_without_command=True)
@@ -110,6 +115,7 @@ def calibrate(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, curves: Curves = None, curve_samples: CurveSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
@@ -164,6 +170,7 @@ def prune(
     min_experts: MinExperts = None, multiple_of: MultipleOf = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, curve_samples: CurveSamples = None,
     repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,

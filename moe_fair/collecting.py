@@ -82,6 +82,7 @@ def collect(
                     text.domains,
                     taylor=recipe.taylor,
                     counterfactual=recipe.counterfactual,
+                    u_score=recipe.u_score,
                 )
                 with collector:
                     engine.run(shares[i], collector, backward=recipe.taylor)
@@ -138,6 +139,7 @@ def _run(recipe: Recipe, source: Checkpoint) -> str:
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     kind = "taylor" if recipe.taylor else "forward"
     kind += " counterfactual" if recipe.counterfactual else ""
+    kind += " u-score" if recipe.u_score else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 
@@ -201,10 +203,6 @@ class SharedEngine:
         for part in self.team.gather(found):
             everything |= part
         yield from (everything[i] for i in range(len(batches)))
-
-    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Of all batches, by this process's own engine: they are too large to be handed around."""
-        return self.engine.logits(batches)
 
 
 def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:

@@ -122,6 +122,32 @@ Counterfactual = Annotated[
         panel=TEXT,
     ),
 ]
+UScore = Annotated[
+    bool | None,
+    option(
+        "--u-score/--no-u-score",
+        text="Also keep the distributions of each expert's outputs per calibration domain, for "
+        "--method fair-u  [default: --no-u-score; prune collects what its method needs]",
+        panel=TEXT,
+    ),
+]
+Curves = Annotated[
+    str | None,
+    option(
+        "--curves",
+        text="Also measure what each layer's depth costs when experts leave in the order of this "
+        "criterion, for plan --allocate curves",
+        panel=TEXT,
+    ),
+]
+CurveSamples = Annotated[
+    int | None,
+    option(
+        "--curve-samples",
+        text="Calibration sequences on which cost curves are measured  [default: 16]",
+        panel=TEXT,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(
@@ -135,8 +161,8 @@ Method = Annotated[
     str | None,
     option(
         "--method",
-        text="second-order, fair (ToD), or a criterion: reap, frequency, ean, ...  [default: "
-        "second-order; fair with --tolerance]",
+        text="second-order, fair (ToD), fair-u (ToD on U-Scores between calibration domains), or a "
+        "criterion: reap, frequency, ean, ...  [default: second-order; fair with --tolerance]",
         panel=SCORE,
     ),
 ]
@@ -148,7 +174,13 @@ Protection = Annotated[
     option("--protection", text="Criterion whose highest scores are protected", panel=SCORE),
 ]
 Allocate = Annotated[
-    str | None, option("--allocate", text="tod, uniform, global or global-normalised", panel=SCORE)
+    str | None,
+    option(
+        "--allocate",
+        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves or "
+        "fisher (all layers together, by Taylor rows)",
+        panel=SCORE,
+    ),
 ]
 Weights = Annotated[
     str | None,

@@ -17,23 +17,22 @@ from moe_fair.checks import (
     check_target,
     method,
     target,
+    with_needs,
 )
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import curves, holds_curves
 from moe_fair.core.oracle import Agreement, Oracle
+from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
+from moe_fair.costing import check_curves, measure_curves
 from moe_fair.distributed import ALONE, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
-from moe_fair.moe.checkpoint import (
-    check_output,
-    count_path,
-    fresh,
-    partial_path,
-    settle,
-    write_model,
-)
+from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.choose import PACKED
+from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
@@ -63,9 +62,15 @@ def calibrate(
     if output is not None and us.first:
         check_output(output)
     source = open_model(recipe)
+    if recipe.curves is not None:
+        criterion(recipe.curves)
+        check_curves(recipe, source)
     text = us.told(lambda: calibration_set(recipe, source, say))
     work = work_folder(output, recipe) if output is not None else None
     statistics = collect(recipe, source, text, say, work, us)
+    if recipe.curves is not None and statistics is not None:
+        home = work / "curves" if work else None
+        statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
     if output is not None and work is not None and statistics is not None:
         folder = fresh(partial_path(output))
         statistics.save(folder)
@@ -88,6 +93,8 @@ def oracle(
         output: new directory for the oracle, the table and the recipe.
         statistics: to score with; without them they are collected on the same text.
     """
+    if team().size > 1:
+        raise ValueError("an oracle is measured by one process; start it without a launcher")
     check_output(output)
     source = open_model(recipe)
     if statistics is not None:
@@ -96,8 +103,8 @@ def oracle(
     work = work_folder(output, recipe)
     if statistics is None:
         statistics = collect(recipe, source, text, say, work)
+        assert statistics is not None  # there is no other process
     found = measure_oracle(recipe, source, text, work / "oracle", say)
-    assert statistics is not None  # one process alone has them
     table = agreements(found, statistics)
     folder = fresh(partial_path(output))
     save_oracle(folder, found, table)
@@ -111,6 +118,11 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     check_target(recipe, statistics.groups)
+    costs = rows = None
+    if needs(allocator(rule), "costs"):
+        costs = curves(statistics, removal.name, recipe.weights)
+    if needs(allocator(rule), "rows"):
+        rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
     return make_plan(
         statistics.groups,
         removal(statistics, recipe.weights),
@@ -120,6 +132,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         before=ModelSize(**statistics.facts["size"]),
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
+        costs=costs,
+        rows=rows,
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
@@ -150,9 +164,20 @@ def prune(
         if us.first:
             check_disk(size, output)
         say(f"disk: about {size / 1e9:.2f} GB for the result")
+        costly = _unmeasured(recipe, statistics)
+        if costly is not None:
+            check_curves(recipe, source)
         if statistics is None:
             text = us.told(lambda: calibration_set(recipe, source, say))
-            statistics = collect(recipe, source, text, say, work, us)
+            statistics = collect(with_needs(recipe), source, text, say, work, us)
+        if us.first and statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+            if costly is not None:
+                if text is None:
+                    about = statistics.facts["calibration"]
+                    text = calibration_set(_same_text(recipe, about), source, say)
+                home = work / "curves"
+                statistics = measure_curves(recipe, source, text, statistics, costly, home, say)
     made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
 
     folder = partial_path(output)
@@ -206,11 +231,19 @@ def _decide(
     """The plan that was given, or one made from the statistics, checked against model and disk."""
     if ready is None:
         assert statistics is not None
-        check_same_model(statistics.fingerprint, source, "statistics were")
         ready = plan(statistics, recipe)
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
     return ready
+
+
+def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
+    """The removal score whose cost curves the allocator needs and the statistics do not hold."""
+    removal, _, rule = method(recipe)
+    if not needs(allocator(rule), "costs"):
+        return None
+    held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
+    return None if held else removal.name
 
 
 def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
@@ -235,9 +268,9 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
-    check_device_map(recipe, source)
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
+    check_device_map(recipe, source)
     assert source.groups  # finds the experts in model and files, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)

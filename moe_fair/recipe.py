@@ -45,8 +45,11 @@ class Recipe:
         fresh: discard what a killed run left instead.
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
-        method: `second-order` (ours), `fair` (the paper's), or the name of a criterion, with that
-            method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
+        u_score: also keep the distributions of each expert's outputs per calibration domain.
+        curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
+            calibration sequences they are measured on.
+        method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
+            with that method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
         removal, protection, allocate: replace the method's own scores or allocator.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
@@ -77,6 +80,9 @@ class Recipe:
     fresh: bool = False
     taylor: bool = True
     counterfactual: bool = True
+    u_score: bool = False
+    curves: str | None = None
+    curve_samples: int = 16
     method: str | None = None
     removal: str | None = None
     protection: str | None = None
@@ -96,10 +102,11 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Recipe)
         for f in fields(self):
-            object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, coerce(f.name, getattr(self, f.name), hints[f.name]))
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
+            ("curve_samples", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
@@ -139,6 +146,20 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: no such file, not YAML, an unknown key (names the nearest) or a bad value.
     """
+    raw = read_settings(path)
+    try:
+        check_keys(raw, str(path))
+        return Recipe(**raw)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def read_settings(path: Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ValueError: no such file, or no YAML of that kind.
+    """
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
     try:
@@ -147,11 +168,7 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
-    try:
-        check_keys(raw, str(path))
-        return Recipe(**raw)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
+    return raw
 
 
 def check_keys(settings: Mapping[Any, Any], where: str) -> None:
@@ -203,7 +220,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
+def coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or an error that says what is wanted."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None:
@@ -216,6 +233,11 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
             return tuple(items)
         raise ValueError(f"{_flag(name)} must be text or a list of texts, not {value!r}")
+    if kind == tuple[float, ...]:
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in items):
+            return tuple(float(i) for i in items)
+        raise ValueError(f"{_flag(name)} must be a number or a list of numbers, not {value!r}")
     if typing.get_origin(kind) is not None:  # weights
         return _weights(name, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -22,10 +22,10 @@ ORDER = [
     {"publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},
-    {"repairing", "oracle"},
+    {"costing", "repairing", "oracle"},
     {"pipeline"},
     {"evaluating"},
-    {"tables"},
+    {"tables", "vision_cli"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -46,8 +46,8 @@ class Criterion:
             if missing:
                 raise ValueError(
                     f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics "
-                    "do not hold; --no-taylor and --no-counterfactual leave some out: calibrate "
-                    "without them"
+                    "do not hold; --no-taylor and --no-counterfactual leave some out, --u-score "
+                    "adds the sketch: calibrate again"
                 )
             score = self.score(view).to(torch.float64)
             assert score.shape == (group.size,), (self.name, score.shape, group.size)

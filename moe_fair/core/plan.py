@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.ranking import RankedGroup, rank
@@ -180,6 +182,8 @@ def make_plan(
     before: ModelSize,
     min_units: int = 0,
     multiple_of: int = 1,
+    costs: Mapping[str, np.ndarray] | None = None,
+    rows: Mapping[str, np.ndarray] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -187,13 +191,16 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of: see `ranking.rank`.
+        min_units, multiple_of, costs, rows: see `ranking.rank`.
 
     Raises:
         ValueError: the target cannot be met; says why.
     """
     rule = find_allocator(allocator)
-    ranked = rank(groups, removal, protection, min_units=min_units, multiple_of=multiple_of)
+    ranked = rank(
+        groups, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
+        rows=rows,
+    )  # fmt: skip
     size = sum(g.size for g in groups)
     if target.tolerance is not None:
         budget = rule.allocate(ranked, tolerance=target.tolerance)
@@ -264,6 +271,9 @@ def _explain(
     before: ModelSize,
 ) -> Plan:
     groups = tuple(r.group for r in ranked)
+    ranked = [
+        replace(r, removal_order=budget.orders.get(r.group.name, r.removal_order)) for r in ranked
+    ]
     curves = [tod.curve(r) if r.protection_order is not None else None for r in ranked]
     depths = [r.group.size - budget.kept[r.group.name] for r in ranked]
     tods = [None if c is None else float(c[m]) for c, m in zip(curves, depths, strict=True)]
@@ -305,7 +315,7 @@ def common_divisors(counts: list[int]) -> list[int]:
 
 def _tolerance(budget: Budget, tods: list[float | None]) -> float | None:
     """The tolerance at which every group's depth is allowed: what was asked, or what it took."""
-    if budget.allocator != tod.name:
+    if not {"tolerance", "tolerance_below"} & budget.explanation.keys():
         return None
     given = budget.explanation.get("tolerance")
     return (
@@ -322,9 +332,11 @@ def _notes(plans: list[GroupPlan], budget: Budget, alpha: float | None) -> list[
     share = depth / size
     if "tolerance_below" in budget.explanation:
         if budget.explanation["tolerance_below"] is None:
+            mass = "the removed share of each layer's U-mass"
+            deciding = mass if budget.allocator == tod.name else "the measured costs"
             notes.append(
                 "the two rankings agree so far that even tolerance 0 removes more than the budget: "
-                "the removed share of each layer's U-mass decided all of it"
+                f"{deciding} decided all of it"
             )
         elif added := sum(budget.explanation["added_by_fill"].values()):
             notes.append(

@@ -7,6 +7,7 @@ A *depth* is a number of removed units. Shape legend: N units, J allowed depths.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,9 @@ class RankedGroup:
             the second lowest (highest) of any, so that equal counts leave every block.
         depths: [J] allowed numbers of removed units, rising; the first is 0 unless a multiple
             forces more.
+        costs: [N + 1] measured cost of every depth, or None (see `cost_curves`).
+        rows: [S, N] Taylor values per sequence, scaled so that sums of products over the sequences
+            are (weighted) means, or None.
     """
 
     group: UnitGroup
@@ -35,6 +39,8 @@ class RankedGroup:
     removal_order: np.ndarray
     protection_order: np.ndarray | None
     depths: np.ndarray
+    costs: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     @property
     def step(self) -> int:
@@ -64,12 +70,15 @@ def rank(
     *,
     min_units: int = 0,
     multiple_of: int = 1,
+    costs: Mapping[str, np.ndarray] | None = None,
+    rows: Mapping[str, np.ndarray] | None = None,
 ) -> list[RankedGroup]:
     """Order every group's units and list its allowed depths.
 
     Args:
         min_units: fewest units kept in any group, on top of each group's own floor.
         multiple_of: kept counts must be a multiple of this.
+        costs, rows: of every group, see `RankedGroup`.
 
     Raises:
         ValueError: a group has no allowed depth.
@@ -85,7 +94,9 @@ def rank(
                 protection=r,
                 removal_order=block_order(u, group.blocks),
                 protection_order=None if r is None else block_order(-r, group.blocks),
-                depths=_depths(group, min_units, multiple_of),
+                depths=depths(group, min_units, multiple_of),
+                costs=costs[group.name] if costs else None,
+                rows=rows[group.name] if rows else None,
             )
         )
     return ranked
@@ -100,8 +111,13 @@ def block_order(values: np.ndarray, blocks: int = 1) -> np.ndarray:
     return np.lexsort((np.arange(n), values, rank_in_block.ravel()))
 
 
-def _depths(group: UnitGroup, min_units: int, multiple_of: int) -> np.ndarray:
-    step = math.lcm(multiple_of, group.blocks)
+def depths(group: UnitGroup, min_units: int = 0, multiple_of: int = 1) -> np.ndarray:
+    """[J] allowed numbers of removed units, rising.
+
+    Raises:
+        ValueError: there is none.
+    """
+    step = math.lcm(multiple_of, group.blocks, group.multiple)
     least = -(-max(group.floor, min_units) // step) * step
     most = group.size // step * step
     if least > most:

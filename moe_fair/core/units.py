@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_fair.core.exact_sum import two_sum
+from moe_fair.core.sketch import Sketch
 
 STATISTICS_FILE = "statistics.safetensors"
 STATISTICS_FORMAT = "moe_fair.statistics/1"
@@ -39,6 +41,7 @@ class UnitGroup:
         unit_bytes: bytes that leave the checkpoint with one unit.
         blocks: the units lie in this many equal consecutive runs, and every run must keep the same
             number (group-limited routing); 1 where there is no such rule.
+        multiple: kept counts are multiples of this.
     """
 
     name: str
@@ -48,12 +51,15 @@ class UnitGroup:
     unit_parameters: int = 0
     unit_bytes: int = 0
     blocks: int = 1
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.floor <= self.size:
             raise ValueError(f"{self.name}: floor {self.floor} outside 0..{self.size} units")
         if self.blocks < 1 or self.size % self.blocks:
             raise ValueError(f"{self.name}: {self.size} units in {self.blocks} equal blocks")
+        if self.multiple < 1:
+            raise ValueError(f"{self.name}: kept counts cannot be multiples of {self.multiple}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class GroupView:
 
     `view["name"]` is the sum over the domains, [N, ...]; `rows` is [S, N], one row of Taylor values
     per calibration sequence; `row_weights` is [S]; `total_tokens` and `total_sequences` count the
-    calibration set, weighted like the sums.
+    calibration set, weighted like the sums. `domain_tokens` is [D], 0 for a domain without weight;
+    `sketch` holds each unit's outputs per domain.
     """
 
     group: UnitGroup
@@ -72,13 +79,23 @@ class GroupView:
     row_weights: Tensor
     total_tokens: float
     total_sequences: float
+    domain_tokens: Tensor
+    sketch: Sketch | None = None
+
+    def scaled_rows(self) -> np.ndarray:
+        """[S, N] rows times the square root of their weight's share: sums of products are means."""
+        share = self.row_weights / self.row_weights.sum()
+        return (self.rows * share.sqrt().unsqueeze(1)).numpy()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name] if name in self.sums else self.constants[name]
 
     def __contains__(self, name: str) -> bool:
         return (
-            name in self.sums or name in self.constants or (name == "rows" and len(self.rows) > 0)
+            name in self.sums
+            or name in self.constants
+            or (name == "rows" and len(self.rows) > 0)
+            or (name == "sketch" and self.sketch is not None)
         )
 
 
@@ -102,6 +119,7 @@ class Statistics:
         facts: whatever explains the run: model id, data type, sizes of the model.
         lost: what rounding has taken from the sums so far, in their shapes; nothing once `settled`.
             With it a sum does not depend on the order in which shards were merged.
+        sketches: group name -> distributions of each unit's output per domain, where collected.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -116,6 +134,7 @@ class Statistics:
     fingerprint: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     lost: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sketches: dict[str, Sketch] = field(default_factory=dict)
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""
@@ -134,6 +153,8 @@ class Statistics:
             row_weights=w[self.sequence_domains],
             total_tokens=float(w @ self.tokens),
             total_sequences=float(w @ self.sequences),
+            domain_tokens=self.tokens * (w > 0),
+            sketch=self.sketches.get(group.name),
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -171,6 +192,7 @@ class Statistics:
             fingerprint=self.fingerprint,
             facts=self.facts,
             lost=lost,
+            sketches={g: s.merge(other.sketches[g]) for g, s in self.sketches.items()},
         )
 
     def settled(self) -> Statistics:
@@ -215,6 +237,9 @@ class Statistics:
                     yield f"{kind}/{group}/{name}", t.contiguous()
         for group, t in self.rows.items():
             yield f"rows/{group}", t.contiguous()
+        for group, sketch in self.sketches.items():
+            for name, t in sketch.pack().items():
+                yield f"sketches/{group}/{name}", t
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -241,6 +266,7 @@ class Statistics:
         """From what `pack` gives."""
         stores: dict[str, dict[str, dict[str, Tensor]]] = {"sums": {}, "constants": {}, "lost": {}}
         rows: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, Tensor]] = {}
         for key, t in tensors.items():
             kind, _, rest = key.partition("/")
             group, _, name = rest.rpartition("/")
@@ -248,6 +274,8 @@ class Statistics:
                 stores[kind].setdefault(group, {})[name] = t
             elif kind == "rows":
                 rows[rest] = t
+            elif kind == "sketches":
+                packed.setdefault(group, {})[name] = t
         return Statistics(
             groups=tuple(UnitGroup(**g) for g in header["groups"]),
             domains=tuple(header["domains"]),
@@ -259,6 +287,7 @@ class Statistics:
             fingerprint=header["fingerprint"],
             facts=header["facts"],
             **stores,
+            sketches={g: Sketch.unpack(t) for g, t in packed.items()},
         )
 
 
@@ -293,8 +322,11 @@ class Budget:
         kept: group name -> number of units kept.
         allocator: its name.
         explanation: numbers that explain the budget (the tolerance reached, what a fill added).
+        orders: group name -> [N] unit ids in the order in which they leave, from an allocator that
+            chooses units itself; without one they leave by rising removal score.
     """
 
     kept: dict[str, int]
     allocator: str
     explanation: dict[str, Any] = field(default_factory=dict)
+    orders: Mapping[str, np.ndarray] = field(default_factory=dict)

@@ -68,6 +68,14 @@ class Observer(Protocol):
         ...
 
 
+class Losses(Protocol):
+    """What can measure next-token losses."""
+
+    def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Engine.losses`."""
+        ...
+
+
 class Engine(Protocol):
     """How a model is run: whole, or a layer at a time.
 

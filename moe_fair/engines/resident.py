@@ -62,6 +62,12 @@ class ResidentEngine:
             batch = batch.to(self.device)
             yield token_losses(self._logits(batch), batch)
 
+    @torch.no_grad()
+    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Logits of every batch, [B, L, V]."""
+        for batch in self.visit("measuring", None, batches):
+            yield self._logits(batch.to(self.device))
+
     @contextmanager
     def _checkpointed(self, backward: bool) -> Iterator[None]:
         """The layers note their input alone; the embeddings' output takes the gradient."""
@@ -83,12 +89,6 @@ class ResidentEngine:
                 del layer.forward
                 if hooked:
                     layer.forward = forward
-
-    @torch.no_grad()
-    def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Logits of every batch, [B, L, V]."""
-        for batch in self.visit("measuring", None, batches):
-            yield self._logits(batch.to(self.device))
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(

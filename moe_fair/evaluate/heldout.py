@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.batch import Batch, Losses
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class HeldoutLoss:
     tokens: int
 
 
-def heldout_loss(engine: Engine, batches: Sequence[Batch], domains: tuple[str, ...]) -> HeldoutLoss:
+def heldout_loss(engine: Losses, batches: Sequence[Batch], domains: tuple[str, ...]) -> HeldoutLoss:
     """Measure a model on held-out windows.
 
     Args:

@@ -21,6 +21,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from moe_fair.core.exact_sum import two_sum
+from moe_fair.core.sketch import Sketch, directions
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
@@ -51,6 +52,7 @@ class ExpertCollector:
         domains: names of the calibration domains.
         taylor: also collect Taylor sums; the engine must then run the backward.
         counterfactual: also collect what each expert's removal would change, see `counterfactual`.
+        u_score: also keep the distribution of each expert's gated outputs, see `core.sketch`.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class ExpertCollector:
         *,
         taylor: bool = True,
         counterfactual: bool = False,
+        u_score: bool = False,
     ) -> None:
         self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
-        self.taylor, self.counterfactual = taylor, counterfactual
+        self.taylor, self.counterfactual, self.u_score = taylor, counterfactual, u_score
         self.batch: Batch | None = None
         self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
         self._tokens = torch.zeros(len(domains), dtype=torch.float64)
@@ -115,6 +118,9 @@ class ExpertCollector:
                 n: {k: v.cpu() for k, v in t.lost.items()}
                 for n, t in zip(names, self._taps, strict=True)
             },
+            sketches={
+                n: t.sketch for n, t in zip(names, self._taps, strict=True) if t.sketch is not None
+            },
         )
 
 
@@ -129,6 +135,7 @@ class _Tap:
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.rerouting = Rerouting(block) if collector.counterfactual else None
+        self.sketch = Sketch(domains, self.size) if collector.u_score else None
         self._stock: Forward
         self._detach: Callable[[], None]
 
@@ -240,6 +247,7 @@ class _Booking:
         self.candidates: Candidates
         self.others: Tensor
         self.products: Tensor
+        self.projected: Tensor
         self.anchor = torch.zeros((), device=f.device, requires_grad=True)
         self.sums: dict[str, Tensor] = {}
         tokens, k = top_k_index.shape
@@ -272,6 +280,9 @@ class _Booking:
         }
         self.sums = {name: self.per_expert(v) for name, v in values.items()}
         self.sums["output"], self.sums["output_sq"] = self._vectors()
+        if self.tap.sketch is not None:
+            axes = directions(self.f.shape[-1]).to(self.f.device)
+            self.projected = (self.f.to(precise) @ axes.to(precise)) * self.g.to(precise)[:, None]
         del self.f
 
     @torch.no_grad()
@@ -354,6 +365,16 @@ class _Booking:
         for name, value in self.sums.items():
             self.tap.add(self.batch.domain, name, value)
         self.sums = {}
+        if self.tap.sketch is not None:
+            rows, ids = self.projected.cpu(), self.ids.cpu()
+            if self.counted is not None:
+                real = self.counted.cpu() > 0
+                rows, ids = rows[real], ids[real]
+            order = torch.argsort(ids, stable=True)
+            runs = torch.bincount(ids, minlength=self.tap.size).tolist()
+            for e, values in enumerate(rows[order].split(runs)):
+                self.tap.sketch.add(self.batch.domain, e, values)
+            del self.projected
 
 
 class _Gate(torch.autograd.Function):

@@ -181,6 +181,18 @@ class Checkpoint:
         )
         return model.to(where)
 
+    @property
+    def unpacking(self) -> dict[str, Any]:
+        """See `quantised.unpacking`.
+
+        Raises:
+            ValueError: quantised weights that cannot be scored.
+        """
+        try:
+            return unpacking(self.config)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
+
     def _spread(self, dtype: torch.dtype | str, device_map: str) -> Any:
         """The model over the devices of a map; what goes to disk lies in a temporary directory."""
         places = read_map(device_map)
@@ -199,18 +211,6 @@ class Checkpoint:
         )
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model
-
-    @property
-    def unpacking(self) -> dict[str, Any]:
-        """See `quantised.unpacking`.
-
-        Raises:
-            ValueError: quantised weights that cannot be scored.
-        """
-        try:
-            return unpacking(self.config)
-        except ValueError as e:
-            raise ValueError(f"{self.model}: {e}") from e
 
 
 def pick_device(device: str) -> torch.device:

@@ -18,7 +18,7 @@ CHECK = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def make(seed: int, sizes: list[int], agree: float = 0.0, **limits: int) -> list[RankedGroup]:
-    """Groups with random scores; `agree` mixes U into R."""
+    """Groups with random scores, costs and rows; `agree` mixes U into R."""
     rng = np.random.default_rng(seed)
     floor, blocks = limits.pop("floor", 1), limits.pop("blocks", 1)
     groups = tuple(UnitGroup(f"g{i}", i, n, floor, blocks=blocks) for i, n in enumerate(sizes))
@@ -28,6 +28,8 @@ def make(seed: int, sizes: list[int], agree: float = 0.0, **limits: int) -> list
         groups,
         Scores("u", {k: torch.tensor(v) for k, v in u.items()}),
         Scores("r", {k: torch.tensor(v) for k, v in r.items()}),
+        costs={g.name: np.cumsum(rng.random(g.size + 1)) for g in groups},
+        rows={g.name: rng.standard_normal((3, g.size)) for g in groups},
         **limits,
     )
 

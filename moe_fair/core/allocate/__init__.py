@@ -1,7 +1,10 @@
 """Allocators: scores and a target in, a budget per group out. One file each.
 
 A module here with `name`, `needs_protection` and `allocate(ranked, remove, tolerance)` is an
-allocator; another package adds its own through the entry point group `moe_fair.allocators`.
+allocator; another package adds its own through the entry point group `moe_fair.allocators`. With
+`needs_costs = True` the ranked groups bring measured cost curves, with `needs_rows = True` Taylor
+rows per sequence. An allocator that chooses the units itself returns their orders in the budget,
+and names the removal score that its choice stands for in `removal`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,11 @@ class Allocator(Protocol):
         remove: int | None = None,
         tolerance: float | None = None,
     ) -> Budget: ...
+
+
+def needs(rule: Allocator, what: str) -> bool:
+    """Whether an allocator needs `costs` or `rows` of its groups."""
+    return bool(getattr(rule, f"needs_{what}", False))
 
 
 @cache

@@ -16,7 +16,7 @@ depth has the least ToD go further, ties by the removed share of the group's U-m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -61,6 +61,17 @@ def allocate(
         ValueError: no protection scores, not exactly one of the two targets, or a total that the
             floors and multiples do not allow.
     """
+    return by_tolerance(name, ranked, remove, tolerance, RankedGroup.removed_mass)
+
+
+def by_tolerance(
+    name: str,
+    ranked: Sequence[RankedGroup],
+    remove: int | None,
+    tolerance: float | None,
+    ties: Callable[[RankedGroup], np.ndarray],
+) -> Budget:
+    """ToD, where equal ones are told apart by `ties` of the next depth ([N + 1], low goes on)."""
     if any(r.protection_order is None for r in ranked):
         raise ValueError("ToD compares two rankings and got no protection scores")
     if (remove is None) == (tolerance is None):
@@ -81,7 +92,7 @@ def allocate(
     if remove is None:
         assert tolerance is not None
         index = at(tolerance)
-        return _budget(ranked, index, {"tolerance": tolerance})
+        return _budget(name, ranked, index, {"tolerance": tolerance})
 
     feasible_total(ranked, remove)
     alphas = np.unique(np.concatenate(reach))
@@ -90,11 +101,11 @@ def allocate(
         middle = (low + high) // 2
         low, high = (middle, high) if total(at(alphas[middle])) <= remove else (low, middle)
     start = at(alphas[low]) if low >= 0 else [0] * len(ranked)
-    mass = [r.removed_mass() for r in ranked]
+    tie = [ties(r) for r in ranked]
 
     def cost(g: int, i: int) -> tuple[float, float]:
         depth = int(ranked[g].depths[i])
-        return float(curves[g][depth]), float(mass[g][depth])
+        return float(curves[g][depth]), float(tie[g][depth])
 
     index = climb(ranked, remove, cost, start)
     added = {
@@ -103,6 +114,7 @@ def allocate(
         if i > s
     }
     return _budget(
+        name,
         ranked,
         index,
         {
@@ -115,7 +127,9 @@ def allocate(
     )
 
 
-def _budget(ranked: Sequence[RankedGroup], index: list[int], explanation: dict) -> Budget:
+def _budget(
+    name: str, ranked: Sequence[RankedGroup], index: list[int], explanation: dict
+) -> Budget:
     kept = {
         r.group.name: r.group.size - int(r.depths[i]) for r, i in zip(ranked, index, strict=True)
     }

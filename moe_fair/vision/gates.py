@@ -1,0 +1,84 @@
+"""Gates on units: one number per image and unit that multiplies the unit wherever it is read.
+
+A unit's output as its consumers see it stands after batch normalisation, activation, pooling and
+residual addition. The gate multiplies there, at the input of every consumer, so a gate of 0 is the
+model with the unit removed, exactly; and the gradient with respect to a gate of 1 is Σ a·∂L/∂a over
+all places where the unit is read, the gate form of Molchanov et al. (arXiv 1906.10771).
+
+Shape legend: S images, N units of all groups, C input channels of a consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.vision.graph import CONVOLUTIONS, ChannelGroup
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of a consumer's input along which its channels lie."""
+    if isinstance(layer, CONVOLUTIONS):
+        return -layer.weight.dim() + 1
+    return -1
+
+
+class Gates:
+    """Multiplies the units of the groups by `values` while the context is open.
+
+    Attributes:
+        values: [S, N + 1] or [1, N + 1]; the last column belongs to channels outside all groups and
+            stays 1. Set it before each forward.
+        offsets: group name -> where its units start in `values`.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        self.total = sum(g.units.size for g in groups)
+        self.values = torch.ones(1, self.total + 1)
+        self.offsets: dict[str, int] = {}
+        self._model = model
+        self._maps: dict[str, Tensor] = {}
+        at = 0
+        for g in groups:
+            self.offsets[g.name] = at
+            for m in g.consumers:
+                layer = model.get_submodule(m.module)
+                if m.module not in self._maps:
+                    side = "in_channels" if isinstance(layer, CONVOLUTIONS) else "in_features"
+                    self._maps[m.module] = torch.full((getattr(layer, side),), self.total)
+                for unit, positions in enumerate(m.index):
+                    self._maps[m.module][list(positions)] = at + unit
+            at += g.units.size
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Gates:
+        for name, places in self._maps.items():
+            layer = self._model.get_submodule(name)
+            self._handles.append(layer.register_forward_pre_hook(self._hook(layer, places)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def close(self, kept: dict[str, Sequence[int]], groups: Sequence[ChannelGroup]) -> None:
+        """Set every gate to 1 for kept units and 0 for the others."""
+        self.values = torch.ones(1, self.total + 1)
+        for g in groups:
+            gone = sorted(set(range(g.units.size)) - set(kept[g.name]))
+            self.values[0, [self.offsets[g.name] + i for i in gone]] = 0
+
+    def _hook(self, layer: nn.Module, places: Tensor):  # type: ignore[no-untyped-def]
+        axis = channel_axis(layer)
+
+        def gate(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = inputs[0]
+            z = self.values.to(x.device, x.dtype).index_select(1, places.to(x.device))
+            after = -axis - 1
+            inner = x.dim() - 2 - after  # axes between the batch and the channels
+            return (x * z.reshape(z.shape[0], *[1] * inner, -1, *[1] * after), *inputs[1:])
+
+        return gate

@@ -1,0 +1,224 @@
+"""Which channels must leave together: unit groups of an image model.
+
+Torch-Pruning traces the model and says, for the output channels of a layer, which slices of which
+other layers belong to them: the other producers of a residual stream, batch normalisations,
+depthwise convolutions, and the consumers whose inputs they are. Each channel with all its slices is
+one unit. What cannot be cut exactly is left whole, with the reason: channels that set the model's
+outputs, and streams that are normalised over their channels (LayerNorm, GroupNorm), because the
+remaining channels would change when one leaves.
+
+Every group is then proven on the model itself (`proof`): cut and masked model must agree.
+
+Shape legend: N units, m slices of one layer that belong to one unit.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.core.units import UnitGroup
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of one layer that belong to a group's units.
+
+    Attributes:
+        module: name of the layer.
+        side: "out" (rows of a weight, or all of a batch normalisation or depthwise convolution) or
+            "in" (columns of a weight).
+        index: [N][m] positions along that side.
+    """
+
+    module: str
+    side: str
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """A unit group and where its units lie."""
+
+    units: UnitGroup
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        return self.units.name
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """Layers that read the units; with their inputs zeroed a unit has no effect."""
+        return tuple(m for m in self.members if m.side == "in")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The unit groups of a model, in its order, and what is left whole: layer name -> reason."""
+
+    groups: tuple[ChannelGroup, ...]
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def units(self) -> tuple[UnitGroup, ...]:
+        return tuple(g.units for g in self.groups)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """[S, classes]: the output of a plain module, or the `logits` of a transformers model."""
+    out = model(images)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """A convolution whose channels never meet."""
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.groups > 1
+        and layer.groups == layer.out_channels == layer.in_channels
+    )
+
+
+def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Graph:
+    """Groups as the traced graph has them, not yet proven.
+
+    Args:
+        images: an example batch; two images are enough.
+        heads: also offer attention heads as units.
+
+    Raises:
+        ValueError: Torch-Pruning is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as e:
+        raise ValueError(
+            "pruning channels needs Torch-Pruning: pip install 'moe_fair[vision]'"
+        ) from e
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    names = {module: name for name, module in model.named_modules()}
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
+        model.requires_grad_(True)  # the trace follows gradients
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            model, images, forward_fn=logits, verbose=False
+        )
+        found = list(graph.get_all_groups())
+    for p, flag in trainable.items():
+        p.requires_grad_(flag)
+    groups, whole = [], {}
+    for items in found:
+        producers = [
+            names[d.target.module]
+            for d, _ in items
+            if d.target.module in names and graph.is_out_channel_pruning_fn(d.handler)
+        ]
+        name = min(producers, key=order.__getitem__)
+        members = _members(graph, items, names, model)
+        if isinstance(members, str):
+            whole[name] = members
+            continue
+        made = _group(model, name, order[name], members, heads)
+        if isinstance(made, str):
+            whole[name] = made
+        else:
+            groups.append(made)
+    return Graph(tuple(sorted(groups, key=lambda g: g.units.layer)), whole)
+
+
+def _members(
+    graph: object, items: object, names: dict[nn.Module, str], model: nn.Module
+) -> list[Member] | str:
+    """The layers of a traced group, or why it must stay whole."""
+    members = {}
+    for i, (dependency, index) in enumerate(items):  # type: ignore[arg-type, var-annotated]
+        layer = dependency.target.module
+        if type(layer).__name__ == "_OutputOp":
+            return "sets the model's outputs"
+        if layer not in names:
+            if isinstance(layer, nn.Parameter):
+                return "meets a bare parameter"
+            continue  # an operation without weights
+        out = graph.is_out_channel_pruning_fn(dependency.handler)  # type: ignore[attr-defined]
+        if isinstance(layer, BATCH_NORMS) or is_depthwise(layer):
+            side = "out"
+        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and not getattr(
+            layer, "transposed", False
+        ):
+            side = "out" if out else "in"
+        elif any(True for _ in layer.parameters()):
+            return f"runs through {type(layer).__name__}"
+        else:
+            continue
+        roots = items[i].root_idxs  # type: ignore[index]
+        table: dict[int, list[int]] = {}
+        for root, position in zip(roots, index, strict=True):
+            table.setdefault(root, []).append(position)
+        widths = {len(v) for v in table.values()}
+        if len(widths) != 1 or set(table) != set(range(len(table))):
+            return f"its channels reach {names[layer]} unevenly"
+        rows = tuple(tuple(sorted(table[r])) for r in range(len(table)))
+        members[names[layer], side] = Member(names[layer], side, rows)
+    sizes = {len(m.index) for m in members.values()}
+    if len(sizes) != 1:
+        return "its channels reach some layers in part"
+    if not any(m.side == "in" for m in members.values()):
+        return "sets the model's outputs"
+    return list(members.values())
+
+
+def _group(
+    model: nn.Module, name: str, place: int, members: list[Member], heads: bool
+) -> ChannelGroup | str:
+    size, blocks = len(members[0].index), 1
+    for m in members:
+        layer = model.get_submodule(m.module)
+        parts = getattr(layer, "groups", 1)
+        if parts > 1 and not is_depthwise(layer):
+            if m.index != tuple((i,) for i in range(size)):
+                return f"its channels reach the grouped convolution {m.module} in another order"
+            blocks = math.lcm(blocks, parts)
+    if size % blocks or size == blocks:
+        return f"grouped convolutions split its {size} channels into {blocks}"
+    width = _head_width(model, members)
+    if width:
+        if not heads:
+            return "attention heads (offered with --heads)"
+        if size % width or size == width:
+            return f"{size} channels are no whole number of heads of {width}"
+        members = [
+            Member(
+                m.module, m.side, tuple(_joined(m.index, i, width) for i in range(size // width))
+            )
+            for m in members
+        ]
+        size //= width
+    order = {n: i for i, (n, _) in enumerate(model.named_modules())}
+    return ChannelGroup(
+        UnitGroup(name=name, layer=place, size=size, floor=blocks, blocks=blocks),
+        tuple(sorted(members, key=lambda m: (order[m.module], m.side))),
+    )
+
+
+def _head_width(model: nn.Module, members: list[Member]) -> int:
+    """Channels per attention head where the producers are projections of an attention, else 0."""
+    parents = {m.module.rpartition(".")[0] for m in members if m.side == "out"}
+    for parent in parents:
+        module = model.get_submodule(parent)
+        for attribute in ("head_dim", "attention_head_size"):
+            if isinstance(getattr(module, attribute, None), int):
+                return int(getattr(module, attribute))
+    return 0
+
+
+def _joined(index: tuple[tuple[int, ...], ...], unit: int, width: int) -> tuple[int, ...]:
+    return tuple(i for row in index[unit * width : (unit + 1) * width] for i in row)

@@ -1,0 +1,230 @@
+"""Image classifiers by name: a Hub id or folder, `module:function`, or a pruned checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.vision.data import Preprocessing, Transform
+
+# modules whose model functions a checkpoint may name: these are then called unasked
+TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
+# what these modules call weights to download or unpickle; a checkpoint brings its own
+WEIGHT_KEYWORDS = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what its files say about images.
+
+    Attributes:
+        model: the module, in eval mode.
+        base: how to build the model before any cut; goes into a pruned checkpoint as JSON.
+        transform: PIL image -> tensor.
+        preprocessing: the transform's numbers where it is our own, else None.
+        processor: the transformers image processor, if there is one.
+        labels: names of the classes where the model knows them.
+        history: cuts that have been made already.
+    """
+
+    model: nn.Module
+    base: dict[str, Any]
+    transform: Transform
+    preprocessing: Preprocessing | None
+    processor: Any
+    labels: tuple[str, ...] | None
+    history: tuple[list, ...] = ()
+
+
+def open_source(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """The model that MODEL names.
+
+    Args:
+        weights: safetensors file of a `module:function` model's weights.
+        image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
+
+    Raises:
+        ValueError: there is no such model; says what was tried.
+    """
+    from moe_fair.vision.checkpoint import PRUNED_FILE, open_pruned
+
+    own = {"size": image_size, "mean": mean, "std": std}
+    if (Path(spec) / PRUNED_FILE).is_file():
+        return open_pruned(Path(spec), trust_remote_code=trust_remote_code)
+    if function := parse_function(spec):
+        base = {"kind": "function", **function}
+        model = build(base, trusted=True)
+        if weights is not None:
+            load_weights(model, weights)
+        preprocessing = _preprocessing(first_channels(model), own)
+        return Source(model.eval(), base, preprocessing, preprocessing, None, None)
+    if weights is not None:
+        raise ValueError("--weights belongs to a `module:function` model; others bring theirs")
+    return _transformers(spec, own, revision, trust_remote_code)
+
+
+def parse_function(spec: str) -> dict[str, Any] | None:
+    """`module:function` or `module:function(1, key=2)` as its parts, or None.
+
+    Raises:
+        ValueError: arguments that are no plain values.
+    """
+    found = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(\(.*\))?", spec)
+    if not found:
+        return None
+    module, name, arguments = found.groups()
+    try:
+        call = ast.parse(f"f{arguments or '()'}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        positional = [ast.literal_eval(a) for a in call.args]
+        keywords = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{spec}: arguments must be plain values, as f(10, width=16)") from None
+    return {"module": module, "function": name, "arguments": positional, "keywords": keywords}
+
+
+def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None) -> nn.Module:
+    """A fresh model of a base architecture.
+
+    Args:
+        trusted: call any function as it is given. Otherwise those of `TRUSTED` modules only, and
+            without the keywords by which they would fetch weights.
+        folder: holds `config.json` of a transformers model.
+
+    Raises:
+        ValueError: no such function, or one that must not be called unasked.
+    """
+    if base["kind"] == "transformers":
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, base["class"], None)
+        if cls is None or not issubclass(cls, transformers.PreTrainedModel):
+            raise ValueError(f"transformers has no model class {base['class']!r}")
+        return cls(config)
+    module = str(base["module"])
+    keywords = dict(base["keywords"])
+    if module in TRUSTED:
+        if not trusted:
+            keywords = {k: v for k, v in keywords.items() if k not in WEIGHT_KEYWORDS}
+    elif not trusted:
+        raise ValueError(
+            f"the checkpoint wants to run {module}:{base['function']}; if you know that code, "
+            "load it with trust_remote_code=True"
+        )
+    try:
+        function = getattr(importlib.import_module(module), str(base["function"]))
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"no model {module}:{base['function']}: {e}") from e
+    try:
+        model = function(*base["arguments"], **keywords)
+    except TypeError as e:
+        raise ValueError(f"{module}:{base['function']}: {e}") from e
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{module}:{base['function']} gives no torch.nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Fill a model from a safetensors file, every tensor of it.
+
+    Raises:
+        ValueError: no such file, or other names or shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ValueError(f"no weights at {file}")
+    try:
+        model.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as e:
+        raise ValueError(f"{file} does not fit the model: {' '.join(str(e).split())[:300]}") from e
+
+
+def first_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes.
+
+    Raises:
+        ValueError: it has no convolution to tell by.
+    """
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            return m.in_channels
+    raise ValueError("the model has no convolution over images")
+
+
+def example(source: Source, count: int = 2) -> Tensor:
+    """[count, C, H, W] noise in the shape of the model's images."""
+    from PIL import Image
+
+    shape = source.transform(Image.new("RGB", (64, 64))).shape
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *shape, generator=generator)
+
+
+def _preprocessing(channels: int, own: Mapping[str, Any]) -> Preprocessing:
+    given = {k: v for k, v in own.items() if v is not None}
+    return Preprocessing(**{"channels": channels, "size": 32, **given})
+
+
+def _transformers(
+    spec: str, own: Mapping[str, Any], revision: str | None, trust_remote_code: bool
+) -> Source:
+    import transformers
+
+    try:
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            spec, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+    except (OSError, ValueError) as e:
+        raise ValueError(
+            f"{spec}: no image classifier there ({' '.join(str(e).split())[:200]}); give a Hub id, "
+            "a folder, a pruned checkpoint or module:function"
+        ) from e
+    config = model.config
+    base = {"kind": "transformers", "class": type(model).__name__}
+    labels = tuple(config.id2label[i] for i in sorted(config.id2label))
+    given = any(v is not None for v in own.values())
+    processor = None if given else find_processor(spec, revision)
+    if processor is not None:
+        return Source(model.eval(), base, processed(processor), None, processor, labels)
+    size = own["size"] or getattr(config, "image_size", None) or 224
+    preprocessing = _preprocessing(first_channels(model), {**own, "size": size})
+    return Source(model.eval(), base, preprocessing, preprocessing, None, labels)
+
+
+def find_processor(where: str, revision: str | None = None) -> Any:
+    """The image processor beside a model, or None."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(where, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def processed(processor: Any) -> Transform:
+    """An image processor as a transform of one image."""
+
+    def transform(image: Any) -> Tensor:
+        return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    return transform

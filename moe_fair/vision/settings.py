@@ -1,0 +1,134 @@
+"""Every setting of a vision run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moe_fair.core.allocate import allocator
+from moe_fair.core.criterion import Criterion
+from moe_fair.core.registry import nearest, pick
+from moe_fair.vision.criteria import criterion
+from moe_fair.vision.finetune import LEARNING_RATES, Training
+
+TARGETS = ("ratio", "flops", "params", "tolerance")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of `moe-fair vision prune`.
+
+    Attributes:
+        model: Hub id, folder, `module:function`, or a pruned checkpoint.
+        data: `digits`, a folder of class folders, or a data set's id.
+        ratio, flops, params: share of the channels, multiply-adds or parameters that leaves;
+            tolerance: ToD's α instead. Exactly one of the four.
+        removal, protection: criteria; allocate: the rule that shares out the budget.
+        min_channels: fewest units kept in any group; align: kept counts are multiples of this.
+        heads: attention heads are units too.
+        samples, batch_size, directions: of the scores; seed: of everything that is drawn.
+        memory: bytes for the U-Score's projections.
+        steps: prune in so many steps, fine-tuning and scoring again after each.
+        finetune_epochs, optimizer, learning_rate, distill: fine-tuning after each step.
+        weights, image_size, mean, std: of a `module:function` model.
+        device: auto, cpu, cuda, ...
+    """
+
+    model: str
+    data: str
+    ratio: float | None = None
+    flops: float | None = None
+    params: float | None = None
+    tolerance: float | None = None
+    removal: str = "u-score"
+    protection: str = "taylor"
+    allocate: str = "tod"
+    min_channels: int = 1
+    align: int = 1
+    heads: bool = False
+    samples: int = 640
+    batch_size: int = 64
+    directions: int = 128
+    seed: int = 0
+    memory: int = 1 << 30
+    steps: int = 1
+    finetune_epochs: int = 0
+    optimizer: str = "sgd"
+    learning_rate: float | None = None
+    distill: float = 0.0
+    weights: str | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        given = [t for t in TARGETS if getattr(self, t) is not None]
+        if len(given) != 1:
+            names = " and ".join("--" + t for t in given) or "none"
+            raise ValueError(
+                f"give exactly one target (--ratio, --flops, --params or --tolerance); got {names}"
+            )
+        share = getattr(self, given[0])
+        if not 0 <= share <= 1 or (share == 1 and given[0] != "tolerance"):
+            raise ValueError(f"--{given[0]} {share:g} is not between 0 and 1")
+        for name, least in (
+            ("min_channels", 1), ("align", 1), ("samples", 2), ("batch_size", 1),
+            ("directions", 1), ("seed", 0), ("steps", 1), ("finetune_epochs", 0), ("memory", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)} is below {least}")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"--distill {self.distill:g} is not between 0 and 1")
+        if self.distill and not self.finetune_epochs:
+            raise ValueError("--distill acts in fine-tuning: give --finetune-epochs too")
+        if self.steps > 1 and not self.finetune_epochs:
+            raise ValueError("--steps fine-tunes between the steps: give --finetune-epochs too")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(f"--lr {self.learning_rate:g} is not above 0")
+        rule = allocator(self.allocate)
+        if self.tolerance is not None and not rule.needs_protection:
+            raise ValueError(f"--tolerance is ToD's; --allocate {self.allocate} takes a share")
+        pick(LEARNING_RATES, self.optimizer, "optimizer")
+        criterion(self.removal)
+        criterion(self.protection)
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Settings:
+        """Settings from plain values.
+
+        Raises:
+            ValueError: an unknown name; says the nearest.
+        """
+        known = [f.name for f in fields(Settings)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"no setting {name!r}{nearest(name, known)}")
+        return Settings(**values)
+
+    def plain(self) -> dict[str, Any]:
+        """What was set, for JSON."""
+        found = {k: v for k, v in asdict(self).items() if v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    def scores(self) -> tuple[Criterion, Criterion | None]:
+        """The removal score, and the protection score where the allocator needs one."""
+        paired = allocator(self.allocate).needs_protection
+        return criterion(self.removal), criterion(self.protection) if paired else None
+
+    def training(self) -> Training:
+        return Training(
+            epochs=self.finetune_epochs,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            distill=self.distill,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def weights_path(self) -> Path | None:
+        return Path(self.weights) if self.weights else None

@@ -1,0 +1,241 @@
+"""The commands under `moe-fair vision`: options, a call, a screen."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_fair.core.registry import nearest
+from moe_fair.options import Debug, Device, Json, Output, RecipeFile, Revision, option
+from moe_fair.recipe import coerce, parse_bytes, read_settings
+
+SCORE, TARGET, TRAIN, MODEL, RUN = (
+    "Scores and budget",
+    "Target (exactly one)",
+    "Fine-tuning",
+    "Models given as module:function",
+    "Running",
+)
+
+app = typer.Typer(
+    help="Prune channels of image classifiers: CNNs and vision transformers.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hub id or folder, module:function, or a pruned checkpoint", show_default=False
+    ),
+]
+Data = Annotated[
+    str | None,
+    option("--data", text="digits, a folder of class folders, or a dataset id[:config][@split]"),
+]
+Ratio = Annotated[
+    float | None, option("--ratio", text="Share of the units removed, 0 to 1", panel=TARGET)
+]
+Flops = Annotated[
+    float | None, option("--flops", text="Share of the multiply-adds removed", panel=TARGET)
+]
+Params = Annotated[
+    float | None, option("--params", text="Share of the parameters removed", panel=TARGET)
+]
+Tolerance = Annotated[
+    float | None,
+    option(
+        "--tolerance",
+        text="ToD's α and no budget: each group goes as deep as it allows",
+        panel=TARGET,
+    ),
+]
+Removal = Annotated[
+    str | None,
+    option(
+        "--removal",
+        text="Criterion whose lowest scores leave: u-score, l1, l2, bn-scale, hrank, taylor, "
+        "taylor-sq, taylor-so, taylor-weight or random  [default: u-score]",
+        panel=SCORE,
+    ),
+]
+Protection = Annotated[
+    str | None,
+    option(
+        "--protection",
+        text="Criterion whose highest scores are protected  [default: taylor]",
+        panel=SCORE,
+    ),
+]
+Allocate = Annotated[
+    str | None,
+    option(
+        "--allocate", text="tod, uniform, global or global-normalised  [default: tod]", panel=SCORE
+    ),
+]
+MinChannels = Annotated[
+    int | None,
+    option("--min-channels", text="Fewest units kept in any group  [default: 1]", panel=SCORE),
+]
+Align = Annotated[
+    int | None,
+    option(
+        "--align",
+        text="Kept counts are multiples of this; smaller groups stay whole  [default: 1]",
+        panel=SCORE,
+    ),
+]
+Samples = Annotated[
+    int | None, option("--samples", text="Images for the scores  [default: 640]", panel=SCORE)
+]
+Directions = Annotated[
+    int | None,
+    option("--directions", text="Projections of the sliced distance  [default: 128]", panel=SCORE),
+]
+Seed = Annotated[
+    int | None,
+    option(
+        "--seed",
+        text="Draws images, directions and the order of training  [default: 0]",
+        panel=SCORE,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    option(
+        "--steps",
+        text="Prune in so many steps, fine-tune and score again after each  [default: 1]",
+        panel=TRAIN,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    option("--finetune-epochs", text="Epochs after each step  [default: 0]", panel=TRAIN),
+]
+Optimizer = Annotated[
+    str | None,
+    option(
+        "--optimizer",
+        text="sgd (lr .001, momentum .9) or adamw (lr .0005, cosine to 0)  [default: sgd]",
+        panel=TRAIN,
+    ),
+]
+Rate = Annotated[
+    float | None, option("--lr", text="Learning rate in place of the preset's", panel=TRAIN)
+]
+Distill = Annotated[
+    float | None,
+    option(
+        "--distill",
+        text="Weight of the dense model's outputs in the loss, 0 to 1  [default: 0]",
+        panel=TRAIN,
+    ),
+]
+Weights = Annotated[
+    str | None, option("--weights", text="Safetensors file to fill the model with", panel=MODEL)
+]
+ImageSize = Annotated[
+    int | None, option("--image-size", text="Side of the images  [default: 32]", panel=MODEL)
+]
+Mean = Annotated[
+    str | None,
+    option(
+        "--mean",
+        text="Of the pixels in 0..1, one number or one a channel  [default: 0.5]",
+        panel=MODEL,
+    ),
+]
+Std = Annotated[str | None, option("--std", text="Likewise  [default: 0.5]", panel=MODEL)]
+BatchSize = Annotated[
+    int | None, option("--batch-size", text="Images per batch  [default: 64]", panel=RUN)
+]
+MaxMemory = Annotated[
+    str | None,
+    option(
+        "--max-memory",
+        text="For the U-Score's projections; less means more passes  [default: 1GiB]",
+        panel=RUN,
+    ),
+]
+Heads = Annotated[bool | None, option("--heads", text="Attention heads are units too", panel=SCORE)]
+Trust = Annotated[
+    bool | None,
+    option("--trust-remote-code", text="Run code that a model brings or names", panel=RUN),
+]
+Fresh = Annotated[bool, option("--fresh", text="Discard what a killed run left", panel=RUN)]
+
+
+@app.callback()
+def _vision() -> None:
+    pass
+
+
+@app.command()
+def prune(
+    model: Model = None, data: Data = None, output: Output = ...,  # type: ignore[assignment]
+    recipe: RecipeFile = None,
+    ratio: Ratio = None, flops: Flops = None, params: Params = None, tolerance: Tolerance = None,
+    removal: Removal = None, protection: Protection = None, allocate: Allocate = None,
+    min_channels: MinChannels = None, align: Align = None, heads: Heads = None,
+    samples: Samples = None, directions: Directions = None, seed: Seed = None,
+    steps: Steps = None, finetune_epochs: Epochs = None, optimizer: Optimizer = None,
+    learning_rate: Rate = None, distill: Distill = None,
+    weights: Weights = None, image_size: ImageSize = None, mean: Mean = None, std: Std = None,
+    batch_size: BatchSize = None, memory: MaxMemory = None, device: Device = None,
+    revision: Revision = None, trust_remote_code: Trust = None, fresh: Fresh = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Score, plan, cut and fine-tune: a smaller classifier that load_pruned reads."""
+    given = {k: v for k, v in locals().items() if v is not None}
+    for name in ("output", "recipe", "fresh", "as_json", "debug"):
+        given.pop(name, None)
+    for name, flag in (("mean", "--mean"), ("std", "--std")):
+        if name in given:
+            given[name] = _numbers(flag, given[name])
+    if memory is not None:
+        given["memory"] = parse_bytes("--max-memory", memory)
+    from moe_fair.vision import pipeline, screen
+    from moe_fair.vision.settings import TARGETS, Settings
+
+    if recipe is not None:
+        written = _written(recipe, Settings)
+        if any(t in given for t in TARGETS):  # a target here replaces whichever is written there
+            written = {k: v for k, v in written.items() if k not in TARGETS}
+        given = {**written, **given}
+    for name, wanted in (("model", "a MODEL"), ("data", "--data")):
+        if name not in given:
+            raise ValueError(f"give {wanted}, here or in a --recipe")
+    done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=_say)
+    if as_json:
+        print(screen.as_json(done))
+    else:
+        screen.show(done)
+
+
+def _written(path: Path, kind: type) -> dict[str, Any]:
+    """The settings of a recipe file, each of its type."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for name, value in read_settings(path).items():
+        if name not in hints:
+            raise ValueError(f"no setting {name!r}{nearest(str(name), list(hints))} in {path}")
+        if name == "memory" and isinstance(value, str):
+            value = parse_bytes("memory", value)
+        found[name] = coerce(name, value, hints[name])
+    return found
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{flag} {text!r}: write numbers with commas, as 0.485,0.456,0.406"
+        ) from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

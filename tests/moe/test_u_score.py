@@ -1,0 +1,99 @@
+"""U-Score of experts: the collected distributions against naive outputs, shards, both engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+from test_statistics import DOMAINS, batches, expert, model_of, recorded
+
+from moe_fair.core.sketch import CAPACITY, DIRECTIONS, directions
+from moe_fair.core.units import Statistics
+from moe_fair.engines.batch import Batch
+from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.resident import ResidentEngine
+from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.blocks import find_blocks
+from moe_fair.moe.collect import ExpertCollector
+from moe_fair.moe.criteria import criterion
+
+
+def collect(engine: Any, model: Any, data: list[Batch], taylor: bool = False) -> Statistics:
+    blocks = find_blocks(model)
+    groups = [b.unit_group(4) for b in blocks]
+    with ExpertCollector(blocks, groups, DOMAINS, taylor=taylor, u_score=True) as collector:
+        engine.run(data, collector, backward=taylor)
+    return collector.statistics()
+
+
+def same(a: Statistics, b: Statistics) -> bool:
+    packs = [(a.sketches[g].pack(), b.sketches[g].pack()) for g in a.sketches]
+    return all(torch.equal(x[k], y[k]) for x, y in packs for k in x)
+
+
+def test_scores_are_scipys_on_naive_outputs() -> None:
+    model, data = model_of(), batches()
+    got = collect(ResidentEngine(model), model, data)
+    scores = criterion("u-score")(got)
+    gated: dict[tuple[str, int, int], list[np.ndarray]] = {}
+    for batch in data:
+        with recorded(model) as calls, torch.no_grad():
+            model(batch.input_ids, attention_mask=batch.mask)
+        real = batch.mask.flatten().bool()
+        for block, (m, x, ids, weights, _) in zip(find_blocks(model), calls, strict=True):
+            for e in range(block.num_experts):
+                g = (weights * (ids == e)).sum(1, keepdim=True).double()
+                with torch.no_grad():
+                    out = g * expert(m, e, x).double() @ directions(x.shape[1]).double()
+                gated.setdefault((block.name, batch.domain, e), []).append(out[real].numpy())
+    for block in find_blocks(model):
+        for e in range(block.num_experts):
+            a, b = (np.concatenate(gated[block.name, d, e]) for d in (0, 1))
+            want = np.mean([wasserstein_distance(a[:, p], b[:, p]) for p in range(DIRECTIONS)])
+            assert float(scores.values[block.name][e]) == pytest.approx(want, rel=2e-5), e
+    assert all(c.values is not None for s in got.sketches.values() for c in s.cells.values())
+
+
+def test_shards_padding_and_gradients_leave_no_trace() -> None:
+    model, data = model_of(), batches()
+    engine = ResidentEngine(model)
+    whole = collect(engine, model, data)
+    first, rest = collect(engine, model, data[:1]), collect(engine, model, data[1:])
+    assert same(whole, first.merge(rest))
+    assert same(whole, rest.merge(first))
+    assert same(whole, collect(engine, model, data, taylor=True))
+    padded = collect(engine, model, batches(pad=7))  # other rows shift the rounding of matmuls
+    for name, score in criterion("u-score")(whole).values.items():
+        counts = [x.sketches[name].pack()["counts"] for x in (whole, padded)]
+        assert torch.equal(*counts)
+        torch.testing.assert_close(
+            criterion("u-score")(padded).values[name], score, rtol=1e-5, atol=0
+        )
+
+
+def test_streaming_gives_the_same_bits_and_the_file_brings_them_back(tmp_path: Path) -> None:
+    model_of().save_pretrained(tmp_path / "model")
+    model = type(model_of()).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    ids = torch.randint(3, 128, (8, 200), generator=torch.Generator().manual_seed(1))
+    data = [*batches(), Batch(ids, torch.ones_like(ids), torch.arange(8) + 50, 0)]
+    resident = collect(ResidentEngine(model), model, data, taylor=True)
+    layered = LayeredModel(
+        tmp_path / "model", model.config, dtype=torch.float32, device=torch.device("cpu")
+    )
+    streamed = collect(StreamingEngine(layered), layered.model, data, taylor=True)
+    assert same(resident, streamed)
+    counts = [c.count for s in resident.sketches.values() for c in s.cells.values()]
+    assert min(counts) <= CAPACITY < max(counts)
+    resident.save(tmp_path / "stats")
+    loaded = Statistics.load(tmp_path / "stats")
+    assert same(resident, loaded)
+    name = resident.groups[0].name
+    assert torch.equal(
+        criterion("u-score")(loaded).values[name], criterion("u-score")(resident).values[name]
+    )
+    with pytest.raises(ValueError, match="fewer than two"):
+        criterion("u-score")(loaded, {"b": 0.0})

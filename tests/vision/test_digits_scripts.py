@@ -1,0 +1,54 @@
+"""The scripts behind the figures on digits, at a fraction of their size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+pytestmark = pytest.mark.slow  # about a minute
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "eval" / script), *map(str, arguments)]
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=paths, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
+    nets, table, oracle = tmp_path / "nets", tmp_path / "table.jsonl", tmp_path / "oracle.jsonl"
+    small = ["--nets", "vgg_small", "--seeds", "1", "--epochs", "2", "-o", nets]
+    first = run("train_digits.py", *small)
+    assert first.startswith("vgg_small seed 0: top-1 9"), first  # 90 % or more after two epochs
+    assert run("train_digits.py", *small) == first  # read, not trained again
+
+    asked = ["--nets", nets, "--methods", "l1/uniform", "u-score/tod", "--ratios", "0.5"]
+    screen = run("digits_table.py", *asked, "--epochs", "1", "-o", table)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert [r["method"] for r in rows] == ["l1/uniform", "u-score/tod"]
+    assert all(r["parameters"] < 0.5 and r["tuned"] > r["cut"] for r in rows)
+    tuned = f"{100 * rows[0]['tuned']:.2f} ± 0.00"
+    line = next(x for x in screen.splitlines() if x.startswith("| l1/uniform"))
+    assert tuned in line
+    again = run("digits_table.py", *asked, "-o", table)
+    assert len(table.read_text().splitlines()) == 2  # nothing was measured twice
+    assert line in again
+
+    screen = run("digits_table.py", "--oracle", "--nets", nets, "-o", oracle)
+    [row] = [json.loads(x) for x in oracle.read_text().splitlines()]
+    assert row["taylor-sq"]["squared"]["spearman"] > row["random"]["squared"]["spearman"] + 0.3
+    assert "| taylor-sq |" in screen
+
+
+def test_u_score_benchmark_runs_without_the_peer() -> None:
+    said = run("bench_uscore.py", "--images", "40", "--layers", "2", "--memory", "64", "8")
+    lines = said.splitlines()
+    assert len(lines) == 2
+    assert all("s CPU" in x and "MiB" in x for x in lines)
