@@ -133,6 +133,8 @@ def test_recipes_run(path: Path, tokenizer: Any, tmp_path: Path) -> None:
     given = recipe.to_dict() | {
         "model": str(tmp_path / "model"), "calibration": [str(CALIBRATION)], "samples": 8,
         "length": 32,
+        # all layers of the real depth are repaired once; elsewhere that is a minute for nothing new
+        "repair": "refit" if path.stem.startswith("olmoe") else "none",
     }  # fmt: skip
     del given["model"]
     done = moe_fair.prune(str(tmp_path / "model"), tmp_path / "out", **given)
