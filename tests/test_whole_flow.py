@@ -23,12 +23,23 @@ def run(*arguments: object) -> None:
 
 
 def test_one_go_equals_the_stages_byte_for_byte(tmp_path: Path) -> None:
-    run("prune", MODEL, "--experts", 40, *SMALL, "-o", tmp_path / "one")
-    run("prune", MODEL, "--experts", 40, *SMALL, "-o", tmp_path / "two")
+    scale = ["--repair", "scale"]  # the quickest; the default is in the test of the recipe
+    run("prune", MODEL, "--experts", 40, *SMALL, *scale, "-o", tmp_path / "one")
+    run("prune", MODEL, "--experts", 40, *SMALL, *scale, "-o", tmp_path / "two")
     run("calibrate", MODEL, *SMALL, "-o", tmp_path / "stats")
     run("plan", tmp_path / "stats", "--experts", 40, "-o", tmp_path / "plan.json")
-    run("prune", MODEL, "--plan", tmp_path / "plan.json", "-o", tmp_path / "planned")
-    run("prune", MODEL, "--stats", tmp_path / "stats", "--experts", 40, "-o", tmp_path / "stated")
+    run("prune", MODEL, "--plan", tmp_path / "plan.json", *scale, "-o", tmp_path / "planned")
+    run(
+        "prune",
+        MODEL,
+        "--stats",
+        tmp_path / "stats",
+        "--experts",
+        40,
+        *scale,
+        "-o",
+        tmp_path / "stated",
+    )
     plan = (tmp_path / "one" / "moe_fair" / "plan.json").read_bytes()
     for other in ("two", "planned", "stated"):
         assert (tmp_path / other / "moe_fair" / "plan.json").read_bytes() == plan
