@@ -16,6 +16,7 @@ import typer
 from moe_fair import __version__, distributed
 from moe_fair.options import (
     AgreementText,
+    Against,
     Allocate,
     ApplyChatTemplate,
     Baseline,
@@ -299,6 +300,28 @@ def report(
     from moe_fair.report.write import write_report
 
     print(write_report(out, format, output))
+
+
+@app.command()
+def verify(
+    out: Pruned, against: Against = None, revision: Revision = None,
+    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Check a pruned checkpoint: hashes, code, plan against tensors, experts against the original.
+
+    Exit code 1 where something is wrong.
+    """
+    from moe_fair.moe.load import Checkpoint
+    from moe_fair.tables import verified, verified_json
+    from moe_fair.verifying import verify as check
+
+    original = Checkpoint(against, revision, bool(trust_remote_code)) if against else None
+    found = check(out, original)
+    if as_json:
+        print(json.dumps(verified_json(found), indent=1))
+    else:
+        verified(found)
+    raise typer.Exit(0 if found.ok else 1)
 
 
 @app.command()
