@@ -108,7 +108,7 @@ def shard_files(folder: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             pickles = sorted(folder.glob("*.bin"))
             why = f"; {pickles[0].name} is a pickle, which can run code when read" * bool(pickles)
             raise ValueError(
@@ -117,6 +117,13 @@ def shard_files(folder: Path) -> list[Path]:
     if not names:
         raise ValueError(f"{index}: names no shard")
     return [folder / n for n in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:

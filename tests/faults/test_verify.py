@@ -159,7 +159,7 @@ def test_a_repaired_tensor_that_is_not_finite(
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda o: (o / "modeling_moe_fair.py").open("a").write("import os\n"), "code: "),
+        (lambda o: (o / "modeling_moe_fair.py").write_text("import os\n"), "code: "),
         (lambda o: (o / "tokenization.py").write_text("print(1)"), "tokenization.py"),
         (lambda o: (o / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin was not there"),
         (lambda o: (o / "model.safetensors.index.json").write_text("{}"), "was not there"),
