@@ -165,7 +165,14 @@ def read_settings(path: Path) -> dict[Any, Any]:
         raise ValueError(f"no recipe at {path}")
     try:
         raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as e:
         # of a value that does not fit its tag PyYAML raises whatever its own code runs into
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):

@@ -263,9 +263,7 @@ def repaired_names(
     for done in repairs:
         if done.name not in named:
             raise ValueError(f"repair.json names {done.name}, which the model does not have")
-        changed |= dict.fromkeys(
-            changed_tensors(named[done.name], done), (done.name, done.repair)
-        )
+        changed |= dict.fromkeys(changed_tensors(named[done.name], done), (done.name, done.repair))
     return changed
 
 

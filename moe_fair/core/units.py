@@ -287,8 +287,8 @@ class Statistics:
             if g.name not in self.sums:
                 raise ValueError(f"no sums for {g.name}")
             for name, t in self.sums[g.name].items():
-                if t.shape[:2] != (d, g.size):
-                    raise ValueError(f"{g.name}: {name} {list(t.shape)} for {g.size} units")
+                if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
+                    raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")
             for name, t in self.constants.get(g.name, {}).items():
                 if t.shape[:1] != (g.size,):
                     raise ValueError(f"{g.name}: {name} {list(t.shape)} for {g.size} units")

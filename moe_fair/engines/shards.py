@@ -110,7 +110,9 @@ def shard_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
         if not _is_file(folder / name):
             pickles = sorted(folder.glob("*.bin"))
-            why = f"; {pickles[0].name} is a pickle, which can run code when read" * bool(pickles)
+            why = (
+                f"; {pickles[0].name} is a pickle, which can run code when read" if pickles else ""
+            )
             raise ValueError(
                 f"{folder}: {name} is missing; weights are read from safetensors files only{why}"
             )
@@ -168,7 +170,9 @@ def checkpoint_tensors(folder: Path, shards: Sequence[Path]) -> list[StoredTenso
             raise ValueError(f"{folder}: {t.name} lies in {a} and in {b}; which one counts?")
         found[t.name] = t
     index = folder / INDEX
-    for name, shard in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
+    for name, shard in (
+        json.loads(index.read_text())["weight_map"].items() if index.is_file() else ()
+    ):
         if name not in found or found[name].pieces[0].file.name != shard:
             raise ValueError(
                 f"{index}: {name} is not in {shard}; download or copy the checkpoint again"

@@ -249,7 +249,9 @@ def _chat(tokenizer: Any, messages: list[dict[str, str]], source: Source) -> tup
         raise ValueError(f"{source.where} holds chats, but the tokenizer has no chat template")
     try:
         encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    except Exception as e:  # the template is a program of the model's maker, and raises what it likes
+    except (
+        Exception
+    ) as e:  # the template is a program of the model's maker, and raises what it likes
         why = " ".join(str(e).split())
         raise ValueError(f"{source.where}: a chat does not fit the chat template: {why}") from e
     return tuple(encoded["input_ids"])

@@ -66,7 +66,16 @@ def changed(data: st.DataObject, value: Any) -> Any:
     return data.draw(anything)
 
 
-TAGS = ["!!int ", "!!float ", "!!timestamp ", "!!binary ", "!!set ", "!!python/name:os ", "&a ", "*a"]
+TAGS = [
+    "!!int ",
+    "!!float ",
+    "!!timestamp ",
+    "!!binary ",
+    "!!set ",
+    "!!python/name:os ",
+    "&a ",
+    "*a",
+]
 values = st.builds(lambda t, v: t + json.dumps(v), st.sampled_from(["", "", *TAGS]), anything)
 settings_lines = st.lists(
     st.tuples(st.sampled_from(sorted(Recipe.__dataclass_fields__)) | st.text(max_size=8), values),
@@ -119,10 +128,12 @@ HEADER = {
 @given(data=st.data())
 def test_statistics_headers(folder: Path, data: st.DataObject) -> None:
     length = data.draw(st.sampled_from([4, 4, 3]))
+    kind = data.draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
     tensors = {
         "sequence_ids": torch.arange(2), "sequence_domains": torch.zeros(2, dtype=torch.int64),
-        "tokens": torch.ones(1), "sequences": torch.ones(1),
-        "sums/layers.0/tokens": torch.ones(1, length), "rows/layers.0": torch.ones(2, length),
+        "tokens": torch.ones(1, dtype=kind), "sequences": torch.ones(1, dtype=kind),
+        "sums/layers.0/tokens": torch.ones(1, length, dtype=kind),
+        "rows/layers.0": torch.ones(2, length, dtype=kind),
     }  # fmt: skip
     gone = data.draw(st.sampled_from([None, None, None, *tensors]))
     path = folder / "statistics.safetensors"
@@ -134,7 +145,10 @@ def test_statistics_headers(folder: Path, data: st.DataObject) -> None:
             assert found.view(g)["tokens"].shape == (g.size,)
 
 
-INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+INDEX = {
+    "metadata": {"total_size": 8},
+    "weight_map": {"a": "one.safetensors", "b": "two.safetensors"},
+}
 
 
 @fuzz
