@@ -15,8 +15,8 @@ import typer
 
 from moe_fair import __version__, distributed
 from moe_fair.options import (
-    AgreementText,
     Against,
+    AgreementText,
     Allocate,
     ApplyChatTemplate,
     Baseline,

@@ -28,8 +28,8 @@ from moe_fair.report.numbers import (
 )
 
 if TYPE_CHECKING:
-    from moe_fair.verifying import Verified
     from moe_fair.publish.push import Upload
+    from moe_fair.verifying import Verified
 
 BAR = 24  # columns
 MOST_COLUMNS = 1000  # of a table

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -124,12 +124,11 @@ def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = T
         plan, repairs = Plan.load(path), load_repairs(output / FOLDER / "repair.json") or []
     except ValueError as e:
         checks.append(Check("plan", False, str(e)))
-    if plan is not None and original is not None:
-        if plan.fingerprint.get("model") != original.fingerprint["model"]:
-            raise ValueError(
-                f"{output} was pruned from another model than {original.model}; give the one it "
-                "was pruned from, as it was then"
-            )
+    if plan is not None and original is not None and not _pruned_from(plan, original):
+        raise ValueError(
+            f"{output} was pruned from another model than {original.model}; give the one it was "
+            "pruned from, as it was then"
+        )
     checks.append(_check("code", lambda: _code(output)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
@@ -145,8 +144,11 @@ def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = T
     return Verified(output, tuple(checks))
 
 
-def _check(name: str, look: object) -> Check:
-    assert callable(look)
+def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
+    return plan.fingerprint.get("model") == original.fingerprint["model"]
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
     except (_Wrong, ValueError, OSError, KeyError) as e:
@@ -259,7 +261,7 @@ def repaired_names(
         ValueError: a repair of a block that the model does not have.
     """
     named = {b.name: b for b in blocks}
-    changed = {}
+    changed: dict[str, tuple[str, str]] = {}
     for done in repairs:
         if done.name not in named:
             raise ValueError(f"repair.json names {done.name}, which the model does not have")

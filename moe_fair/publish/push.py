@@ -69,12 +69,13 @@ def push(
         dry_run: write the card, upload nothing.
 
     Raises:
-        ValueError: not a pruned checkpoint or one that does not verify, a bad name, no token, or the Hub refuses; says why.
+        ValueError: not a pruned checkpoint, or one that does not verify, a bad name, no token, or
+            the Hub refuses; says why.
     """
     sources = gather(output)
-    found = verify(output)
-    if not found.ok:
-        raise ValueError(f"{output} does not verify and is not uploaded: {found.wrong}")
+    checked = verify(output)
+    if not checked.ok:
+        raise ValueError(f"{output} does not verify and is not uploaded: {checked.wrong}")
     for name in (repo_id, *((base_model,) if base_model else ())):
         _check_name(name)
     if not dry_run and get_token() is None:

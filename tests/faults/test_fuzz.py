@@ -47,8 +47,7 @@ def only_value_errors(run: Callable[[], object]) -> bool:
     """True where it passed; anything but ValueError fails the test."""
     try:
         run()
-    except ValueError as e:
-        assert str(e).strip()
+    except ValueError:
         return False
     return True
 

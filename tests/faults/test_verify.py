@@ -213,7 +213,7 @@ def test_prune_keeps_a_result_that_does_not_verify_from_its_name(
 
     write = checkpoint.write_shards
     monkeypatch.setattr(checkpoint, "write_shards", swapped)
-    with pytest.raises(RuntimeError, match="does not verify and stays in .*out.partial"):
+    with pytest.raises(RuntimeError, match=r"does not verify and stays in .*out.partial"):
         pruned_folder(tmp_path, statistics_folder, repair="none")
     assert not (tmp_path / "out").exists()
 
