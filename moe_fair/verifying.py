@@ -151,7 +151,8 @@ def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
 def _check(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
-    except (_Wrong, ValueError, OSError, KeyError) as e:
+    except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        # a damaged config or table breaks whatever reads it, here or in transformers
         return Check(name, False, " ".join(str(e).split()))
 
 

@@ -165,6 +165,7 @@ def test_a_repaired_tensor_that_is_not_finite(
         (lambda o: (o / "model.safetensors.index.json").write_text("{}"), "was not there"),
         (lambda o: (o / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
         (lambda o: (o / "config.json").write_text("{}"), "config.json has 2 bytes"),
+        (lambda o: (o / "config.json").write_text("[]"), "code: "),
         (lambda o: (o / MANIFEST).unlink(), "prune again"),
         (lambda o: (o / MANIFEST).write_text("[" * 100_000), "is not a list of files"),
         (lambda o: (o / "moe_fair" / "plan.json").write_text("{"), "is not a moe_fair plan"),
