@@ -15,6 +15,7 @@ import typer
 
 from moe_fair import __version__, distributed
 from moe_fair.options import (
+    Against,
     AgreementText,
     Allocate,
     ApplyChatTemplate,
@@ -302,6 +303,28 @@ def report(
 
 
 @app.command()
+def verify(
+    out: Pruned, against: Against = None, revision: Revision = None,
+    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Check a pruned checkpoint: hashes, code, plan against tensors, experts against the original.
+
+    Exit code 1 where something is wrong.
+    """
+    from moe_fair.moe.load import Checkpoint
+    from moe_fair.tables import verified, verified_json
+    from moe_fair.verifying import verify as check
+
+    original = Checkpoint(against, revision, bool(trust_remote_code)) if against else None
+    found = check(out, original)
+    if as_json:
+        print(json.dumps(verified_json(found), indent=1))
+    else:
+        verified(found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
 def push(
     out: Pruned, repo: RepoId, private: Private = False, revision: PushRevision = None,
     base_model: BaseModel = None, license: License = None, dry_run: DryRun = False,
@@ -390,8 +413,23 @@ def _fail(e: Exception, arguments: list[str]) -> int:
     text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, (ValueError, OSError)):
         return distributed.fail(f"moe-fair: error: {text}", _print, 2)
+    if (lack := _lack(e, text)) is not None:
+        return distributed.fail(f"moe-fair: error: {lack}", _print, 2)
     text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
     return distributed.fail(text, _print, 1)
+
+
+def _lack(e: Exception, text: str) -> str | None:
+    """What the machine ran out of, in words; the libraries below have many kinds of exception."""
+    name = type(e).__name__
+    if isinstance(e, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text:
+        return (
+            f"out of memory: {text}; use a smaller --batch-size, --engine streaming, or "
+            "--checkpointing; the same command goes on where it stopped"
+        )
+    if name == "SafetensorError":
+        return f"a safetensors file could not be read or written: {text}"
+    return None
 
 
 def _quieten() -> None:

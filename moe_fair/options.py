@@ -246,6 +246,9 @@ Pruned = Annotated[Path, typer.Argument(help="Directory that `prune` wrote", sho
 Baseline = Annotated[
     str | None, option("--baseline", text="The original model, run on the same items and text")
 ]
+Against = Annotated[
+    str | None, option("--against", text="The original model, to compare every expert with")
+]
 Tasks = Annotated[
     list[str] | None,
     option(

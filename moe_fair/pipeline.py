@@ -39,6 +39,7 @@ from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
 from moe_fair.report.sources import FOLDER
+from moe_fair.verifying import verify, write_manifest
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,11 @@ def prune(
         from moe_fair.report.write import write_report  # matplotlib takes a second to import
 
         write_report(folder)
+        write_manifest(folder)
+        found = verify(folder, source, hashes=False)
+        if not found.ok:
+            raise RuntimeError(f"the result does not verify and stays in {folder}: {found.wrong}")
+        say(f"verified: {found.checks[-1].detail}")
         settle(folder, output)
         discard(work)
     return Pruned(output, made, before, us.told(lambda: after))

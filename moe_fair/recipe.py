@@ -15,6 +15,7 @@ import yaml
 from moe_fair.core.registry import nearest
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
+LARGEST = 10**18  # of any number in a recipe
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides a plan once the statistics are there
 PLANNING = (
@@ -164,7 +165,15 @@ def read_settings(path: Path) -> dict[Any, Any]:
         raise ValueError(f"no recipe at {path}")
     try:
         raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as e:
+        # of a value that does not fit its tag PyYAML raises whatever its own code runs into
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
@@ -240,6 +249,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{_flag(name)} must be a number or a list of numbers, not {value!r}")
     if typing.get_origin(kind) is not None:  # weights
         return _weights(name, value)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{_flag(name)} is out of every range")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, (int, float)) and name == "size":
@@ -260,7 +271,7 @@ def _weights(name: str, value: Any) -> dict[str, float]:
         raise ValueError(f"{_flag(name)} must map domains to weights, not {value!r}")
     for domain, weight in value.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 0 <= weight < float("inf"):
+        if not number or not 0 <= weight <= LARGEST:
             raise ValueError(f"{_flag(name)}: {domain}: {weight!r} is not a weight of 0 or more")
     if not any(value.values()):
         raise ValueError(f"{_flag(name)}: every weight is 0")

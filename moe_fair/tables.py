@@ -29,6 +29,7 @@ from moe_fair.report.numbers import (
 
 if TYPE_CHECKING:
     from moe_fair.publish.push import Upload
+    from moe_fair.verifying import Verified
 
 BAR = 24  # columns
 MOST_COLUMNS = 1000  # of a table
@@ -123,6 +124,30 @@ def evaluation_json(rows: list[Row] | None, found: Agreements | None) -> dict[st
     return {
         "benchmarks": None if rows is None else [asdict(r) for r in rows],
         "agreement": None if found is None else asdict(found),
+    }
+
+
+def verified(found: Verified) -> None:
+    """Every check and what it found."""
+    console = Console(highlight=False)
+    words = {True: "ok", False: "WRONG", None: "-"}
+    rows = tuple((c.name, words[c.ok], c.detail) for c in found.checks)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a name is not markup
+    console.print(table)
+    end = "verified" if found.ok else "does NOT verify; prune again, or download or copy it again"
+    console.print(f"\n{found.output}: {end}", soft_wrap=True, markup=False)
+
+
+def verified_json(found: Verified) -> dict[str, Any]:
+    """The same as `verified`, for scripts."""
+    return {
+        "output": str(found.output),
+        "ok": found.ok,
+        "checks": [asdict(c) for c in found.checks],
     }
 
 

@@ -19,6 +19,7 @@ ORDER = [
     {"moe", "vision"},
     {"evaluate"},
     {"report"},
+    {"verifying"},
     {"publish"},
     {"recipe", "progress", "options"},
     {"checks", "collecting"},

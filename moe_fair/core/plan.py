@@ -157,11 +157,28 @@ class Plan:
             groups = [GroupPlan(**g) for g in raw.pop("groups")]
             before, after = ModelSize(**raw.pop("before")), ModelSize(**raw.pop("after"))
             plan = Plan(groups=groups, before=before, after=after, **raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            _check_types(plan)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} is not a moe_fair plan: {e}") from e
         for g in plan.groups:
             _check_kept(g, path)
         return plan
+
+
+def _check_types(plan: Plan) -> None:
+    """What others rely on is of its type; json holds anything."""
+    numbers = [g.size for g in plan.groups] + [g.layer for g in plan.groups]
+    numbers += [getattr(s, n) for s in (plan.before, plan.after) for n in ("parameters", "bytes")]
+    if not plan.groups or not all(type(n) is int for n in numbers):
+        raise ValueError("no groups, or sizes and layers that are not whole numbers")
+    if not all(isinstance(g.name, str) and isinstance(g.kept, list) for g in plan.groups):
+        raise ValueError("a group without a name or a list of kept ids")
+    names = [g.name for g in plan.groups]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    for name in ("fingerprint", "recipe", "explanation", "target"):
+        if not isinstance(getattr(plan, name), dict):
+            raise ValueError(f"its {name} is not a table")
 
 
 def _check_kept(g: GroupPlan, path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ class UnitGroup:
     multiple: int = 1
 
     def __post_init__(self) -> None:
+        numbers = (self.layer, self.size, self.floor, self.blocks, self.multiple)
+        if not isinstance(self.name, str) or not all(isinstance(n, Integral) for n in numbers):
+            raise ValueError(f"{self.name!r}: layer, size and floor must be whole numbers")
         if self.size < 1 or not 0 <= self.floor <= self.size:
             raise ValueError(f"{self.name}: floor {self.floor} outside 0..{self.size} units")
         if self.blocks < 1 or self.size % self.blocks:
@@ -259,7 +263,37 @@ class Statistics:
                 f"{file} is not a moe_fair statistics file of this version "
                 f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); redo it"
             )
-        return Statistics.unpack(header, tensors)
+        try:
+            found = Statistics.unpack(header, tensors)
+            found.check()
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as e:
+            raise ValueError(f"{file} cannot be read as a statistics file: {e}; redo it") from e
+        return found
+
+    def check(self) -> None:
+        """The header's groups and domains are those of the tensors.
+
+        Raises:
+            ValueError: they are not; says which.
+        """
+        if not self.groups or not all(isinstance(d, str) for d in self.domains):
+            raise ValueError("no groups, or domains without a name")
+        if not isinstance(self.fingerprint, dict) or not isinstance(self.facts, dict):
+            raise ValueError("its fingerprint or facts are not a table")
+        d, s = len(self.domains), len(self.sequence_ids)
+        if self.tokens.shape != (d,) or self.sequences.shape != (d,):
+            raise ValueError(f"counts that are not those of {d} domains")
+        for g in self.groups:
+            if g.name not in self.sums:
+                raise ValueError(f"no sums for {g.name}")
+            for name, t in self.sums[g.name].items():
+                if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
+                    raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")
+            for name, t in self.constants.get(g.name, {}).items():
+                if t.shape[:1] != (g.size,):
+                    raise ValueError(f"{g.name}: {name} {list(t.shape)} for {g.size} units")
+            if g.name in self.rows and self.rows[g.name].shape != (s, g.size):
+                raise ValueError(f"{g.name}: {len(self.rows[g.name])} rows of {s} sequences")
 
     @staticmethod
     def unpack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
@@ -301,8 +335,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(file), framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("moe_fair", "{}"))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no table")
             return header, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, json.JSONDecodeError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as a statistics file: {e}") from e
 
 

@@ -97,7 +97,7 @@ class LayeredModel:
         """
         self._load(index)
         layer = self.decoder.layers[index]
-        self._check(layer)
+        self._check(layer, prefix=f"{self._prefix}{index}.")
         if following is not None:
             self.reader.ahead(following, self._stored.get(following, []))
         try:
@@ -120,6 +120,7 @@ class LayeredModel:
         """Stored tensors by the decoder layer that owns them in the model."""
         find = destinations(self.model)
         prefix = next(n for n, m in self.model.named_modules() if m is self.decoder.layers) + "."
+        self._prefix = prefix
         known = self.model.state_dict()
         groups: dict[int, list[StoredTensor]] = {}
         for t in tensors:
@@ -195,11 +196,11 @@ class LayeredModel:
         if wrong:
             raise ValueError(f"tensor {wrong[0]} of the checkpoint does not fit the model")
 
-    def _check(self, module: nn.Module, skip: nn.Module | None = None) -> None:
+    def _check(self, module: nn.Module, skip: nn.Module | None = None, prefix: str = "") -> None:
         skipped = {id(p) for p in skip.parameters()} if skip is not None else set()
         missing = [n for n, p in module.named_parameters() if p.is_meta and id(p) not in skipped]
         if missing:
-            raise ValueError(f"the checkpoint holds no weights for {missing[0]}")
+            raise ValueError(f"the checkpoint holds no weights for {prefix}{missing[0]}")
 
 
 def _empty(root: nn.Module) -> None:

@@ -8,7 +8,9 @@ type as it is and needs no memory beyond one buffer.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as on the Hub
 BUFFER = 64 * 2**20
+# of one element, by data type; of a type that is not here the size is not checked
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,16 +103,29 @@ def shard_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{index}: cannot be read as an index of shards: {e}") from e
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder}: {name} is missing; weights are read from safetensors files only"
+        if not _is_file(folder / name):
+            pickles = sorted(folder.glob("*.bin"))
+            why = (
+                f"; {pickles[0].name} is a pickle, which can run code when read" if pickles else ""
             )
+            raise ValueError(
+                f"{folder}: {name} is missing; weights are read from safetensors files only{why}"
+            )
+    if not names:
+        raise ValueError(f"{index}: names no shard")
     return [folder / n for n in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
@@ -120,26 +141,73 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         if length > size - 8:
             raise ValueError(f"{file}: not a whole safetensors file; download or copy it again")
         try:
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             found = [_stored(file, 8 + length, n, v) for n, v in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            found.sort(key=lambda t: (t.pieces[0].start, t.bytes))
+            _check_apart(found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{file}: its safetensors header cannot be read: {e}") from e
     missing = max((t.pieces[0].start + t.bytes for t in found), default=0) - size
     if missing > 0:
         raise ValueError(
             f"{file}: {missing:,} bytes are missing at its end; download or copy it again"
         )
-    return sorted(found, key=lambda t: t.pieces[0].start)
+    return found
+
+
+def checkpoint_tensors(folder: Path, shards: Sequence[Path]) -> list[StoredTensor]:
+    """Every tensor of a checkpoint's shards.
+
+    Raises:
+        ValueError: a file as in `stored_tensors`, a tensor that lies in two of them, or one that
+            the index names and its shard does not hold: a loader would make it up at random.
+    """
+    found: dict[str, StoredTensor] = {}
+    for t in (t for s in shards for t in stored_tensors(s)):
+        if t.name in found:
+            a, b = (x.pieces[0].file.name for x in (found[t.name], t))
+            raise ValueError(f"{folder}: {t.name} lies in {a} and in {b}; which one counts?")
+        found[t.name] = t
+    index = folder / INDEX
+    for name, shard in (
+        json.loads(index.read_text())["weight_map"].items() if index.is_file() else ()
+    ):
+        if name not in found or found[name].pieces[0].file.name != shard:
+            raise ValueError(
+                f"{index}: {name} is not in {shard}; download or copy the checkpoint again"
+            )
+    return list(found.values())
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [n for n, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
 
 
 def _stored(file: Path, base: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end:
-        raise ValueError(f"{name} has offsets {begin}..{end}")
-    return StoredTensor(
-        name, entry["dtype"], tuple(entry["shape"]), (Piece(file, base + begin, end - begin),)
-    )
+    shape, dtype = entry["shape"], entry["dtype"]
+    if not isinstance(shape, list) or not all(type(n) is int for n in (begin, end, *shape)):
+        raise ValueError(f"{name} has a shape or offsets that are not whole numbers")
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"{name} has shape {shape} and offsets {begin}..{end}")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has data type {dtype!r}")
+    bits = BITS.get(dtype)
+    if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
+        raise ValueError(f"{name} is {dtype} {shape}, which does not take {end - begin:,} bytes")
+    return StoredTensor(name, dtype, tuple(shape), (Piece(file, base + begin, end - begin),))
+
+
+def _check_apart(found: Sequence[StoredTensor]) -> None:
+    """No two tensors, in the order of their bytes, share any."""
+    for a, b in itertools.pairwise(found):
+        if a.pieces[0].start + a.bytes > b.pieces[0].start:
+            raise ValueError(f"{a.name} and {b.name} share bytes")
 
 
 def write_shards(

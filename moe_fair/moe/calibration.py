@@ -247,7 +247,13 @@ def _start_tokens(tokenizer: Any) -> list[int]:
 def _chat(tokenizer: Any, messages: list[dict[str, str]], source: Source) -> tuple[int, ...]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{source.where} holds chats, but the tokenizer has no chat template")
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    except (
+        Exception
+    ) as e:  # the template is a program of the model's maker, and raises what it likes
+        why = " ".join(str(e).split())
+        raise ValueError(f"{source.where}: a chat does not fit the chat template: {why}") from e
     return tuple(encoded["input_ids"])
 
 
@@ -283,7 +289,7 @@ def _local_documents(path: Path, source: Source) -> Iterator[Document]:
 def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
     if not isinstance(row, dict):
         raise ValueError(f'{path}, line {number}: expected an object with a "text" field')
@@ -301,6 +307,8 @@ def _document(row: dict[str, Any], source: Source) -> Document:
             return chat
     for field in ("text", "content"):
         if isinstance(row.get(field), str):
+            if any("\ud800" <= c <= "\udfff" for c in row[field]):
+                raise ValueError(f"{source.where}: a text holds half a surrogate pair (\\ud800)")
             return row[field]
     raise ValueError(
         f'{source.where}: a row has neither "text" nor "messages"; its fields are '

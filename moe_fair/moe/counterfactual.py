@@ -98,6 +98,11 @@ class Rerouting:
 
     def _reader(self, index: Tensor, weights: Tensor) -> Callable[[Any], tuple[Tensor, Tensor]]:
         """What takes the ids and weights that reach the experts out of the router's output."""
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError(
+                f"{self.block.name}: the calibration run met NaN or Inf in the layers before it; "
+                "look for a bad weight there, or use --dtype float32 where a type overflows"
+            )
         found = self.block.chosen(self._output)
         if found is not None:
             assert _same(found[0], index)

@@ -21,7 +21,7 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import destinations
-from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
+from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
@@ -102,8 +102,12 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> list[StoredTensor]:
-        """Every tensor of the checkpoint, as it lies on disk."""
-        return [t for s in self.shards for t in stored_tensors(s)]
+        """Every tensor of the checkpoint, as it lies on disk.
+
+        Raises:
+            ValueError: see `shards.checkpoint_tensors`.
+        """
+        return checkpoint_tensors(self.path, self.shards)
 
     @cached_property
     def size(self) -> ModelSize:
@@ -172,14 +176,24 @@ class Checkpoint:
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
         if device_map is not None:
             return self._spread(pick_dtype(dtype, where), device_map)
-        model = auto_class(self.config).from_pretrained(
+        model, info = auto_class(self.config).from_pretrained(
             self.path,
             dtype=pick_dtype(dtype, where),
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **self.unpacking,
         )
+        self._check_whole(info)
         return model.to(where)
+
+    def _check_whole(self, info: dict[str, Any]) -> None:
+        """Nothing was made up: transformers fills what is missing with random numbers."""
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{self.model}: its files hold no {missing[0]} ({len(missing)} tensors missing), "
+                "which would be random numbers; download or copy it again"
+            )
 
     @property
     def unpacking(self) -> dict[str, Any]:
@@ -200,7 +214,7 @@ class Checkpoint:
             check_map(device_map, places, self.skeleton)
             places = without_overlap(places, self.skeleton)
         folder = tempfile.mkdtemp(prefix="moe_fair-offload-")
-        model = auto_class(self.config).from_pretrained(
+        model, info = auto_class(self.config).from_pretrained(
             self.path,
             dtype=dtype,
             device_map=places,
@@ -208,7 +222,9 @@ class Checkpoint:
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
             **self.unpacking,
+            output_loading_info=True,
         )
+        self._check_whole(info)
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model
 

@@ -18,10 +18,10 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from moe_fair.engines.shards import shard_files
 from moe_fair.moe.load import first_line
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
 from moe_fair.report.sources import FOLDER, Sources, gather
+from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
 LEFT_OUT = ["*.partial", "*/.cache/*", ".cache/*", f"{FOLDER}/lm-eval/*"]
@@ -69,10 +69,13 @@ def push(
         dry_run: write the card, upload nothing.
 
     Raises:
-        ValueError: not a pruned checkpoint, a bad name, no token, or the Hub refuses; says why.
+        ValueError: not a pruned checkpoint, or one that does not verify, a bad name, no token, or
+            the Hub refuses; says why.
     """
     sources = gather(output)
-    shard_files(output)
+    checked = verify(output)
+    if not checked.ok:
+        raise ValueError(f"{output} does not verify and is not uploaded: {checked.wrong}")
     for name in (repo_id, *((base_model,) if base_model else ())):
         _check_name(name)
     if not dry_run and get_token() is None:

@@ -69,14 +69,19 @@ def gather(output: Path) -> Sources:
         plan=Plan.load(folder / "plan.json"),
         recipe=recipe.read_text() if recipe.is_file() else "",
         routing=_routing(folder / STATISTICS_FILE),
-        repairs=_repairs(folder / "repair.json"),
+        repairs=load_repairs(folder / "repair.json"),
         heldout=load_heldout(folder),
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
     )
 
 
-def _repairs(file: Path) -> list[LayerRepair] | None:
+def load_repairs(file: Path) -> list[LayerRepair] | None:
+    """The table of repairs, or None where there is none.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
     if not file.is_file():
         return None
     known = {f.name for f in fields(LayerRepair)}  # another version may know more

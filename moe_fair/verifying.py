@@ -1,0 +1,381 @@
+"""Whether a pruned checkpoint is what its plan says: files, code, tensors, and every kept expert.
+
+Nothing here cuts: which bytes belong to which expert is worked out again from the plan and the two
+checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on the model's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from moe_fair.core.plan import Plan
+from moe_fair.engines.names import destinations
+from moe_fair.engines.shards import Piece, StoredTensor
+from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
+from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.overlay import TYPES
+from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.repair import LayerRepair, changed_tensors
+from moe_fair.report.sources import FOLDER, load_repairs
+
+MANIFEST = f"{FOLDER}/manifest.json"
+MANIFEST_FORMAT = "moe_fair.manifest/1"
+REDRAWN = (f"{FOLDER}/report.html", f"{FOLDER}/report.md")  # `eval` draws them again
+# what a loader would run or read in place of what is listed
+LOADED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".index.json")
+CHUNK = 16 * 2**20
+Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        ok: nothing is wrong; None where it was not looked at.
+        detail: what was found, or the first thing that is wrong.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of every check of one pruned checkpoint."""
+
+    output: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return all(c.ok is not False for c in self.checks)
+
+    @property
+    def wrong(self) -> str:
+        """What is, in one line."""
+        return "; ".join(f"{c.name}: {c.detail}" for c in self.checks if c.ok is False)
+
+
+class _Wrong(Exception):
+    """What a check found."""
+
+
+def write_manifest(folder: Path) -> Path:
+    """List every file of a result with its size and sha256, but for the reports, drawn from them.
+
+    Returns:
+        the manifest's path.
+    """
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(p for p in folder.rglob("*") if p.is_file())
+        if (name := path.relative_to(folder).as_posix()) not in (*REDRAWN, MANIFEST)
+    }
+    text = json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n"
+    path = folder / MANIFEST
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = True) -> Verified:
+    """Check a pruned checkpoint.
+
+    Args:
+        output: the directory that `prune` wrote.
+        original: the model it was pruned from, to compare every expert with.
+        hashes: read every file again for its sha256; `prune`, which has just written the list,
+            does not.
+
+    Raises:
+        ValueError: `output` is no pruned checkpoint, or `original` not the one it was pruned from.
+    """
+    path = output / FOLDER / "plan.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
+        )
+    checks = [_check("files", lambda: _files(output, hashes))]
+    plan: Plan | None = None
+    repairs: list[LayerRepair] = []
+    try:
+        plan, repairs = Plan.load(path), load_repairs(output / FOLDER / "repair.json") or []
+    except ValueError as e:
+        checks.append(Check("plan", False, str(e)))
+    if plan is not None and original is not None and not _pruned_from(plan, original):
+        raise ValueError(
+            f"{output} was pruned from another model than {original.model}; give the one it was "
+            "pruned from, as it was then"
+        )
+    checks.append(_check("code", lambda: _code(output)))
+    if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
+        return Verified(output, tuple(checks))
+    made, found = plan, Checkpoint(str(output))
+    checks.append(_check("tensors", lambda: _tensors(made, found)))
+    if checks[-1].ok:
+        checks.append(_check("repairs", lambda: _repairs(repairs, found)))
+    if checks[-1].ok and original is not None:
+        checks.append(_check("experts", lambda: _experts(made, repairs, original, found)))
+    elif original is None:
+        text = "not compared; --against ORIGINAL compares them byte by byte"
+        checks.append(Check("experts", None, text))
+    return Verified(output, tuple(checks))
+
+
+def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
+    return plan.fingerprint.get("model") == original.fingerprint["model"]
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        # a damaged config or table breaks whatever reads it, here or in transformers
+        return Check(name, False, " ".join(str(e).split()))
+
+
+def _files(output: Path, hashes: bool) -> str:
+    """Every listed file is there, whole and unchanged, and nothing that would be loaded is new."""
+    path = output / MANIFEST
+    if not path.is_file():
+        raise _Wrong(f"no {MANIFEST}: removed, or pruned by an earlier version; prune again")
+    listed = _manifest(path)
+    for name, entry in listed.items():
+        file = output / name
+        if not file.is_file():
+            raise _Wrong(f"{name} is missing")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise _Wrong(f"{name} has {size:,} bytes and had {entry['bytes']:,}")
+        if hashes and sha256(file) != entry["sha256"]:
+            raise _Wrong(f"{name} is not as it was written (sha256)")
+    for file in sorted(output.iterdir()):
+        if file.name not in listed and file.name.endswith(LOADED):
+            raise _Wrong(f"{file.name} was not there when the checkpoint was written")
+    size = sum(e["bytes"] for e in listed.values())
+    how = "as they were written (sha256)" if hashes else "listed with their sha256"
+    return f"{len(listed)} files, {size:,} bytes, {how}"
+
+
+def _manifest(path: Path) -> dict[str, dict]:
+    try:
+        raw = json.loads(path.read_text())
+        if raw["format"] != MANIFEST_FORMAT:
+            raise _Wrong(f"{MANIFEST}: format {raw['format']!r}, expected {MANIFEST_FORMAT!r}")
+        for name, entry in raw["files"].items():
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+                raise _Wrong(f"{MANIFEST} names {name!r}, which lies outside the checkpoint")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise _Wrong(f"{MANIFEST}: {name!r} has no size and sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise _Wrong(f"{MANIFEST} is not a list of files: {e}") from e
+    return raw["files"]
+
+
+def _code(output: Path) -> str:
+    """No code but our own comes with the checkpoint, and its config can be used."""
+    config = json.loads((output / "config.json").read_text())
+    others = sorted(p.name for p in output.glob("*.py") if p.name != MODELING_FILE)
+    if others:
+        raise _Wrong(f"{others[0]} is not a file that moe_fair writes")
+    brought = config.get("auto_map") is not None or (output / MODELING_FILE).exists()
+    if brought and not is_ours(output):
+        raise _Wrong(f"{MODELING_FILE} or what names it is not as this version writes it")
+    Checkpoint(str(output)).blocks  # noqa: B018  # the structure that the config stands for
+    return f"{MODELING_FILE} is unchanged" if brought else "none, the stock format"
+
+
+def _tensors(plan: Plan, found: Checkpoint) -> str:
+    """The plan's counts are those of the config and of the tensors, and the sizes add up."""
+    blocks = {b.name: b for b in found.blocks}
+    for name, kept in plan.kept.items():
+        if name not in blocks:
+            raise _Wrong(f"the plan names {name}, which the model does not have")
+        if blocks[name].num_experts != len(kept):
+            raise _Wrong(
+                f"{name}: {len(kept)} experts in the plan, {blocks[name].num_experts} in the config"
+            )
+    if found.size != plan.after:
+        raise _Wrong(
+            f"{found.size.parameters:,} parameters in {found.size.bytes:,} bytes, planned "
+            f"{plan.after.parameters:,} in {plan.after.bytes:,}"
+        )
+    kinds: dict[tuple[str, str], list[tuple[int, StoredTensor]]] = {}
+    tensors = {t.name: t for t in found.tensors}
+    for stored, part in found.parts.items():  # raises where a block's experts are not complete
+        if part.expert is not None:
+            kind = LAST_NUMBER.sub(r"\g<1>*\g<3>", stored)
+            kinds.setdefault((part.block, kind), []).append((part.expert, tensors[stored]))
+    for (block, kind), members in kinds.items():
+        if sorted(e for e, _ in members) != list(range(blocks[block].num_experts)):
+            raise _Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
+        if len({(t.dtype, t.shape) for _, t in members}) > 1:
+            raise _Wrong(f"{kind}: the experts differ in shape or data type")
+    experts = sum(map(len, plan.kept.values()))
+    return f"{len(tensors)} tensors, {experts} experts in {len(plan.groups)} layers, as planned"
+
+
+def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
+    """What repairs changed is finite."""
+    changed = repaired_names(repairs, found.blocks)
+    find = destinations(found.skeleton)
+    count = 0
+    with _Reading() as reading:
+        for t in found.tensors:
+            if find(t.name).name in changed:
+                count += 1
+                _finite(t, reading)
+    if not changed:
+        return "none"
+    return f"{count} tensors of {len({n for n, _ in changed.values()})} layers, all finite"
+
+
+def repaired_names(
+    repairs: Sequence[LayerRepair], blocks: Sequence[MoeBlock]
+) -> dict[str, tuple[str, str]]:
+    """Name in the model -> (block, repair), of the tensors that the repairs changed.
+
+    Raises:
+        ValueError: a repair of a block that the model does not have.
+    """
+    named = {b.name: b for b in blocks}
+    changed: dict[str, tuple[str, str]] = {}
+    for done in repairs:
+        if done.name not in named:
+            raise ValueError(f"repair.json names {done.name}, which the model does not have")
+        changed |= dict.fromkeys(changed_tensors(named[done.name], done), (done.name, done.repair))
+    return changed
+
+
+def _experts(
+    plan: Plan, repairs: Sequence[LayerRepair], original: Checkpoint, found: Checkpoint
+) -> str:
+    """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
+    changed = repaired_names(repairs, original.blocks)
+    find = destinations(original.skeleton)
+    left = {t.name: t for t in found.tensors}
+    same, size, repaired = 0, 0, 0
+    with _Reading() as reading:
+        for t in original.tensors:
+            want = _wanted(t, original.parts.get(t.name), plan.kept)
+            if want is None:
+                continue
+            name, shape, ranges = want
+            new = left.pop(name, None)
+            if new is None:
+                raise _Wrong(f"{name} is missing")
+            if (new.dtype, new.shape) != (t.dtype, shape):
+                raise _Wrong(
+                    f"{name} is {new.dtype} {list(new.shape)}, expected {t.dtype} {list(shape)}"
+                )
+            if find(t.name).name in changed:
+                repaired += 1
+                continue
+            _compare(t, ranges, new, reading)
+            same, size = same + 1, size + new.bytes
+    if left:
+        raise _Wrong(f"{min(left)} is not in the original")
+    text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
+    return text + (f"; {repaired} were repaired" if repaired else "")
+
+
+def _wanted(
+    t: StoredTensor, part: ExpertTensor | None, kept: Mapping[str, Sequence[int]]
+) -> tuple[str, tuple[int, ...], Bytes] | None:
+    """An original tensor's name, shape and byte ranges in the result; None where it left."""
+    if part is None or part.block not in kept:
+        return t.name, t.shape, [(0, t.bytes)]
+    ids = kept[part.block]
+    if part.expert is not None:
+        if part.expert not in ids:
+            return None
+        head, _, tail = LAST_NUMBER.match(t.name).groups()  # type: ignore[union-attr]
+        return f"{head}{ids.index(part.expert)}{tail}", t.shape, [(0, t.bytes)]
+    length = t.shape[part.dim]
+    one, rest = t.bytes // length * (length // part.experts), length % part.experts
+    ranges = [(e * one, one) for e in ids]
+    if rest:  # beside the experts' rows
+        ranges.append((part.experts * one, t.bytes - part.experts * one))
+    count = len(ids) * (length // part.experts) + rest
+    return t.name, (*t.shape[: part.dim], count, *t.shape[part.dim + 1 :]), ranges
+
+
+def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Reading) -> None:
+    """The ranges of `old`, one after another, are the bytes of `new`."""
+    [before], [after] = old.pieces, new.pieces
+    at = after.start
+    for start, length in ranges:
+        done = 0
+        while done < length:
+            count = min(CHUNK, length - done)
+            a = reading.bytes(before.file, before.start + start + done, count)
+            b = reading.bytes(after.file, at, count)
+            if a != b:
+                raise _Wrong(f"{new.name} differs from the original's {old.name}")
+            done, at = done + count, at + count
+    if at != after.start + after.length:
+        raise _Wrong(f"{new.name} has {after.length:,} bytes, expected {at - after.start:,}")
+
+
+def _finite(t: StoredTensor, reading: _Reading) -> None:
+    kind = TYPES.get(t.dtype)
+    if kind is None:
+        raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")
+    for data in _chunks(t.pieces, reading):
+        if not bool(torch.isfinite(torch.frombuffer(bytearray(data), dtype=kind)).all()):
+            raise _Wrong(f"{t.name} holds NaN or Inf")
+
+
+def _chunks(pieces: Sequence[Piece], reading: _Reading) -> Iterator[bytes]:
+    for p in pieces:
+        for start in range(0, p.length, CHUNK):
+            yield reading.bytes(p.file, p.start + start, min(CHUNK, p.length - start))
+
+
+class _Reading:
+    """Files that stay open while ranges of them are read."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def bytes(self, file: Path, start: int, count: int) -> bytes:
+        """Exactly so many bytes."""
+        if file not in self._handles:
+            self._handles[file] = os.open(file, os.O_RDONLY)
+        parts = b""
+        while len(parts) < count:
+            more = os.pread(self._handles[file], count - len(parts), start + len(parts))
+            if not more:
+                raise _Wrong(f"{file.name} ends early")
+            parts += more
+        return parts
