@@ -36,9 +36,10 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     counterfactual outputs, wherever it lies (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
     routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
     U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
-    with a uniform budget, as its paper has it.
+    with a uniform budget, as its paper has it. Merging chooses its experts itself and only takes
+    its budget from here: uniform, as its paper has it.
     """
-    name = recipe.method or ("fair" if recipe.tolerance is not None else "second-order")
+    name = recipe.method or _default(recipe)
     rule = recipe.allocate
     if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
         given = recipe.removal or (recipe.method if recipe.method in criteria() else None)
@@ -60,6 +61,13 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     paired = allocator(rule).needs_protection or recipe.protection or name in PAIRS
     protection = recipe.protection or "taylor"
     return criterion(removal), criterion(protection) if paired else None, rule
+
+
+def _default(recipe: Recipe) -> str:
+    """The method where none is named."""
+    if recipe.tolerance is not None:
+        return "fair"
+    return "frequency" if recipe.reduce == "merge" else "second-order"
 
 
 def target(recipe: Recipe) -> Target:

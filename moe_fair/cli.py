@@ -62,6 +62,7 @@ from moe_fair.options import (
     PushRevision,
     Ratio,
     RecipeFile,
+    Reduce,
     Removal,
     RepairName,
     RepoId,
@@ -142,7 +143,8 @@ def plan(
     recipe: RecipeFile = None, experts: Experts = None, total: Total = None, ratio: Ratio = None,
     size: Size = None, tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
     protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
-    min_experts: MinExperts = None, multiple_of: MultipleOf = None, as_json: Json = False,
+    min_experts: MinExperts = None, multiple_of: MultipleOf = None, reduce: Reduce = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Decide which experts stay: a budget per layer, in milliseconds."""
@@ -171,7 +173,7 @@ def prune(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, curve_samples: CurveSamples = None,
-    repair: RepairName = None,
+    reduce: Reduce = None, repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,

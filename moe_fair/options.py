@@ -148,6 +148,15 @@ CurveSamples = Annotated[
         panel=TEXT,
     ),
 ]
+Reduce = Annotated[
+    str | None,
+    option(
+        "--reduce",
+        text="prune, or merge: average clusters of experts with like outputs into one each "
+        "(HC-SMoE); uniform budget, no repair  [default: prune]",
+        panel=SCORE,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(

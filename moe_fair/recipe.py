@@ -16,10 +16,11 @@ from moe_fair.core.registry import nearest
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
+REDUCTIONS = ("prune", "merge")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
-    "weights",
+    "weights", "reduce",
 )  # fmt: skip
 
 
@@ -56,6 +57,8 @@ class Recipe:
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
+            `moe.merge`), the budget by frequency and uniform unless a method is given.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
             unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
@@ -95,6 +98,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    reduce: str = "prune"
     repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
@@ -110,6 +114,11 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(
+                f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
+                f"{', '.join(REDUCTIONS)}"
+            )
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]
