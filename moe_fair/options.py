@@ -131,6 +131,15 @@ UScore = Annotated[
         panel=TEXT,
     ),
 ]
+Gram = Annotated[
+    bool | None,
+    option(
+        "--gram/--no-gram",
+        text="Also collect the products of what any two experts add to their layer's output, for "
+        "--method naee  [default: --no-gram; prune collects what its method needs]",
+        panel=TEXT,
+    ),
+]
 Curves = Annotated[
     str | None,
     option(
@@ -186,8 +195,8 @@ Allocate = Annotated[
     str | None,
     option(
         "--allocate",
-        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves or "
-        "fisher (all layers together, by Taylor rows)",
+        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves, "
+        "fisher (all layers together, by Taylor rows) or naee (sets by reconstruction error)",
         panel=SCORE,
     ),
 ]

@@ -119,14 +119,18 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     check_target(recipe, statistics.groups)
-    costs = rows = None
+    costs = rows = grams = None
+    scores = removal(statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
         costs = curves(statistics, removal.name, recipe.weights)
     if needs(allocator(rule), "rows"):
         rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
+    if needs(allocator(rule), "gram"):
+        views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
+        grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
     made = make_plan(
         statistics.groups,
-        removal(statistics, recipe.weights),
+        scores,
         protection(statistics, recipe.weights) if protection else None,
         target=target(recipe),
         allocator=rule,
@@ -135,6 +139,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         multiple_of=recipe.multiple_of,
         costs=costs,
         rows=rows,
+        grams=grams,
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )

@@ -47,6 +47,7 @@ class Recipe:
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
         u_score: also keep the distributions of each expert's outputs per calibration domain.
+        gram: also collect the products of what any two experts of a layer add to its output.
         curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
             calibration sequences they are measured on.
         method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
@@ -84,6 +85,7 @@ class Recipe:
     taylor: bool = True
     counterfactual: bool = True
     u_score: bool = False
+    gram: bool = False
     curves: str | None = None
     curve_samples: int = 16
     method: str | None = None

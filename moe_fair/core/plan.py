@@ -200,6 +200,7 @@ def make_plan(
     multiple_of: int = 1,
     costs: Mapping[str, np.ndarray] | None = None,
     rows: Mapping[str, np.ndarray] | None = None,
+    grams: Mapping[str, np.ndarray] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -207,7 +208,7 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of, costs, rows: see `ranking.rank`.
+        min_units, multiple_of, costs, rows, grams: see `ranking.rank`.
 
     Raises:
         ValueError: the target cannot be met; says why.
@@ -215,7 +216,7 @@ def make_plan(
     rule = find_allocator(allocator)
     ranked = rank(
         groups, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
-        rows=rows,
+        rows=rows, grams=grams,
     )  # fmt: skip
     size = sum(g.size for g in groups)
     if target.tolerance is not None:

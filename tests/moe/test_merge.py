@@ -52,7 +52,7 @@ def test_clusters_equal_a_naive_linkage_and_scipys(count: int) -> None:
     got = {frozenset(c) for c in clusters(output, count)}
     assert got == naive(output.numpy(), count)
     distances = [
-        float(np.sqrt(((output[i] - output[j]) ** 2).sum()))
+        float(((output[i] - output[j]) ** 2).sum().sqrt())
         for i in range(12)
         for j in range(i + 1, 12)
     ]
