@@ -171,7 +171,7 @@ RepairName = Annotated[
     option(
         "--repair",
         text="Fit the remaining experts to the original model, layer by layer: none, scale, "
-        "channel, variance, matrix, refit or distill  [default: distill]",
+        "channel, variance, matrix, refit, distill or novice  [default: distill]",
         panel=SCORE,
     ),
 ]

@@ -28,8 +28,8 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
-from moe_fair.moe.repairs import Repair, repair
-from moe_fair.moe.routed import Routed, check_linear, read_down, write_down
+from moe_fair.moe.repairs import Repair, check_repairable, repair
+from moe_fair.moe.routed import Routed, read_down, write_down
 from moe_fair.moe.surgery import cut_block
 from moe_fair.moe.tune import tune
 from moe_fair.moe.watch import Watch
@@ -94,7 +94,7 @@ class Repairer:
         self.epochs = int(getattr(self.kind, "epochs", 0))
         self.blocks = {b.layer: b for b in find_blocks(engine.model) if b.name in kept}
         for b in self.blocks.values():
-            check_linear(b.experts)
+            check_repairable(self.kind, b.experts)
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch]) -> list[LayerRepair]:
