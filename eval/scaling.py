@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT64 = 8
-# of every expert and domain: sums that need no gradient, Taylor sums, and the three of a removal
-SCALARS = 8 + 3 + 3
+# of every expert and domain: sums that need no gradient, Taylor sums, and two of its removal; one
+# more for every other expert is the removal of both
+SCALARS = 8 + 3 + 2
 VECTORS = 2  # Σf and Σf², a value for every model dimension
 LOGITS = 2**24  # elements of a chunk of logits, as the streaming engine has it
 
@@ -143,7 +144,8 @@ def flops(s: Shape, tokens: int, length: int, extra: float = 1.0) -> float:
 
 def statistics_bytes(s: Shape, domains: int, sequences: int, pairs: bool = True) -> int:
     """Sums (with what rounding took: twice), Taylor rows; of all layers."""
-    sums = domains * s.experts * (SCALARS + VECTORS * s.model) * (2 if pairs else 1)
+    values = SCALARS + s.experts + VECTORS * s.model
+    sums = domains * s.experts * values * (2 if pairs else 1)
     constants = 3 * s.experts
     rows = sequences * s.experts
     return (s.layers - s.dense) * FLOAT64 * (sums + constants + rows)
@@ -289,11 +291,14 @@ def measured(kind: str) -> Iterator[tuple[str, float, float]]:
         yield "bytes read", bytes_read(shape), read
         yield "FLOPs", flops(shape, tokens, length, extra=0), counter.get_total_flops()
         yield "boundary activations", activation_bytes(shape, tokens, 4), held.total
-        found = collector.statistics()
-        packed = sum(t.nbytes for t in found.pack()[1].values())
-        # the three sums of a removal were left out to count FLOPs: by an expert's own products
-        left_out = (shape.layers - shape.dense) * domains * shape.experts * 3 * FLOAT64 * 2
-        yield "statistics", statistics_bytes(shape, domains, sequences) - left_out, packed
+        # FLOPs were counted without the removals; statistics are counted with them
+        collector = ExpertCollector(
+            find_blocks(hollow), source.groups, text.domains, counterfactual=True
+        )
+        with collector:
+            engine.run(text.batches(4), collector)
+        packed = sum(t.nbytes for t in collector.statistics().pack()[1].values())
+        yield "statistics", statistics_bytes(shape, domains, sequences), packed
 
 
 class _Held:

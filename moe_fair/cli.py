@@ -361,12 +361,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _quieten()
-    if not distributed.is_first() and arguments[:1] not in TOGETHER:
-        sys.exit(0)
+    if arguments[:1] not in TOGETHER:
+        if not distributed.is_first():
+            sys.exit(0)
+        distributed.stay_alone()
     command = typer.main.get_command(app)
     try:
-        if arguments[:1] in TOGETHER:
-            distributed.team()
+        distributed.team()
         code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
         distributed.finish()
     except KeyboardInterrupt:

@@ -51,6 +51,12 @@ def is_first() -> bool:
     return int(os.environ.get("RANK") or 0) == 0 or processes() == 1
 
 
+def stay_alone() -> None:
+    """Forget the launcher: for what the first process does by itself."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes of a run as one of them sees it.

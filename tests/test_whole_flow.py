@@ -81,6 +81,9 @@ def test_the_screen_and_the_file_agree(
     screen = capsys.readouterr().out
     for said in ("ToD", "null depth", "90 of 360 experts kept", "parameters: 8.05 M ->", "ceiling"):
         assert said in screen
+    assert "expert parallel: 1, 3, 5, 15 devices divide every layer evenly" in screen
+    run("plan", statistics_folder, "--experts", 37)
+    screen = capsys.readouterr().out
     assert "expert parallel: no number of devices divides every layer evenly" in screen
     run("plan", statistics_folder, "--experts", 40, "--multiple-of", 8)
     assert "expert parallel: 1, 2, 4, 8 devices divide every layer" in capsys.readouterr().out

@@ -80,13 +80,14 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
             w, v = 2 * h[k] + h[k - 1], h[k] + 2 * h[k - 1]
             m[k] = (w + v) / (w / d[k - 1] + v / d[k])
     m[0], m[-1] = _end(h[0], h[1], d[0], d[1]), _end(h[-1], h[-2], d[-1], d[-2])
-    i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
-    t = (at - x[i]) / h[i]
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
+    width = h[left]
+    t = (at - x[left]) / width
     return (
-        y[i] * (1 + 2 * t) * (1 - t) ** 2
-        + h[i] * m[i] * t * (1 - t) ** 2
-        + y[i + 1] * t**2 * (3 - 2 * t)
-        + h[i] * m[i + 1] * t**2 * (t - 1)
+        y[left] * (1 + 2 * t) * (1 - t) ** 2
+        + width * m[left] * t * (1 - t) ** 2
+        + y[left + 1] * t**2 * (3 - 2 * t)
+        + width * m[left + 1] * t**2 * (t - 1)
     )
 
 

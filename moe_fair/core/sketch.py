@@ -27,7 +27,7 @@ from torch import Tensor
 
 DIRECTIONS, SEED = 32, 0
 CAPACITY = 256  # values kept as they are
-OCTAVES, SUBS = 8, 32
+OCTAVES, SUBS = 12, 16  # gates near 0 make most values small beside the largest
 SIDE = OCTAVES * SUBS + 1  # bins on either side of zero
 LOWEST = -126  # exponent of the smallest normal float32
 

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_fair.engines.batch import Batch, Observer, Visit, quietly, sequence_losses, token_losses
+from moe_fair.engines.decoder import find_decoder
 
 
 class ResidentEngine:
@@ -37,12 +38,7 @@ class ResidentEngine:
         self.bytes_read = 0  # the weights are there
         self.model = model.eval().requires_grad_(False)
         self.device = _input_device(model)
-        self.layers = getattr(model.base_model, "layers", None) if checkpointing else ()
-        if not isinstance(self.layers, (nn.ModuleList, tuple)):
-            raise ValueError(
-                f"{type(model.base_model).__name__} has no list of decoder layers to checkpoint; "
-                "use --engine streaming or a larger device"
-            )
+        self.layers = find_decoder(model).layers if checkpointing else ()
 
     def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""

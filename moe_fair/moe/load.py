@@ -207,6 +207,7 @@ class Checkpoint:
             offload_folder=folder,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
+            **self.unpacking,
         )
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model

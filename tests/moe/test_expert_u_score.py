@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import CALIBRATION, MODEL
 from scipy.stats import wasserstein_distance
 from test_statistics import DOMAINS, batches, expert, model_of, recorded
 
-from moe_fair.core.sketch import CAPACITY, DIRECTIONS, directions
+import moe_fair
+from moe_fair import pipeline
+from moe_fair.core.sketch import CAPACITY, DIRECTIONS, Cell, Sketch, directions
 from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.layers import LayeredModel
@@ -20,6 +23,7 @@ from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.criteria import criterion
+from moe_fair.recipe import Recipe
 
 
 def collect(engine: Any, model: Any, data: list[Batch], taylor: bool = False) -> Statistics:
@@ -97,3 +101,43 @@ def test_streaming_gives_the_same_bits_and_the_file_brings_them_back(tmp_path: P
     )
     with pytest.raises(ValueError, match="fewer than two"):
         criterion("u-score")(loaded, {"b": 0.0})
+
+
+@pytest.mark.slow
+def test_the_sketch_is_within_a_percent_on_the_reference_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe(model=str(MODEL), calibration=str(CALIBRATION), samples=64, length=256)  # type: ignore[arg-type]
+    source = pipeline.open_model(recipe)
+    text = pipeline.calibration_set(recipe, source, print)
+    model = source.load("float32", "cpu")
+    with monkeypatch.context() as m:
+        m.setattr("moe_fair.core.sketch.CAPACITY", 10**9)  # everything is stored
+        with ExpertCollector(
+            find_blocks(model), source.groups, text.domains, taylor=False, u_score=True
+        ) as collector:
+            ResidentEngine(model).run(text.batches(8), collector, backward=False)
+        stored = collector.statistics()
+        exact = {g: s.scores(stored.tokens) for g, s in stored.sketches.items()}
+    binned = 0
+    for g, whole in stored.sketches.items():
+        few = Sketch(whole.domains, whole.units)
+        few.cells = {k: Cell.of(c.values) for k, c in whole.cells.items() if c.values is not None}
+        binned += sum(c.values is None for c in few.cells.values())
+        assert len(few.cells) == len(whole.cells)
+        torch.testing.assert_close(few.scores(stored.tokens), exact[g], rtol=0.01, atol=0)
+    assert binned > 400
+
+
+def test_prune_collects_what_fair_u_needs(
+    tmp_path: Path, statistics_folder: Path, settings: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=r"'u-score' needs sketch.*--u-score"):
+        moe_fair.plan(statistics_folder, experts=40, method="fair-u")
+    done = moe_fair.prune(
+        str(MODEL), tmp_path / "out", experts=40, method="fair-u", repair="none", **settings
+    )
+    assert (done.plan.removal, done.plan.protection) == ("u-score", "taylor")
+    assert done.plan.allocator == "tod"
+    again = moe_fair.plan(tmp_path / "out" / "moe_fair", experts=40, method="fair-u")
+    assert again.kept == done.plan.kept
