@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def test_the_plan_is_pruned_as_searched(tmp_path: Path, capsys: pytest.CaptureFi
     evoesap.main([str(MODEL), str(stats), "--experts", "20", *search, "-o", str(plan)])
     screen = capsys.readouterr()
     assert "in 5 evaluations" in screen.out
-    tried = [float(line.split()[0]) for line in screen.err.splitlines() if line.endswith("]")]
+    tried = [float(x) for x in re.findall(r"(\d\.\d{5})  \[", screen.err)]
+    assert len(tried) == 5
     made = Plan.load(plan)
     assert made.explanation["acceptance"] == pytest.approx(max(tried), abs=1e-5)
     assert made.explanation["acceptance_start"] == pytest.approx(tried[0], abs=1e-5)
