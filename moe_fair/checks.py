@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_fair.core.allocate import allocator
+from moe_fair.core.allocate import allocator, allocators
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import Plan, Target, make_plan
 from moe_fair.core.registry import pick
@@ -25,8 +25,9 @@ PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
 
 def with_needs(recipe: Recipe) -> Recipe:
     """The recipe that also collects what its method needs and is not collected by default."""
-    needed = any("sketch" in c.needs for c in method(recipe)[:2] if c is not None)
-    return recipe.with_settings({"u_score": True}) if needed else recipe
+    needed = {n for c in method(recipe)[:2] if c is not None for n in c.needs}
+    extra = {"sketch": "u_score", "gated_gram": "gram"}
+    return recipe.with_settings({setting: True for n, setting in extra.items() if n in needed})
 
 
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
@@ -36,9 +37,10 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     counterfactual outputs, wherever it lies (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
     routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
     U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
-    with a uniform budget, as its paper has it.
+    with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
+    chooses its experts itself and only takes its budget from here: uniform, as its paper has it.
     """
-    name = recipe.method or ("fair" if recipe.tolerance is not None else "second-order")
+    name = recipe.method or _default(recipe)
     rule = recipe.allocate
     if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
         given = recipe.removal or (recipe.method if recipe.method in criteria() else None)
@@ -53,13 +55,23 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     elif name in PAIRS:
         removal, rule = recipe.removal or PAIRS[name], recipe.allocate or "tod"
     elif name in criteria():
-        removal, rule = recipe.removal or name, recipe.allocate or "uniform"
+        removal, rule = (
+            recipe.removal or name,
+            recipe.allocate or (name if name in allocators() else "uniform"),
+        )
     else:
         pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
         raise AssertionError
     paired = allocator(rule).needs_protection or recipe.protection or name in PAIRS
     protection = recipe.protection or "taylor"
     return criterion(removal), criterion(protection) if paired else None, rule
+
+
+def _default(recipe: Recipe) -> str:
+    """The method where none is named."""
+    if recipe.tolerance is not None:
+        return "fair"
+    return "frequency" if recipe.reduce == "merge" else "second-order"
 
 
 def target(recipe: Recipe) -> Target:
@@ -113,6 +125,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         multiple_of=recipe.multiple_of,
         costs={g.name: np.zeros(g.size + 1) for g in source.groups},
         rows={g.name: np.zeros((1, g.size)) for g in source.groups},
+        grams={g.name: np.zeros((g.size, g.size)) for g in source.groups},
     )
     for rule in (removal, protection):
         for name in rule.needs if rule else ():

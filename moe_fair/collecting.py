@@ -83,6 +83,7 @@ def collect(
                     taylor=recipe.taylor,
                     counterfactual=recipe.counterfactual,
                     u_score=recipe.u_score,
+                    gram=recipe.gram,
                 )
                 with collector:
                     engine.run(shares[i], collector, backward=recipe.taylor)
@@ -140,6 +141,7 @@ def _run(recipe: Recipe, source: Checkpoint) -> str:
     kind = "taylor" if recipe.taylor else "forward"
     kind += " counterfactual" if recipe.counterfactual else ""
     kind += " u-score" if recipe.u_score else ""
+    kind += " gram" if recipe.gram else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 

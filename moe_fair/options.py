@@ -131,6 +131,15 @@ UScore = Annotated[
         panel=TEXT,
     ),
 ]
+Gram = Annotated[
+    bool | None,
+    option(
+        "--gram/--no-gram",
+        text="Also collect the products of what any two experts add to their layer's output, for "
+        "--method naee  [default: --no-gram; prune collects what its method needs]",
+        panel=TEXT,
+    ),
+]
 Curves = Annotated[
     str | None,
     option(
@@ -148,12 +157,21 @@ CurveSamples = Annotated[
         panel=TEXT,
     ),
 ]
+Reduce = Annotated[
+    str | None,
+    option(
+        "--reduce",
+        text="prune, or merge: average clusters of experts with like outputs into one each "
+        "(HC-SMoE); uniform budget, no repair  [default: prune]",
+        panel=SCORE,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(
         "--repair",
         text="Fit the remaining experts to the original model, layer by layer: none, scale, "
-        "channel, variance, matrix, refit or distill  [default: distill]",
+        "channel, variance, matrix, refit, distill or novice  [default: distill]",
         panel=SCORE,
     ),
 ]
@@ -177,8 +195,8 @@ Allocate = Annotated[
     str | None,
     option(
         "--allocate",
-        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves or "
-        "fisher (all layers together, by Taylor rows)",
+        text="tod, uniform, global, global-normalised, curves (measured costs), tod-curves, "
+        "fisher (all layers together, by Taylor rows) or naee (sets by reconstruction error)",
         panel=SCORE,
     ),
 ]

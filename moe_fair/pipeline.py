@@ -34,6 +34,7 @@ from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.merge import check_mergeable, merging, write_merged
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
@@ -119,14 +120,18 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     check_target(recipe, statistics.groups)
-    costs = rows = None
+    costs = rows = grams = None
+    scores = removal(statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
         costs = curves(statistics, removal.name, recipe.weights)
     if needs(allocator(rule), "rows"):
         rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
-    return make_plan(
+    if needs(allocator(rule), "gram"):
+        views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
+        grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
+    made = make_plan(
         statistics.groups,
-        removal(statistics, recipe.weights),
+        scores,
         protection(statistics, recipe.weights) if protection else None,
         target=target(recipe),
         allocator=rule,
@@ -135,9 +140,11 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         multiple_of=recipe.multiple_of,
         costs=costs,
         rows=rows,
+        grams=grams,
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
+    return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made
 
 
 def prune(
@@ -158,7 +165,10 @@ def prune(
     source = open_model(recipe)
     heldout = us.told(lambda: heldout_set(recipe, source))
     work = work_folder(output, recipe)
-    kind = repair_kind(recipe, source, say)
+    merges = _merges(recipe, ready)
+    if merges:
+        check_mergeable(source)
+    kind = None if merges else repair_kind(recipe, source, say)
     text: CalibrationSet | None = None
     if ready is None:
         size = check_plan_settings(recipe, source).after.bytes
@@ -194,7 +204,11 @@ def prune(
             statistics.save(folder / FOLDER)
         say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
         started = time.perf_counter()
-        write_model(source, made.kept, folder, repaired=work / "repair" if repairs else None)
+        changed = work / "repair" if repairs else None
+        if merges:
+            changed = fresh(work / "merged")
+            write_merged(source, made, changed)
+        write_model(source, made.kept, folder, repaired=changed)
         say(f"written in {time.perf_counter() - started:.1f} s")
         made.save(folder / FOLDER / "plan.json")
         (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
@@ -241,6 +255,26 @@ def _decide(
     check_same_model(ready.fingerprint, source, "plan was")
     check_disk(ready.after.bytes, output)
     return ready
+
+
+def _merges(recipe: Recipe, ready: Plan | None) -> bool:
+    """Experts are merged; with a plan it is the plan that says so.
+
+    Raises:
+        ValueError: recipe and plan contradict one another, or merged experts shall be repaired.
+    """
+    merges = recipe.reduce == "merge" if ready is None else ready.merges
+    if recipe.reduce == "merge" and not merges:
+        raise ValueError(
+            "--reduce merge: the --plan removes experts and has no clusters; make it with "
+            "`moe-fair plan STATISTICS --reduce merge`, or leave --reduce out"
+        )
+    if merges and recipe.repair not in (None, "none"):
+        raise ValueError(
+            f"--repair {recipe.repair}: merged experts are not repaired; leave --repair out, or "
+            "use --reduce prune"
+        )
+    return merges
 
 
 def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:

@@ -17,10 +17,11 @@ from moe_fair.core.registry import nearest
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 LARGEST = 10**18  # of any number in a recipe
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
+REDUCTIONS = ("prune", "merge")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
-    "weights",
+    "weights", "reduce",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Recipe:
         taylor: also run the backward and collect gate Taylor scores.
         counterfactual: also collect what each expert's removal would change in its layer.
         u_score: also keep the distributions of each expert's outputs per calibration domain.
+        gram: also collect the products of what any two experts of a layer add to its output.
         curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
             calibration sequences they are measured on.
         method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
@@ -57,6 +59,8 @@ class Recipe:
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
+            `moe.merge`), the budget by frequency and uniform unless a method is given.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
             unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
@@ -82,6 +86,7 @@ class Recipe:
     taylor: bool = True
     counterfactual: bool = True
     u_score: bool = False
+    gram: bool = False
     curves: str | None = None
     curve_samples: int = 16
     method: str | None = None
@@ -96,6 +101,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    reduce: str = "prune"
     repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
@@ -111,6 +117,11 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(
+                f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
+                f"{', '.join(REDUCTIONS)}"
+            )
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]

@@ -14,8 +14,7 @@ from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import start
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.repair import LayerRepair, Repairer
-from moe_fair.moe.repairs import repair
-from moe_fair.moe.routed import check_linear
+from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
@@ -30,18 +29,18 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
     """
     if recipe.repair == "none":
         return None
-    kind = repair(recipe.repair or DEFAULT).name
+    rule = repair(recipe.repair or DEFAULT)
     try:
         if getattr(source.config, "quantization_config", None) is not None:
             raise ValueError("quantised weights cannot be repaired; use --repair none")
         for block in source.blocks:
-            check_linear(block.experts)
+            check_repairable(rule, block.experts)
     except ValueError as e:
         if recipe.repair is not None:
             raise
         say(f"note: not repaired: {e}")
         return None
-    return kind
+    return rule.name
 
 
 def repair_model(

@@ -79,6 +79,8 @@ class GroupPlan:
         null_depth: depth that independent rankings would reach at the plan's tolerance.
         ceiling: deepest that any rankings reach at the plan's tolerance.
         removal, protection: the scores, [N].
+        merged: kept id -> id of each unit merged into it, itself included -> its weight there; of
+            kept units that stand for themselves alone nothing.
     """
 
     name: str
@@ -90,6 +92,7 @@ class GroupPlan:
     ceiling: int | None
     removal: list[float]
     protection: list[float] | None
+    merged: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -124,6 +127,11 @@ class Plan:
     def kept(self) -> dict[str, list[int]]:
         """Group name -> kept ids."""
         return {g.name: g.kept for g in self.groups}
+
+    @property
+    def merges(self) -> bool:
+        """Units are merged into those that stay."""
+        return any(g.merged for g in self.groups)
 
     @property
     def uniform(self) -> bool:
@@ -187,6 +195,14 @@ def _check_kept(g: GroupPlan, path: Path) -> None:
         raise ValueError(f"{path}: {g.name}: kept ids must be whole numbers, rising, each once")
     if not g.kept or g.kept[0] < 0 or g.kept[-1] >= g.size:
         raise ValueError(f"{path}: {g.name}: kept ids must be one or more of 0..{g.size - 1}")
+    members = [m for shares in g.merged.values() for m in shares]
+    known = {str(i) for i in range(g.size)}
+    if len(members) != len(set(members)) or not set(members) <= known:
+        raise ValueError(f"{path}: {g.name}: units are merged that are not there, or twice")
+    if not all(k in shares for k, shares in g.merged.items()) or not (
+        {str(k) for k in g.kept} >= set(g.merged)
+    ):
+        raise ValueError(f"{path}: {g.name}: units are merged into one that does not stay")
 
 
 def make_plan(
@@ -201,6 +217,7 @@ def make_plan(
     multiple_of: int = 1,
     costs: Mapping[str, np.ndarray] | None = None,
     rows: Mapping[str, np.ndarray] | None = None,
+    grams: Mapping[str, np.ndarray] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -208,7 +225,7 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of, costs, rows: see `ranking.rank`.
+        min_units, multiple_of, costs, rows, grams: see `ranking.rank`.
 
     Raises:
         ValueError: the target cannot be met; says why.
@@ -216,7 +233,7 @@ def make_plan(
     rule = find_allocator(allocator)
     ranked = rank(
         groups, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
-        rows=rows,
+        rows=rows, grams=grams,
     )  # fmt: skip
     size = sum(g.size for g in groups)
     if target.tolerance is not None:

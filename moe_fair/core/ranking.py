@@ -31,6 +31,7 @@ class RankedGroup:
         costs: [N + 1] measured cost of every depth, or None (see `cost_curves`).
         rows: [S, N] Taylor values per sequence, scaled so that sums of products over the sequences
             are (weighted) means, or None.
+        gram: [N, N] sums over tokens of products of what two units add to the output, or None.
     """
 
     group: UnitGroup
@@ -41,6 +42,7 @@ class RankedGroup:
     depths: np.ndarray
     costs: np.ndarray | None = None
     rows: np.ndarray | None = None
+    gram: np.ndarray | None = None
 
     @property
     def step(self) -> int:
@@ -72,13 +74,14 @@ def rank(
     multiple_of: int = 1,
     costs: Mapping[str, np.ndarray] | None = None,
     rows: Mapping[str, np.ndarray] | None = None,
+    grams: Mapping[str, np.ndarray] | None = None,
 ) -> list[RankedGroup]:
     """Order every group's units and list its allowed depths.
 
     Args:
         min_units: fewest units kept in any group, on top of each group's own floor.
         multiple_of: kept counts must be a multiple of this.
-        costs, rows: of every group, see `RankedGroup`.
+        costs, rows, grams: of every group, see `RankedGroup`.
 
     Raises:
         ValueError: a group has no allowed depth.
@@ -97,6 +100,7 @@ def rank(
                 depths=depths(group, min_units, multiple_of),
                 costs=costs[group.name] if costs else None,
                 rows=rows[group.name] if rows else None,
+                gram=grams[group.name] if grams else None,
             )
         )
     return ranked

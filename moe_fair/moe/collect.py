@@ -25,7 +25,7 @@ from moe_fair.core.sketch import Sketch, directions
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
-from moe_fair.moe.counterfactual import Candidates, Rerouting
+from moe_fair.moe.counterfactual import CELLS, Candidates, Rerouting
 
 FORWARD = (
     "tokens",  # n: routed tokens
@@ -40,6 +40,7 @@ FORWARD = (
 VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
 TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
 # over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e δ_f ([E, E]), see `counterfactual`
+GRAM = "gated_gram"  # Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E]
 REMOVED = ("removed_error", "removed_first", "removed_gram")
 
 
@@ -53,6 +54,7 @@ class ExpertCollector:
         taylor: also collect Taylor sums; the engine must then run the backward.
         counterfactual: also collect what each expert's removal would change, see `counterfactual`.
         u_score: also keep the distribution of each expert's gated outputs, see `core.sketch`.
+        gram: also collect the Gram matrix of the experts' gated outputs, see `core.allocate.naee`.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class ExpertCollector:
         taylor: bool = True,
         counterfactual: bool = False,
         u_score: bool = False,
+        gram: bool = False,
     ) -> None:
         self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
-        self.taylor, self.counterfactual, self.u_score = taylor, counterfactual, u_score
+        self.taylor, self.counterfactual = taylor, counterfactual
+        self.u_score, self.gram = u_score, gram
         self.batch: Batch | None = None
         self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
         self._tokens = torch.zeros(len(domains), dtype=torch.float64)
@@ -280,6 +284,8 @@ class _Booking:
         }
         self.sums = {name: self.per_expert(v) for name, v in values.items()}
         self.sums["output"], self.sums["output_sq"] = self._vectors()
+        if self.tap.collector.gram:
+            self.sums[GRAM] = self._gram(len(x))
         if self.tap.sketch is not None:
             axes = directions(self.f.shape[-1]).to(self.f.device)
             self.projected = (self.f.to(precise) @ axes.to(precise)) * self.g.to(precise)[:, None]
@@ -330,6 +336,22 @@ class _Booking:
                 torch.sum(rows.square_(), 0, out=total[1, e])
             start = end
         return total[0], total[1]
+
+    def _gram(self, tokens: int) -> Tensor:
+        """Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E] float64."""
+        size, width = self.tap.size, self.f.shape[-1]
+        ids, g, f = (t.view(tokens, -1, *t.shape[1:]) for t in (self.ids, self.g, self.f))
+        if self.counted is not None:
+            g = g * self.counted.view_as(g)
+        total = g.new_zeros(size * size)
+        step = max(1, CELLS // (ids.shape[1] * width))
+        for i in range(0, tokens, step):
+            s = slice(i, i + step)
+            v = f[s].double() * g[s].unsqueeze(-1)
+            cell = ids[s].unsqueeze(2) * size + ids[s].unsqueeze(1)
+            products = (v @ v.transpose(1, 2)).flatten()
+            total += torch.bincount(cell.flatten(), weights=products, minlength=size * size)
+        return total.view(size, size)
 
     def backward(self, gradient: Tensor) -> None:
         """Taylor sums from dL/d(weight) [T, K], then everything is entered."""

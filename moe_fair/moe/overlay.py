@@ -1,9 +1,9 @@
-"""Repaired tensors in the place of a checkpoint's own, byte range by byte range.
+"""Repaired or merged tensors in the place of a checkpoint's own, byte range by byte range.
 
-Repairs leave one safetensors file a layer, with tensors named as in the model. Where a checkpoint
-keeps one matrix per expert, or gate and up apart, the ranges are those of that matrix. The repair
-also keeps an original tensor of every kind that it changed; a checkpoint whose bytes are not those
-has another layout, and nothing is written.
+Repairs and merging leave one safetensors file a layer, with tensors named as in the model. Where a
+checkpoint keeps one matrix per expert, or gate and up apart, the ranges are those of that matrix.
+The file also keeps an original tensor of every kind that was changed; a checkpoint whose bytes are
+not those has another layout, and nothing is written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
+from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import ExpertTensor, cut_tensors
 from moe_fair.moe.load import Checkpoint
 
@@ -25,6 +26,20 @@ ORIGINAL = "original: "  # name, in a repair's file, of what a tensor was: of th
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+
+
+def original_tensors(block: MoeBlock, expert: int) -> dict[str, Tensor]:
+    """Name in the model -> the original tensor, of one expert where it has an expert axis."""
+    size = block.num_experts
+    axes = {id(getattr(m, t)) for m, t, dim in block.tensors() if dim == 0}
+    found = {}
+    for name, p in block.block.named_parameters():
+        t = p.detach()
+        if id(p) in axes:
+            width = len(t) // size
+            t = t[expert * width : (expert + 1) * width]
+        found[f"{block.name}.{name}"] = t.cpu().clone()
+    return found
 
 
 def with_repairs(
@@ -97,8 +112,8 @@ def _check_layout(
 
 def _unknown(name: str) -> str:
     return (
-        f"{name}: the checkpoint keeps it in another layout than the model, so the repaired values "
-        "cannot be written; use --repair none"
+        f"{name}: the checkpoint keeps it in another layout than the model, so the new values "
+        "cannot be written; use --repair none and --reduce prune"
     )
 
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.overlay import ORIGINAL
-from moe_fair.moe.repairs import Repair, repair
-from moe_fair.moe.routed import Routed, check_linear, read_down, write_down
+from moe_fair.moe.overlay import ORIGINAL, original_tensors
+from moe_fair.moe.repairs import Repair, check_repairable, repair
+from moe_fair.moe.routed import Routed, read_down, write_down
 from moe_fair.moe.surgery import cut_block
 from moe_fair.moe.tune import tune
 from moe_fair.moe.watch import Watch
@@ -94,7 +94,7 @@ class Repairer:
         self.epochs = int(getattr(self.kind, "epochs", 0))
         self.blocks = {b.layer: b for b in find_blocks(engine.model) if b.name in kept}
         for b in self.blocks.values():
-            check_linear(b.experts)
+            check_repairable(self.kind, b.experts)
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch]) -> list[LayerRepair]:
@@ -139,7 +139,7 @@ class Repairer:
             with watch:
                 original[j] = calls[j].run(layer, original[j])
             wanted.append(original[j] if share is not None else watch.y)
-        originals = _originals(block, self.kept[block.name][0])
+        originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
         found = self._earlier(block)
         if found is None:
@@ -217,20 +217,6 @@ def changed_tensors(block: MoeBlock, done: LayerRepair) -> dict[str, nn.Paramete
 def judges(batch: Batch) -> Tensor:
     """[B] which sequences judge the fits instead of teaching them."""
     return batch.sequence_ids % HELD_OUT == HELD_OUT - 1
-
-
-def _originals(block: MoeBlock, expert: int) -> dict[str, Tensor]:
-    """Name in the model -> the original tensor, of one expert where it has an expert axis."""
-    size = block.num_experts
-    axes = {id(getattr(m, t)) for m, t, dim in block.tensors() if dim == 0}
-    found = {}
-    for name, p in block.block.named_parameters():
-        t = p.detach()
-        if id(p) in axes:
-            width = len(t) // size
-            t = t[expert * width : (expert + 1) * width]
-        found[f"{block.name}.{name}"] = t.cpu().clone()
-    return found
 
 
 def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:

@@ -110,8 +110,9 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
             f"What remains was then repaired ({plain(', '.join(done))}) on calibration text, "
             "layer by layer, to give what the original's layers give; no labels were used."
         )
+    how = "merged by hierarchical clustering (HC-SMoE) with" if plan.merges else "pruned by"
     yield (
-        f"{original} with {kept} of its {size} routed experts: pruned by moe_fair, "
+        f"{original} with {kept} of its {size} routed experts: {how} moe_fair, "
         f"{plain(plan.allocator)} on {plain(scores)}. {after}"
     )
     yield table(_sizes(s))

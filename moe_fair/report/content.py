@@ -45,7 +45,7 @@ def document(s: Sources) -> Document:
     kept, size = sum(len(g.kept) for g in s.plan.groups), sum(g.size for g in s.plan.groups)
     return Document(
         title=f"{s.model}: {kept} of {size} {UNIT}s kept",
-        subtitle=f"Pruned with {_method(s.plan)}.",
+        subtitle=f"{'Merged' if s.plan.merges else 'Pruned'} with {_method(s.plan)}.",
         sections=tuple(
             Section(title, tuple(blocks))
             for title, blocks in (
@@ -113,7 +113,9 @@ def _budget(plan: Plan) -> Iterator[Block]:
         UNIT,
     )
     reading = (
-        "Bars: experts kept; grey above them: removed. Dashed: the same budget, spread evenly."
+        "Bars: experts kept; grey above them: removed"
+        + (" or merged into one that is kept" if plan.merges else "")
+        + ". Dashed: the same budget, spread evenly."
     )
     if null:
         reading += (

@@ -125,6 +125,14 @@ def test_fits_equal_their_closed_forms(kind: str) -> None:
     got = repair("channel").fit(routed, target, 0.1)
     torch.testing.assert_close(got, w0 * each, rtol=1e-9, atol=1e-12)
 
+    if block.experts.has_bias:
+        missing = target - y
+        constant = torch.linalg.lstsq(watch.weights.sum(1, keepdim=True), missing).solution
+        got = routed.output(repair("novice").fit(routed, target, 0.0))
+        torch.testing.assert_close(got, y + watch.weights.sum(1, keepdim=True) * constant)
+        # gpt_oss renormalises over the top k: the mean of the output is the target's
+        torch.testing.assert_close(got.mean(0), target.mean(0))
+
     got = routed.output(repair("variance").fit(routed, target, 0.0))
     torch.testing.assert_close(got.std(0), target.std(0), rtol=1e-9, atol=1e-12)
 
@@ -232,10 +240,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
+def test_a_constant_needs_a_bias() -> None:
+    check = repair("novice").check  # type: ignore[attr-defined]
+    check(find_blocks(tiny_model("gpt_oss"))[0].experts)
+    with pytest.raises(ValueError, match=r"no bias that a constant could be folded into"):
+        check(find_blocks(tiny_model("qwen2_moe"))[0].experts)
+
+
 @pytest.mark.parametrize("name", sorted(repairs()))
 def test_what_does_not_help_is_not_applied(name: str) -> None:
     """With every expert kept there is nothing to make good."""
-    model = tiny_model("qwen2_moe").eval()
+    model = tiny_model("gpt_oss" if name == "novice" else "qwen2_moe").eval()
     before = copy.deepcopy(model.state_dict())
     kept = {b.name: list(range(b.num_experts)) for b in find_blocks(model)}
     for done in walk(model, kept, name):

@@ -3,8 +3,9 @@
 A module here with `name`, `needs_protection` and `allocate(ranked, remove, tolerance)` is an
 allocator; another package adds its own through the entry point group `moe_fair.allocators`. With
 `needs_costs = True` the ranked groups bring measured cost curves, with `needs_rows = True` Taylor
-rows per sequence. An allocator that chooses the units itself returns their orders in the budget,
-and names the removal score that its choice stands for in `removal`.
+rows per sequence, with `needs_gram = True` the Gram matrix of their outputs. An allocator that
+chooses the units itself returns their orders in the budget, and names the removal score that its
+choice stands for in `removal`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Allocator(Protocol):
 
 
 def needs(rule: Allocator, what: str) -> bool:
-    """Whether an allocator needs `costs` or `rows` of its groups."""
+    """Whether an allocator needs `costs`, `rows` or `gram` of its groups."""
     return bool(getattr(rule, f"needs_{what}", False))
 
 

@@ -1,7 +1,8 @@
 """Repairs: how the remaining experts' down projections make up for the experts that left.
 
 A module here with `name`, `ridges` and `fit(routed, target, ridge)` is a repair; another package
-adds its own through the entry point group `moe_fair.repairs`.
+adds its own through the entry point group `moe_fair.repairs`. Where it also has `check(experts)`,
+that raises for experts which it cannot repair, before anything is measured.
 
 Shape legend: T tokens, E experts, F hidden, D model.
 """
@@ -9,12 +10,12 @@ Shape legend: T tokens, E experts, F hidden, D model.
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from moe_fair.core.registry import discover, pick
-from moe_fair.moe.routed import Routed
+from moe_fair.moe.routed import Routed, check_linear
 
 
 class Repair(Protocol):
@@ -30,6 +31,17 @@ class Repair(Protocol):
     def fit(self, routed: Routed, target: Tensor, ridge: float) -> Tensor:
         """Down projections [E, F, D] with which `routed` comes near the target [T, D]."""
         ...
+
+
+def check_repairable(kind: Repair, experts: Any) -> None:
+    """This repair can be done on these experts.
+
+    Raises:
+        ValueError: it cannot; says why and what can.
+    """
+    check_linear(experts)
+    if (check := getattr(kind, "check", None)) is not None:
+        check(experts)
 
 
 @cache

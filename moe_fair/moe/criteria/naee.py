@@ -1,0 +1,26 @@
+"""NAEE-style: the place of an expert in the greedy order of `core.allocate.naee`, over E.
+
+Each time the expert leaves whose gated outputs, together with those that have left, change the
+layer's output least. `--method naee` allocates by the rule of the same name, which chooses the sets
+themselves; this score is what other allocators take of it. It says nothing across layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fair.core.allocate.naee import greedy
+from moe_fair.core.criterion import Criterion
+from moe_fair.core.units import GroupView
+
+
+def score(view: GroupView) -> Tensor:
+    """[E] (place + 1) / E; the first to leave has the lowest."""
+    order = greedy(view["gated_gram"].numpy(), view.group.blocks)
+    places = torch.empty(len(order), dtype=torch.float64)
+    places[order] = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    return places / len(order)
+
+
+criteria = (Criterion("naee", ("gated_gram",), "after arXiv 2402.14800", score),)
