@@ -275,9 +275,10 @@ def _experts(
 ) -> str:
     """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
     changed = repaired_names(repairs, original.blocks)
+    merged = _merged_names(plan, original)
     find = destinations(original.skeleton)
     left = {t.name: t for t in found.tensors}
-    same, size, repaired = 0, 0, 0
+    same, size, repaired, joined = 0, 0, 0, 0
     with _Reading() as reading:
         for t in original.tensors:
             want = _wanted(t, original.parts.get(t.name), plan.kept)
@@ -294,12 +295,30 @@ def _experts(
             if find(t.name).name in changed:
                 repaired += 1
                 continue
+            part = original.parts.get(t.name)
+            if find(t.name).name in merged and part is not None:
+                own = merged[find(t.name).name]
+                if part.expert is None or part.expert in own:
+                    joined += 1
+                    continue
             _compare(t, ranges, new, reading)
             same, size = same + 1, size + new.bytes
     if left:
         raise _Wrong(f"{min(left)} is not in the original")
     text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
+    text += f"; {joined} hold merged experts" if joined else ""
     return text + (f"; {repaired} were repaired" if repaired else "")
+
+
+def _merged_names(plan: Plan, original: Checkpoint) -> dict[str, set[int]]:
+    """Name in the model -> experts into which others were merged, of the experts' tensors."""
+    into = {g.name: {int(e) for e in g.merged} for g in plan.groups if g.merged}
+    return {
+        f"{b.name}.{b.path(b.experts, n)}": into[b.name]
+        for b in original.blocks
+        if b.name in into
+        for n, _ in b.experts.named_parameters()
+    }
 
 
 def _wanted(

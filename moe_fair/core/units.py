@@ -284,13 +284,12 @@ class Statistics:
         if self.tokens.shape != (d,) or self.sequences.shape != (d,):
             raise ValueError(f"counts that are not those of {d} domains")
         for g in self.groups:
-            if g.name not in self.sums:
-                raise ValueError(f"no sums for {g.name}")
-            for name, t in self.sums[g.name].items():
+            for name, t in self.sums.get(g.name, {}).items():
                 if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
                     raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")
             for name, t in self.constants.get(g.name, {}).items():
-                if t.shape[:1] != (g.size,):
+                # measured curves have a value a depth
+                if t.shape[:1] != (g.size,) and not name.startswith("curve_"):
                     raise ValueError(f"{g.name}: {name} {list(t.shape)} for {g.size} units")
             if g.name in self.rows and self.rows[g.name].shape != (s, g.size):
                 raise ValueError(f"{g.name}: {len(self.rows[g.name])} rows of {s} sequences")

@@ -18,7 +18,8 @@ set -euo pipefail
 config=recipes/cluster/two-machines.yaml
 nodes=${SLURM_NNODES:?start it with sbatch}
 per_node=${SLURM_GPUS_ON_NODE:-8}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${names%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one machine do not meet
 
 # SLURM_NODEID is another number in every task: it is read there, not here

@@ -130,7 +130,9 @@ def test_sizes_in_the_plan_are_those_on_disk(pruned: Any) -> None:
 
 def test_what_lies_beside_the_weights(pruned: Any) -> None:
     inside = {p.name for p in (pruned.output / "moe_fair").iterdir()}
-    assert inside == {"plan.json", "statistics.safetensors", "recipe.yaml", "report.html"}
+    assert inside == {
+        "plan.json", "statistics.safetensors", "recipe.yaml", "report.html", "manifest.json",
+    }  # fmt: skip
     assert Plan.load(pruned.output / "moe_fair" / "plan.json") == pruned.plan
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (pruned.output / name).read_bytes() == (MODEL / name).read_bytes()
