@@ -115,7 +115,11 @@ def measure_seed(
     for method, ratio in wanted:
         started = time.perf_counter()
         chosen = recipe.with_settings({"ratio": ratio, **settings(method)})
-        plan = pipeline.plan(statistics, chosen)
+        try:
+            plan = pipeline.plan(statistics, chosen)
+        except ValueError as e:  # a ratio that groups of experts with equal counts cannot meet
+            print(f"{Path(model).name} {ratio:g} {method}: left out: {e}", flush=True)
+            continue
         pruned = copy.deepcopy(loaded)
         kind = repair_kind(chosen, source)
         if kind is None:
