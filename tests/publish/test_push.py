@@ -27,6 +27,7 @@ BASE = "someone/base"
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(int(sys.argv[5]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision=sys.argv[3] or None,
     dtype=torch.float32, trust_remote_code=sys.argv[4] == "unequal")
 torch.save(model(torch.arange(3, 35).view(2, 16)).logits, sys.argv[2])
@@ -90,7 +91,9 @@ def push(
 def logits(hub: Hub, home: Path, name: str, kind: str, revision: str = "") -> torch.Tensor:
     """What a user gets who knows nothing but the name."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, name, str(home / "logits"), revision, kind],
+        # another number of threads adds up in another order
+        [sys.executable, "-c", LOAD, name, str(home / "logits"), revision, kind,
+         str(torch.get_num_threads())],
         capture_output=True, text=True, env=environment(hub, home / "home"), cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
