@@ -23,7 +23,7 @@ def run(*arguments: object) -> None:
 
 
 def test_one_go_equals_the_stages_byte_for_byte(tmp_path: Path) -> None:
-    scale = ["--repair", "scale"]  # the quickest; the default is in the test of the recipe
+    scale = ["--repair", "scale"]  # the quickest; the default is in the test of held-out losses
     run("prune", MODEL, "--experts", 40, *SMALL, *scale, "-o", tmp_path / "one")
     run("prune", MODEL, "--experts", 40, *SMALL, *scale, "-o", tmp_path / "two")
     run("calibrate", MODEL, *SMALL, "-o", tmp_path / "stats")
@@ -118,7 +118,7 @@ def test_a_tolerance_alone_sets_the_depths(statistics_folder: Path) -> None:
 
 
 def test_the_recipe_that_was_saved_runs_again(tmp_path: Path) -> None:
-    run("prune", MODEL, "--experts", 40, *SMALL, "-o", tmp_path / "a")
+    run("prune", MODEL, "--experts", 40, *SMALL, "--repair", "scale", "-o", tmp_path / "a")
     run("prune", "--recipe", tmp_path / "a" / "moe_fair" / "recipe.yaml", "-o", tmp_path / "b")
     a, b = ((tmp_path / x / "moe_fair" / "plan.json").read_bytes() for x in "ab")
     assert a == b

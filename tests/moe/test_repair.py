@@ -199,6 +199,7 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path) -> None:
     """The reference model: on random weights and tokens nothing learned carries over."""
     checkpoint = Checkpoint(str(MODEL))
