@@ -26,6 +26,7 @@ from math import comb
 import numpy as np
 
 from moe_fair.core.allocate import uniform
+from moe_fair.core.greedy import greedy
 from moe_fair.core.ranking import RankedGroup
 from moe_fair.core.units import Budget
 
@@ -52,7 +53,7 @@ def allocate(
     for r, gram in zip(ranked, grams, strict=True):
         group = r.group
         count = group.size - kept[group.name]
-        order = greedy(gram, group.blocks)
+        order, _ = greedy(gram, group.blocks)
         small = group.blocks == 1 and comb(group.size, count) <= MOST_SETS
         gone = exhaustive(gram, count) if small else order[:count]
         orders[group.name] = np.array(gone + [e for e in order if e not in set(gone)])
@@ -65,28 +66,6 @@ def allocate(
 def error(gram: np.ndarray, gone: Sequence[int]) -> float:
     """F of a set."""
     return float(gram[np.ix_(gone, gone)].sum())
-
-
-def greedy(gram: np.ndarray, blocks: int = 1) -> list[int]:
-    """All N units in the order in which they leave; of equals the lowest id.
-
-    Args:
-        gram: [N, N] G.
-        blocks: equal runs of units that must lose equal numbers: no run is ever two ahead.
-    """
-    run = len(gram) // blocks
-    adds = gram.diagonal().copy()  # G_ee + 2 Σ_{f∈S} G_ef
-    left = np.ones(len(gram), dtype=bool)
-    order: list[int] = []
-    for step in range(len(gram)):
-        if step % blocks == 0:
-            waiting = np.ones(blocks, dtype=bool)  # of this round
-        open_ = left & np.repeat(waiting, run)
-        e = int(np.argmin(np.where(open_, adds, np.inf)))
-        order.append(e)
-        left[e] = waiting[e // run] = False
-        adds += 2 * gram[e]
-    return order
 
 
 def exhaustive(gram: np.ndarray, count: int) -> list[int]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.core.criterion import Criterion
+from moe_fair.core.greedy import greedy
 from moe_fair.core.units import GroupView
 
 
@@ -50,40 +51,12 @@ def second_order(view: GroupView) -> Tensor:
     return first_order(view) + fisher(view)
 
 
-def set_costs(gram: Tensor, blocks: int = 1) -> tuple[list[int], list[float]]:
-    """Greedy removal of all units: each time the one that adds least to ½ Σ_{e,f∈S} max(C_ef, 0).
-
-    Args:
-        gram: [N, N] C, symmetric.
-        blocks: equal runs of units that must lose equal numbers: no run is ever two ahead.
-
-    Returns:
-        the units in the order in which they leave, and what each adds; within a block that never
-        falls.
-    """
-    c = gram.double().clamp(min=0)
-    added = 0.5 * c.diagonal().clone()
-    order: list[int] = []
-    costs: list[float] = []
-    run = len(c) // blocks
-    for step in range(len(c)):
-        if step % blocks == 0:
-            left = torch.ones(blocks, dtype=torch.bool)  # of this round
-        waiting = ~left.repeat_interleave(run)
-        e = int(torch.argmin(added.masked_fill(waiting, torch.inf)))  # the lowest id of equals
-        left[e // run] = False
-        order.append(e)
-        costs.append(float(added[e]))
-        added = added + c[:, e]
-        added[order] = torch.inf
-    return order, costs
-
-
 def set_score(view: GroupView) -> Tensor:
     """[N] what each expert adds when its turn comes."""
-    order, costs = set_costs(view["removed_gram"] / view.total_tokens, view.group.blocks)
+    gram = 0.5 * (view["removed_gram"] / view.total_tokens).clamp(min=0)
+    order, added = greedy(gram.numpy(), view.group.blocks)
     score = torch.zeros(len(order), dtype=torch.float64)
-    score[order] = torch.tensor(costs, dtype=torch.float64)
+    score[order] = torch.tensor(added, dtype=torch.float64)
     return score
 
 
