@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -48,6 +49,7 @@ def destinations(skeleton: nn.Module) -> Callable[[str], Destination]:
     }
     state = skeleton.state_dict()
 
+    @cache  # asked several times of each tensor
     def find(stored: str) -> Destination:
         renamed, pattern = rename_source_key(
             stored, renamings, converters, skeleton.base_model_prefix, state
