@@ -59,14 +59,12 @@ class RemovalLosses:
         """
         calls, hidden = self.engine.embed(self.batches)
         layers = self.layered.decoder.layers
-        whole = [list(row) for row in calls]
-        ends = [h.clone() for h in hidden]
-        for j, row in enumerate(whole):
+        before = []
+        for batch, row, end in zip(self.batches, calls, hidden, strict=True):
             for call, layer in zip(row, layers, strict=True):
-                ends[j] = call.run(layer, ends[j])
-        before = [self._loss(b, h) for b, h in zip(self.batches, ends, strict=True)]
+                end = call.run(layer, end)
+            before.append(self._loss(batch, end))
         self.loss = sum(before) / self.tokens
-        del ends
         for i, layer in enumerate(layers):
             block = self.blocks.get(i)
             wanted = sets.get(block.name) if block else None
