@@ -1,223 +1,103 @@
-"""Compare pruning methods: held-out loss after real cuts, over models, budgets and seeds.
+"""The quality lab: the default against the peers on three models, four budgets and five seeds.
 
-    python eval/lab.py --models eval/tiny-qwen2-moe lab/mixtral --ratios .25 .5 --seeds 5 \
-        --methods reap/uniform frequency/uniform+refit -o eval/lab.jsonl --jobs 3
+    python eval/train_tiny_moe.py -o lab/mixtral --family mixtral --steps 2400
+    python eval/train_tiny_moe.py -o lab/deepseek_v3 --family deepseek_v3 --steps 2400
+    python eval/lab.py --models eval/tiny-qwen2-moe lab/mixtral lab/deepseek_v3 -o lab/lab.jsonl
 
-A method is `criterion/allocator` as `moe-fair prune` takes them, with `+repair` behind it where the
-remaining experts shall be repaired: `fair/tod`, `reap/uniform+distill`; `default` is what the
-command does when it is told nothing. Every (model, method, ratio, seed) is one line of the output
-file; a run that is started again does what is missing, each (model, seed) in a process of its own.
-
-A model that was made by `eval/train_tiny_moe.py` brings its own text; others take --calibration and
---heldout. The increase of the held-out loss is in nats; the tables at the end (also `--table FILE`)
-give its mean and spread (standard deviation over seeds), and the geometric mean over models and
-budgets relative to `--reference`.
+`eval/compare.py` with this grid and the verdict that follows from it: the default's increase of the
+held-out loss over that of the best peer without repair, of the best peer with the default's repair,
+and of REAP, each with a uniform budget. `--repaired` measures the peers with repair too, which
+takes hours. All other options are those of `eval/compare.py`; the findings are in `eval/LAB.md`.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import math
-import multiprocessing
-import os
 import statistics as stats
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import sys
 from pathlib import Path
-from typing import Any
 
-METHODS = ["random/uniform", "frequency/uniform", "reap/uniform", "fair/uniform", "fair/tod"]
-Row = dict[str, Any]
-Key = tuple[str, str, float, int]
+import compare
+
+PEERS = ("frequency", "ean", "reap", "man", "msan", "mone", "aimer")
+DEFAULT, REPAIR = "default", "distill"
+MODELS = ("eval/tiny-qwen2-moe", "lab/mixtral", "lab/deepseek_v3")
 
 
 def main() -> None:
-    """Measure what is missing, then print the tables."""
-    args = _arguments()
-    rows = read(args.output)
-    done = {_key(r) for r in rows}
-    jobs = []
-    for seed in range(args.seeds):
-        for model in args.models:
-            wanted = [
-                (m, r)
-                for r in args.ratios
-                for m in args.methods
-                if (Path(model).name, m, r, seed) not in done
-            ]
-            if wanted:
-                jobs.append((args, model, seed, wanted))
-    # weights and thread pools do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    with context.Pool(min(args.jobs, len(jobs)) or 1, maxtasksperchild=1) as pool:
-        pool.map(_job, jobs, chunksize=1)
-    rows = read(args.output)
-    text = tables(rows, args.methods, args.ratios, args.reference)
+    """Measure what is missing, then print the tables and the verdict."""
+    made = compare.parser()
+    made.description = __doc__
+    made.add_argument("--repaired", action="store_true", help="the peers with repair, too")
+    made.set_defaults(models=list(MODELS), output=Path("lab/lab.jsonl"))
+    args = made.parse_args()
+    if args.methods == compare.METHODS:
+        args.methods = [DEFAULT, "counterfactual-set/global", *(f"{p}/uniform" for p in PEERS)]
+        if args.repaired:
+            args.methods += [f"{p}/uniform+{REPAIR}" for p in PEERS]
+    rows = compare.measure(args)
+    text = compare.tables(rows, args.methods, args.ratios, args.reference)
+    text += "\n\n" + verdict(rows)
     print(text)
     if args.table:
         args.table.write_text(text + "\n")
+    if args.csv:
+        compare.write_csv(rows, args.csv)
+    if args.plot:
+        compare.plot(rows, args.methods, args.plot)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _job(job: tuple[argparse.Namespace, str, int, list[tuple[str, float]]]) -> None:
-    args, model, seed, wanted = job
-    for row in measure_seed(args, model, seed, wanted):
-        with args.output.open("a") as f:  # one short write a line: processes do not mix them
-            f.write(json.dumps(row) + "\n")
-
-
-def measure_seed(
-    args: argparse.Namespace, model: str, seed: int, wanted: Sequence[tuple[str, float]]
-) -> Iterator[Row]:
-    """Calibrate once, then plan, cut, repair and measure each wanted (method, ratio)."""
-    from moe_fair import pipeline
-    from moe_fair.collecting import collect
-    from moe_fair.engines.loaded import LoadedLayers
-    from moe_fair.engines.resident import ResidentEngine
-    from moe_fair.engines.streaming import StreamingEngine
-    from moe_fair.evaluate import heldout_loss
-    from moe_fair.moe.repair import Repairer
-    from moe_fair.moe.surgery import cut
-    from moe_fair.recipe import Recipe
-    from moe_fair.repairing import repair_kind
-
-    own = Path(model) / "text"
-    recipe = Recipe(
-        model=model,
-        calibration=(str(own / "calibration") if own.exists() else args.calibration,),
-        heldout=(str(own / "heldout") if own.exists() else args.heldout,),
-        samples=args.samples,
-        length=args.length,
-        heldout_samples=args.heldout_samples,
-        seed=seed,
-        device="cpu",
-    )
-    source = pipeline.open_model(recipe)
-    text = pipeline.calibration_set(recipe, source, lambda _: None)
-    heldout = pipeline.heldout_set(recipe, source)
-    assert heldout is not None
-    batches = heldout.batches(recipe.batch_size)
-    loaded = source.load(recipe.dtype, recipe.device).eval()
-
-    def loss(m: Any) -> float:
-        return heldout_loss(ResidentEngine(m), batches, heldout.domains).mean
-
-    base = loss(loaded)
-    statistics = collect(recipe, source, text, lambda _: None)
-    for method, ratio in wanted:
-        started = time.perf_counter()
-        chosen = recipe.with_settings({"ratio": ratio, **settings(method)})
-        try:
-            plan = pipeline.plan(statistics, chosen)
-        except ValueError as e:  # a ratio that groups of experts with equal counts cannot meet
-            print(f"{Path(model).name} {ratio:g} {method}: left out: {e}", flush=True)
+def verdict(rows: list[compare.Row]) -> str:
+    """The default over the best peer in every cell, over the seeds that all were measured with."""
+    cells = compare.cells_of(rows)
+    plain = [f"{p}/uniform" for p in PEERS]
+    repaired = [f"{p}+{REPAIR}" for p in plain]
+    lines = [
+        "### The default against the peers", "",
+        "| model | removed | default | best peer | default / best | best repaired peer "
+        "| default / best repaired | default / REAP | seeds |",
+        "|---" * 9 + "|",
+    ]  # fmt: skip
+    shares: dict[str, list[float]] = {"best": [], "repaired": [], "reap": []}
+    for model, ratio in dict.fromkeys((r["model"], r["ratio"]) for r in rows):
+        found = {
+            m: {r["seed"]: r["increase"] for r in cells.get((model, m, ratio), [])}
+            for m in (DEFAULT, *plain, *repaired)
+        }
+        seeds = _common([found[m] for m in (DEFAULT, *plain)])
+        if not seeds:
             continue
-        pruned = copy.deepcopy(loaded)
-        kind = repair_kind(chosen, source)
-        if kind is None:
-            cut(pruned, plan.kept)
+        mean = {m: stats.mean(found[m][s] for s in seeds) for m in (DEFAULT, *plain)}
+        best = min(plain, key=lambda m: mean[m])
+        line = [
+            model, f"{100 * ratio:.3g} %", f"{mean[DEFAULT]:.4f}",
+            f"{mean[best]:.4f} ({best.partition('/')[0]})", f"{mean[DEFAULT] / mean[best]:.3f}",
+        ]  # fmt: skip
+        shares["best"].append(mean[DEFAULT] / mean[best])
+        shares["reap"].append(mean[DEFAULT] / mean["reap/uniform"])
+        both = [s for s in _common([found[m] for m in repaired]) if s in found[DEFAULT]]
+        if both:
+            theirs = {m: stats.mean(found[m][s] for s in both) for m in repaired}
+            best = min(repaired, key=lambda m: theirs[m])
+            share = stats.mean(found[DEFAULT][s] for s in both) / theirs[best]
+            shares["repaired"].append(share)
+            line += [f"{theirs[best]:.4f} ({best.partition('/')[0]})", f"{share:.3f}"]
         else:
-            engine = StreamingEngine(LoadedLayers(pruned))
-            Repairer(engine, plan.kept, kind).run(text.batches(recipe.batch_size))
-        after = loss(pruned)
-        name = Path(model).name
-        print(f"{name} seed {seed} {ratio:g} {method}: {after - base:+.4f}", flush=True)
-        yield {
-            "model": name, "method": method, "ratio": ratio, "seed": seed, "loss": after,
-            "increase": after - base, "base": base, "tokens": text.tokens,
-            "heldout_tokens": heldout.tokens, "kept": [len(v) for v in plan.kept.values()],
-            "seconds": round(time.perf_counter() - started, 1),
-        }  # fmt: skip
-
-
-def settings(method: str) -> Row:
-    """`criterion/allocator+repair` as settings of a recipe."""
-    if method == "default":
-        return {}
-    rest, _, kind = method.partition("+")
-    name, _, allocate = rest.partition("/")
-    return {"method": name, "allocate": allocate or None, "repair": kind or "none"}
-
-
-def tables(rows: list[Row], methods: Sequence[str], ratios: Sequence[float], reference: str) -> str:
-    """A table a model, then the geometric mean of the increase relative to the reference."""
-    cells: dict[tuple[str, str, float], list[float]] = defaultdict(list)
-    for r in rows:
-        cells[r["model"], r["method"], r["ratio"]].append(r["increase"])
-    models = list(dict.fromkeys(r["model"] for r in rows))
-    head = [f"{100 * r:g} % removed" for r in ratios]
-    lines = []
-    for model in models:
-        lines += [f"### {model}", "", _row("method", head), "|---" * (len(head) + 1) + "|"]
-        for m in methods:
-            found = [cells.get((model, m, r)) for r in ratios]
-            if any(found):
-                lines.append(_row(m, [_spread(c) for c in found]))
-        lines.append("")
-    lines += [f"### Increase relative to {reference}, geometric mean", ""]
-    lines += [_row("method", [*models, "all", "worst"]), "|---" * (len(models) + 3) + "|"]
-    for m in methods:
-        shown, every = [], []
-        for model in models:
-            pairs = [
-                (stats.mean(cells[model, m, r]), stats.mean(cells[model, reference, r]))
-                for r in ratios
-                if (model, m, r) in cells and (model, reference, r) in cells
-            ]
-            shares = [max(a, 1e-6) / max(b, 1e-6) for a, b in pairs]
-            every += shares
-            shown.append(_geometric(shares))
-        if every:
-            lines.append(_row(m, [*shown, _geometric(every), f"{max(every):.3f}"]))
+            line += ["-", "-"]
+        lines.append(f"| {' | '.join(line)} | {shares['reap'][-1]:.3f} | {len(seeds)} |")
+    for label, pick in (("geometric mean", _geometric), ("worst", max)):
+        b, p, r = (f"{pick(v):.3f}" if v else "-" for v in shares.values())
+        lines.append(f"| {label} | | | | {b} | | {p} | {r} | |")
     return "\n".join(lines)
 
 
-def _row(name: str, values: Sequence[str]) -> str:
-    return f"| {name} | " + " | ".join(values) + " |"
+def _common(found: list[dict[int, float]]) -> list[int]:
+    return sorted(set.intersection(*(set(f) for f in found)))
 
 
-def _spread(values: list[float] | None) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {stats.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{stats.mean(values):.4f}{spread}"
-
-
-def _geometric(shares: list[float]) -> str:
-    return f"{math.exp(stats.mean(map(math.log, shares))):.3f}" if shares else "-"
-
-
-def _key(row: Row) -> Key:
-    return row["model"], row["method"], row["ratio"], row["seed"]
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=["eval/tiny-qwen2-moe"])
-    parser.add_argument("--calibration", default="eval/text/calibration")
-    parser.add_argument("--heldout", default="eval/text/heldout")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--heldout-samples", type=int, default=400)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 1 / 3, 0.5, 0.75])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--reference", default="reap/uniform")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("-o", "--output", type=Path, default=Path("eval/lab.jsonl"))
-    parser.add_argument("--table", type=Path)
-    return parser.parse_args()
+def _geometric(values: list[float]) -> float:
+    return math.exp(stats.mean(map(math.log, values)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

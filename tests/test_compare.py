@@ -1,0 +1,105 @@
+"""`eval/compare.py` on the small model: what it writes, that it goes on, and the rival recipes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from places import CALIBRATION, HELDOUT, MODEL, ROOT
+
+from moe_fair.checks import method
+from moe_fair.moe.criteria import criteria
+from moe_fair.recipe import Recipe, load_recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+import compare
+import lab
+
+RIVALS = sorted((ROOT / "recipes" / "rivals").glob("*.yaml"))
+
+
+def row(method: str, ratio: float, seed: int, increase: float, model: str = "m") -> compare.Row:
+    return {"model": model, "method": method, "ratio": ratio, "seed": seed, "increase": increase,
+            "acceptance": 1 - increase, "kl": increase, "top1": 1.0, "seconds": 1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", RIVALS, ids=lambda f: f.stem)
+def test_a_rival_is_a_recipe_without_a_repair_of_ours(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe == Recipe().with_settings(compare.settings(str(file)))
+    removal, _, rule = method(recipe.with_settings({"ratio": 0.5}))
+    assert rule in ("uniform", "naee", "tod")
+    assert recipe.reduce == "merge" or recipe.repair in ("none", "novice")
+    assert removal.name in criteria()
+    assert file.stem in file.read_text().split("--recipe", 1)[1]  # the command names itself
+
+
+def test_every_published_criterion_has_a_recipe() -> None:
+    named = {method(load_recipe(f).with_settings({"ratio": 0.5}))[0].name for f in RIVALS}
+    for name in ("frequency", "ean", "reap", "man", "msan", "mone", "aimer", "easy-ep", "naee"):
+        assert name in named
+
+
+def test_relative_increases_rest_on_common_seeds() -> None:
+    rows = [row("a", 0.5, 0, 0.2), row("a", 0.5, 1, 9.0), row("b", 0.5, 0, 0.4)]
+    assert compare.relative(compare.cells_of(rows), "m", "a", "b", 0.5) == pytest.approx(0.5)
+    assert compare.relative(compare.cells_of(rows), "m", "a", "c", 0.5) is None
+
+
+def test_the_verdict_names_the_best_peer_and_the_worst_cell() -> None:
+    rows = []
+    for ratio, ours in ((0.25, 0.1), (0.5, 0.9)):
+        rows += [row("default", ratio, s, ours) for s in (0, 1)]
+        rows += [row(f"{p}/uniform", ratio, s, 2.0) for p in lab.PEERS for s in (0, 1)]
+        rows += [row("mone/uniform", ratio, s, 1.0, "other") for s in (0, 1)]  # never complete
+    rows = [r | {"increase": 1.0} if r["method"] == "ean/uniform" else r for r in rows]
+    text = lab.verdict(rows)
+    assert "1.0000 (ean)" in text
+    assert "other" not in text
+    assert (
+        f"| geometric mean | | | | {math.sqrt(0.09):.3f} | | - | {math.sqrt(0.09) / 2:.3f}" in text
+    )
+    assert "| worst | | | | 0.900 | | - | 0.450 | |" in text
+
+
+@pytest.mark.slow
+def test_rows_tables_and_plot(tmp_path: Path) -> None:
+    methods = ["mone/uniform+scale", "reap/uniform", str(RIVALS[0]), "frequency/evoesap",
+               "frequency/uniform+merge", "taylor-sq/curves"]  # fmt: skip
+    out = tmp_path / "rows.jsonl"
+    given = [
+        "--models", str(MODEL), "--calibration", str(CALIBRATION),
+        "--heldout", str(HELDOUT), "--samples", "8", "--length", "48",
+        "--heldout-samples", "8", "--agreement-samples", "4", "--ratios", "0.5",
+        "--evaluations", "2", "-o", str(out), "--csv", str(tmp_path / "t.csv"),
+        "--table", str(tmp_path / "t.md"), "--plot", str(tmp_path / "p.png"),
+    ]  # fmt: skip
+    rows = compare.main([*given, "--seeds", "1", "--methods", *methods])
+    assert [r["method"] for r in rows] == [compare.called(m) for m in methods]
+    for r in rows:
+        assert r["loss"] - r["base"] == pytest.approx(r["increase"])
+        assert 0 < r["acceptance"] < 1
+        assert r["kl"] > 0
+        assert sum(r["kept"]) == 180
+    by = {r["method"]: r for r in rows}
+    assert by["reap/uniform"]["kept"] == [30] * 6 == by["frequency/uniform+merge"]["kept"]
+    assert by["taylor-sq/curves"]["predicted"] is not None
+    before, rival = out.read_text(), RIVALS[0].stem
+    again = compare.main([*given, "--seeds", "2", "--methods", *methods[1:3]])
+    assert out.read_text().startswith(before)  # nothing is measured twice
+    assert [(r["method"], r["seed"]) for r in again[-2:]] == [
+        ("reap/uniform", 1),
+        (rival, 1),
+    ]
+    lines = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert {(x["method"], x["seeds"]) for x in lines} == {
+        ("reap/uniform", "2"),
+        (rival, "2"),
+    }
+    mean = sum(r["increase"] for r in again if r["method"] == "reap/uniform") / 2
+    assert float(lines[0]["increase_mean"]) == pytest.approx(mean)
+    assert f"{mean:.4f} ±" in (tmp_path / "t.md").read_text()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
