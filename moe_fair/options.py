@@ -41,7 +41,7 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[
-    int | None, option("--samples", text="Calibration sequences  [default: 128]", panel=TEXT)
+    int | None, option("--samples", text="Calibration sequences  [default: 512]", panel=TEXT)
 ]
 Length = Annotated[
     int | None, option("--length", text="Tokens in each  [default: 512]", panel=TEXT)

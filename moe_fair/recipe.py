@@ -71,7 +71,7 @@ class Recipe:
     revision: str | None = None
     trust_remote_code: bool = False
     calibration: tuple[str, ...] = (DEFAULT_CALIBRATION,)
-    samples: int = 128
+    samples: int = 512
     length: int = 512
     seed: int = 0
     batch_size: int = 8

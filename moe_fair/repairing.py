@@ -13,8 +13,10 @@ from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import start
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.repair import LayerRepair, Repairer
+from moe_fair.moe.own_words import copies_for, own_words
+from moe_fair.moe.repair import LayerRepair, Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
+from moe_fair.moe.tune import STEP_TOKENS
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
@@ -54,26 +56,40 @@ def repair_model(
 ) -> list[LayerRepair]:
     """Repaired tensors of every cut layer into `folder`; a killed run goes on at the next layer.
 
+    A short text is given copies in the model's own words (see `moe.own_words`).
+
     Returns:
         what was done to each layer.
     """
+    copies = copies_for(text.tokens)
+    # one size of steps whatever the memory allows beyond it
+    batches = text.batches(min(recipe.batch_size, max(1, STEP_TOKENS // recipe.length)))
     key = {
         "model": source.fingerprint, "text": text.digest, "kind": kind,
-        "kept": {k: list(v) for k, v in kept.items()},
-        "batch": recipe.batch_size, "dtype": recipe.dtype, "device": recipe.device,
+        "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
+        "steps": len(batches), "dtype": recipe.dtype, "device": recipe.device,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = choose_engine(recipe, source)
-    say(f"repairing ({kind}) on {text.tokens:,} tokens, engine: {chosen.engine}")
+    also = f" and {copies} copies in the model's own words" if copies else ""
+    say(f"repairing ({kind}) on {text.tokens:,} tokens{also}, engine: {chosen.engine}")
     layers = source.config.get_text_config().num_hidden_layers
-    with Progress("repairing", text.tokens * layers) as progress:
+    passes = 2 + copies if copies else 1  # one of them draws the copies
+    with Progress("repairing", text.tokens * layers * passes) as progress:
         engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
         if not isinstance(engine, StreamingEngine):
             engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
         repairer = Repairer(engine, kept, kind, folder=folder, key=digest)
         try:
-            done = repairer.run(text.batches(recipe.batch_size))
+            copied = own_words(
+                engine,
+                batches,
+                copies,
+                seed=recipe.seed,
+                forbidden=_special(source) if copies else (),
+            )
+            done = repairer.run([*batches, *teaching(copied)])
         except NotLayerwise as e:  # met before anything is changed
             if recipe.repair is not None:
                 raise
@@ -83,3 +99,9 @@ def repair_model(
         if layer.repair == "none" and not layer.epoch:
             say(f"{layer.name}: {kind} did not help on the held-out share and was not applied")
     return done
+
+
+def _special(source: Checkpoint) -> set[int]:
+    """Ids of special tokens: drawn in the middle of a text they would start or end something."""
+    tokenizer = source.tokenizer()
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -31,7 +31,7 @@ from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed import Routed, read_down, write_down
 from moe_fair.moe.surgery import cut_block
-from moe_fair.moe.tune import tune
+from moe_fair.moe.tune import epochs_for, tune
 from moe_fair.moe.watch import Watch
 
 HELD_OUT = 5  # every fifth sequence judges the fits
@@ -91,7 +91,7 @@ class Repairer:
     ) -> None:
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.kind: Repair = repair(kind)
-        self.epochs = int(getattr(self.kind, "epochs", 0))
+        self.trains = bool(getattr(self.kind, "trains", False))
         self.blocks = {b.layer: b for b in find_blocks(engine.model) if b.name in kept}
         for b in self.blocks.values():
             check_repairable(self.kind, b.experts)
@@ -152,10 +152,10 @@ class Repairer:
                     target = watch.y + (target - out.flatten(0, -2)) / share
                 text.add(batch, watch, target)
             found = _fit(block, self.kind, *text.joined())
-            if self.epochs:
+            if self.trains:
                 tuned = tune(
                     layer, block.block, calls, batches, pruned, original, judges,
-                    epochs=self.epochs,
+                    epochs=epochs_for(sum(int(b.mask.sum()) for b in batches)),
                 )  # fmt: skip
                 found = replace(
                     found,
@@ -217,6 +217,17 @@ def changed_tensors(block: MoeBlock, done: LayerRepair) -> dict[str, nn.Paramete
 def judges(batch: Batch) -> Tensor:
     """[B] which sequences judge the fits instead of teaching them."""
     return batch.sequence_ids % HELD_OUT == HELD_OUT - 1
+
+
+def teaching(batches: Sequence[Batch]) -> list[Batch]:
+    """What is left of the batches without the sequences that judge."""
+    left = []
+    for b in batches:
+        stays = ~judges(b)
+        if bool(stays.any()):
+            ids, mask, sequences = (t[stays] for t in (b.input_ids, b.mask, b.sequence_ids))
+            left.append(Batch(ids, mask, sequences, b.domain))
+    return left
 
 
 def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:

@@ -29,6 +29,9 @@ STEP = 0.02  # of a tensor's root mean square, at the schedule's peak
 WARM = 0.1  # share of the steps in which the rate rises; then it falls to zero along a cosine
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm, where the loss is 1 for a layer that does nothing
+STEP_TOKENS = 1024  # about so many tokens to a step
+PASSES = 2**20  # tokens that a layer is trained on, over all epochs
+MOST_EPOCHS = 4  # more text is worth more than more epochs (eval/LAB.md)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Tuned:
     before: float
     after: float
     epoch: int
+
+
+def epochs_for(tokens: int) -> int:
+    """Epochs over a text of so many tokens."""
+    return min(MOST_EPOCHS, max(1, PASSES // max(1, tokens)))
 
 
 def tune(

@@ -9,4 +9,4 @@ from moe_fair.moe.repairs.refit import fit as fit
 from moe_fair.moe.repairs.refit import ridges as ridges
 
 name = "distill"
-epochs = 8
+trains = True
