@@ -230,13 +230,14 @@ class Subject:
         from moe_fair.moe.merge import merged_tensors, shares_of
         from moe_fair.moe.repair import Repairer
         from moe_fair.moe.surgery import cut
-        from moe_fair.repairing import repair_kind
+        from moe_fair.repairing import repair_kind, repair_text
 
         pruned = copy.deepcopy(self.model)
         kind = None if plan.merges else repair_kind(chosen, self.source)
         if kind is not None:
             engine = StreamingEngine(LoadedLayers(pruned))
-            Repairer(engine, plan.kept, kind).run(self.text.batches(self.recipe.batch_size))
+            text = repair_text(chosen, self.source, self.text, kind, engine)
+            Repairer(engine, plan.kept, kind).run(text)
             return pruned
         groups = {g.name: g for g in plan.groups if g.merged}
         merged = {}

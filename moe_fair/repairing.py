@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_fair.collecting import Say, choose_engine
+from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration import CalibrationSet
@@ -61,13 +62,11 @@ def repair_model(
     Returns:
         what was done to each layer.
     """
-    copies = copies_for(text.tokens)
-    # one size of steps whatever the memory allows beyond it
-    batches = text.batches(min(recipe.batch_size, max(1, STEP_TOKENS // recipe.length)))
+    copies = copies_of(text, kind)
     key = {
         "model": source.fingerprint, "text": text.digest, "kind": kind,
         "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
-        "steps": len(batches), "dtype": recipe.dtype, "device": recipe.device,
+        "batch": step_sequences(recipe), "dtype": recipe.dtype, "device": recipe.device,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,14 +81,7 @@ def repair_model(
             engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
         repairer = Repairer(engine, kept, kind, folder=folder, key=digest)
         try:
-            copied = own_words(
-                engine,
-                batches,
-                copies,
-                seed=recipe.seed,
-                forbidden=_special(source) if copies else (),
-            )
-            done = repairer.run([*batches, *teaching(copied)])
+            done = repairer.run(repair_text(recipe, source, text, kind, engine))
         except NotLayerwise as e:  # met before anything is changed
             if recipe.repair is not None:
                 raise
@@ -101,7 +93,26 @@ def repair_model(
     return done
 
 
-def _special(source: Checkpoint) -> set[int]:
-    """Ids of special tokens: drawn in the middle of a text they would start or end something."""
+def copies_of(text: CalibrationSet, kind: str) -> int:
+    """Copies in the model's own words that a repair of this kind is given beside the text."""
+    return copies_for(text.tokens) if getattr(repair(kind), "wants_text", False) else 0
+
+
+def step_sequences(recipe: Recipe) -> int:
+    """Sequences to a batch: one size of steps, whatever more the memory would allow."""
+    return min(recipe.batch_size, max(1, STEP_TOKENS // recipe.length))
+
+
+def repair_text(
+    recipe: Recipe, source: Checkpoint, text: CalibrationSet, kind: str, engine: Engine
+) -> list[Batch]:
+    """The calibration text, and copies of it in the words of the engine's original model."""
+    batches = text.batches(step_sequences(recipe))
+    copies = copies_of(text, kind)
+    if not copies:
+        return batches
     tokenizer = source.tokenizer()
-    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    # in the middle of a text they would start or end something
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    copied = own_words(engine, batches, copies, seed=recipe.seed, forbidden=special)
+    return [*batches, *teaching(copied)]

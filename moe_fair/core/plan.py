@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
+from moe_fair.core.allocate.climb import nearest_total
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
@@ -241,8 +242,17 @@ def make_plan(
     elif target.parameters is not None or target.bytes is not None:
         budget = _within_size(ranked, rule, groups, before, target)
     else:
-        budget = rule.allocate(ranked, remove=size - _total(target, groups))
+        remove = size - _total(target, groups)
+        if target.ratio is not None:  # any other target is a number that is meant exactly
+            wanted, remove = remove, nearest_total(ranked, target.ratio)
+        budget = rule.allocate(ranked, remove=remove)
     plan = _explain(ranked, budget, removal, protection, target, before)
+    if target.ratio is not None and remove != wanted:
+        note = (
+            f"a share of {target.ratio:g} is {wanted} of {size}; kept counts go in steps, and "
+            f"{remove} is the nearest that they allow"
+        )
+        plan = replace(plan, notes=[*plan.notes, note])
     return replace(plan, fingerprint=dict(fingerprint or {}), recipe=dict(recipe or {}))
 
 

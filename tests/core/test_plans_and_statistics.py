@@ -66,6 +66,20 @@ def test_targets_that_cannot_be(given: dict[str, float]) -> None:
         Target(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("share", "step", "kept"), [(1 / 3, 5, 30), (0.25, 4, 36), (0.25, 5, 35)])
+@pytest.mark.parametrize("allocator", ["uniform", "global", "tod"])
+def test_a_share_is_rounded_to_what_steps_allow(
+    allocator: str, share: float, step: int, kept: int
+) -> None:
+    made = plan(Target(ratio=share), allocator, multiple_of=step)
+    assert sum(len(g.kept) for g in made.groups) == kept
+    assert ("is the nearest that they allow" in " ".join(made.notes)) == (kept != 48 * (1 - share))
+    with pytest.raises(ValueError, match="floors and multiples allow"):
+        plan(Target(ratio=0.95), allocator, multiple_of=step)
+    with pytest.raises(ValueError, match="in steps of"):
+        plan(Target(total=31), allocator, multiple_of=step)  # a number is meant exactly
+
+
 def test_size_out_of_reach_says_the_smallest() -> None:
     with pytest.raises(ValueError, match="600 parameters"):
         plan(Target(parameters=599))

@@ -26,14 +26,26 @@ def feasible_total(ranked: Sequence[RankedGroup], remove: int) -> None:
             f"cannot keep {size - remove} of {size} units: floors and multiples allow "
             f"{size - most} to {size - least}"
         )
-    steps = {r.step for r in ranked if len(r.depths) > 1}
-    step = int(np.gcd.reduce(list(steps))) if steps else 1
+    step = common_step(ranked)
     if (remove - least) % step:
         below = least + (remove - least) // step * step
         raise ValueError(
             f"cannot keep exactly {size - remove} of {size} units in steps of {step}: the nearest "
             f"are {size - below - step} and {size - below}"
         )
+
+
+def common_step(ranked: Sequence[RankedGroup]) -> int:
+    """Totals are the least possible one plus a multiple of this."""
+    steps = {r.step for r in ranked if len(r.depths) > 1}
+    return int(np.gcd.reduce(list(steps))) if steps else 1
+
+
+def nearest_total(ranked: Sequence[RankedGroup], share: float) -> int:
+    """The number of units to remove that is nearest to a share of all and does not cut a step."""
+    wanted = share * sum(r.group.size for r in ranked)
+    least, step = sum(int(r.depths[0]) for r in ranked), common_step(ranked)
+    return least + max(0, round((wanted - least) / step)) * step
 
 
 def climb(

@@ -10,3 +10,4 @@ from moe_fair.moe.repairs.refit import ridges as ridges
 
 name = "distill"
 trains = True
+wants_text = True

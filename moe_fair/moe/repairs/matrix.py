@@ -10,6 +10,7 @@ from moe_fair.moe.routed import Routed, read_down
 
 name = "matrix"
 ridges = (0.03, 0.3, 3.0)
+wants_text = True
 
 
 def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:

@@ -17,6 +17,7 @@ from moe_fair.moe.routed import Routed, read_down
 
 name = "refit"
 ridges = (0.01, 0.1, 1.0)
+wants_text = True
 DIRECT = 4096  # unknowns per column up to which the matrix is formed
 ITERATIONS = 15
 SOLVED = 1e-6  # of the right-hand side's norm
