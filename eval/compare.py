@@ -153,12 +153,12 @@ class Subject:
         """Plan, cut, repair and measure each wanted (method, ratio)."""
         from moe_fair.evaluate.agreement import agreement
 
-        base = self._loss(self.model)
+        base = self.loss(self.model)
         few = _windows(
             replace(self.recipe, heldout_samples=self.args.agreement_samples), self.source
         )
         batches = few.batches(self.recipe.batch_size)
-        statistics = self._collect([m for m, _ in wanted])
+        statistics = self.collect([m for m, _ in wanted])
         for method, ratio in wanted:
             started = time.perf_counter()
             chosen = self.recipe.with_settings({"ratio": ratio, **settings(method)})
@@ -168,9 +168,9 @@ class Subject:
                 print(f"{self.name} {ratio:g} {called(method)}: left out: {e}", flush=True)
                 continue
             planned = time.perf_counter() - started
-            pruned = self._cut(plan, chosen)
+            pruned = self.cut(plan, chosen)
             seconds = time.perf_counter() - started
-            after = self._loss(pruned)
+            after = self.loss(pruned)
             near = agreement(_engine(self.model), _engine(pruned), batches, few.domains).mean
             print(f"{self.name} seed {self.seed} {ratio:g} {called(method)}: {after - base:+.4f}",
                   flush=True)  # fmt: skip
@@ -184,13 +184,14 @@ class Subject:
                 "planning_seconds": round(planned, 1), "seconds": round(seconds, 1),
             }  # fmt: skip
 
-    def _loss(self, model: nn.Module) -> float:
+    def loss(self, model: nn.Module) -> float:
+        """Mean held-out loss in nats."""
         from moe_fair.evaluate import heldout_loss
 
         batches = self.heldout.batches(self.recipe.batch_size)
         return heldout_loss(_engine(model), batches, self.heldout.domains).mean
 
-    def _collect(self, methods: Sequence[str]) -> Statistics:
+    def collect(self, methods: Sequence[str]) -> Statistics:
         """Statistics for all the methods."""
         from moe_fair.checks import with_needs
         from moe_fair.collecting import collect
@@ -220,7 +221,7 @@ class Subject:
                 )
         return pipeline.plan(statistics, chosen), statistics
 
-    def _cut(self, plan: Plan, chosen: Recipe) -> nn.Module:
+    def cut(self, plan: Plan, chosen: Recipe) -> nn.Module:
         """A copy of the model, pruned or merged, and repaired."""
         import torch
 
