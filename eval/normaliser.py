@@ -5,8 +5,8 @@
 A softmax router without renormalisation gives an expert e^{z_e} / Σ_f e^{z_f}. Once experts have
 left, the sum runs over those that stay, and every remaining weight grows. No checkpoint that stock
 transformers loads can keep the old sum, so this is a measurement of what keeping it would be worth:
-each token's router weights times Σ_{f kept} e^{z_f} / Σ_f e^{z_f}, by a hook. Beside it removal as it
-is, and `--repair scale`: one factor a layer, which a checkpoint can hold. One choice for all three.
+each token's router weights times Σ_{f kept} e^{z_f} / Σ_f e^{z_f}, by a hook. Beside it removal as
+it is, and `--repair scale`: one factor a layer, which a checkpoint can hold. One choice for all.
 """
 
 from __future__ import annotations
