@@ -27,7 +27,7 @@ from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import check_curves, measure_curves
-from moe_fair.distributed import ALONE, is_first, team
+from moe_fair.distributed import ALONE, Team, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
 from moe_fair.moe.checkpoint import count_path, write_model
@@ -164,81 +164,131 @@ def prune(
         check_output(output)
     source = open_model(recipe)
     heldout = us.told(lambda: heldout_set(recipe, source))
-    work = work_folder(output, recipe)
+    run = _Pruning(recipe, source, output, say, us)
     merges = _merges(recipe, ready)
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
-    text: CalibrationSet | None = None
     if ready is None:
+        statistics = run.measured(statistics)
+    made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
+    if us.first:
+        run.write(made, statistics, kind)
+    before, after = run.losses(heldout)
+    if us.first:
+        run.finish(before, after)
+    return Pruned(output, made, before, us.told(lambda: after))
+
+
+class _Pruning:
+    """The steps of one `prune`; those that write are the first process's."""
+
+    def __init__(
+        self, recipe: Recipe, source: Checkpoint, output: Path, say: Say, us: Team
+    ) -> None:
+        self.recipe, self.source, self.output = recipe, source, output
+        self.say, self.us = say, us
+        self.work = work_folder(output, recipe)
+        self.folder = partial_path(output)
+        self._text: CalibrationSet | None = None
+
+    def measured(self, statistics: Statistics | None) -> Statistics | None:
+        """Statistics with all that the plan needs; what can be checked before is checked before."""
+        recipe, source = self.recipe, self.source
         size = check_plan_settings(recipe, source).after.bytes
-        if us.first:
-            check_disk(size, output)
-        say(f"disk: about {size / 1e9:.2f} GB for the result")
+        if self.us.first:
+            check_disk(size, self.output)
+        self.say(f"disk: about {size / 1e9:.2f} GB for the result")
         costly = _unmeasured(recipe, statistics)
         if costly is not None:
             check_curves(recipe, source)
         if statistics is None:
-            text = us.told(lambda: calibration_set(recipe, source, say))
-            statistics = collect(with_needs(recipe), source, text, say, work, us)
-        if us.first and statistics is not None:
+            self._text = self.us.told(lambda: calibration_set(recipe, source, self.say))
+            statistics = collect(
+                with_needs(recipe), source, self._text, self.say, self.work, self.us
+            )
+        if self.us.first and statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
             if costly is not None:
-                if text is None:
-                    about = statistics.facts["calibration"]
-                    text = calibration_set(_same_text(recipe, about), source, say)
-                home = work / "curves"
-                statistics = measure_curves(recipe, source, text, statistics, costly, home, say)
-    made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
+                text = self._same_text(statistics.facts["calibration"])
+                home = self.work / "curves"
+                statistics = measure_curves(
+                    recipe, source, text, statistics, costly, home, self.say
+                )
+        return statistics
 
-    folder = partial_path(output)
-    if us.first:
+    def write(self, made: Plan, statistics: Statistics | None, kind: str | None) -> None:
+        """The repaired or merged checkpoint, and what explains it, under the temporary name."""
         repairs: list[LayerRepair] = []
+        changed = None
         if kind is not None:
-            if text is None:
-                about = made.recipe if statistics is None else statistics.facts["calibration"]
-                text = calibration_set(_same_text(recipe, about), source, say)
-            repairs = repair_model(recipe, source, text, made.kept, kind, work / "repair", say)
-        fresh(folder)
+            text = self._same_text(
+                made.recipe if statistics is None else statistics.facts["calibration"]
+            )
+            home = self.work / "repair"
+            repairs = repair_model(self.recipe, self.source, text, made.kept, kind, home, self.say)
+            changed = home if repairs else None
+        notes = fresh(self.folder) / FOLDER
         if statistics is not None:
-            statistics.save(folder / FOLDER)
-        say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
+            statistics.save(notes)
+        self.say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
         started = time.perf_counter()
-        changed = work / "repair" if repairs else None
-        if merges:
-            changed = fresh(work / "merged")
-            write_merged(source, made, changed)
-        write_model(source, made.kept, folder, repaired=changed)
-        say(f"written in {time.perf_counter() - started:.1f} s")
-        made.save(folder / FOLDER / "plan.json")
-        (folder / FOLDER / "recipe.yaml").write_text(recipe.to_yaml())
+        if made.merges:
+            changed = fresh(self.work / "merged")
+            write_merged(self.source, made, changed)
+        write_model(self.source, made.kept, self.folder, repaired=changed)
+        self.say(f"written in {time.perf_counter() - started:.1f} s")
+        made.save(notes / "plan.json")
+        (notes / "recipe.yaml").write_text(self.recipe.to_yaml())
         if repairs:
             table = json.dumps([asdict(r) for r in repairs], indent=1)
-            (folder / FOLDER / "repair.json").write_text(table + "\n")
-    before = after = None
-    if heldout is not None:
-        before = measure(recipe, source, heldout, "held-out loss, original", us)
+            (notes / "repair.json").write_text(table + "\n")
+
+    def losses(
+        self, heldout: CalibrationSet | None
+    ) -> tuple[HeldoutLoss | None, HeldoutLoss | None]:
+        """Held-out loss of the original and of what was written."""
+        if heldout is None:
+            return None, None
+        recipe, us = self.recipe, self.us
+        before = measure(recipe, self.source, heldout, "held-out loss, original", us)
+        after = None
         # a disk that not all machines share: who wrote the result measures it
-        together = all(us.gather((folder / "config.json").is_file()))
+        together = all(us.gather((self.folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
-            pruned = Checkpoint(str(folder))
+            pruned = Checkpoint(str(self.folder))
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them)
-    if us.first:
+        return before, after
+
+    def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
+        """Report, manifest and verification; then the result gets its name."""
         if before is not None and after is not None:
             losses = {"original": asdict(before), "pruned": asdict(after)}
-            (folder / FOLDER / "heldout.json").write_text(json.dumps(losses, indent=1) + "\n")
+            file = self.folder / FOLDER / "heldout.json"
+            file.write_text(json.dumps(losses, indent=1) + "\n")
         from moe_fair.report.write import write_report  # matplotlib takes a second to import
 
-        write_report(folder)
-        write_manifest(folder)
-        found = verify(folder, source, hashes=False)
+        write_report(self.folder)
+        write_manifest(self.folder)
+        found = verify(self.folder, self.source, hashes=False)
         if not found.ok:
-            raise RuntimeError(f"the result does not verify and stays in {folder}: {found.wrong}")
-        say(f"verified: {found.checks[-1].detail}")
-        settle(folder, output)
-        discard(work)
-    return Pruned(output, made, before, us.told(lambda: after))
+            raise RuntimeError(
+                f"the result does not verify and stays in {self.folder}: {found.wrong}"
+            )
+        self.say(f"verified: {found.checks[-1].detail}")
+        settle(self.folder, self.output)
+        discard(self.work)
+
+    def _same_text(self, about: Mapping[str, Any]) -> CalibrationSet:
+        """The text that statistics or a plan were made from, where the recipe names none itself."""
+        if self._text is None:
+            recipe = self.recipe
+            if recipe.calibration == Recipe().calibration:
+                names = ("calibration", "samples", "length", "seed")
+                recipe = recipe.with_settings({n: about[n] for n in names if n in about})
+            self._text = calibration_set(recipe, self.source, self.say)
+        return self._text
 
 
 def _decide(
@@ -284,14 +334,6 @@ def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
         return None
     held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
     return None if held else removal.name
-
-
-def _same_text(recipe: Recipe, about: Mapping[str, Any]) -> Recipe:
-    """The text that statistics or a plan were made from, where the recipe names none itself."""
-    if recipe.calibration != Recipe().calibration:
-        return recipe
-    names = ("calibration", "samples", "length", "seed")
-    return recipe.with_settings({n: about[n] for n in names if n in about})
 
 
 def work_folder(output: Path, recipe: Recipe) -> Path:
