@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--experts", type=int, default=20, help="of every layer, the first ones")
+    parser.add_argument("--batch-size", type=int, default=1, help="the oracle's; the loop's is 8")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     recipe = Recipe(
@@ -93,12 +94,13 @@ def main() -> None:
         length=args.length, device="cpu", dtype="float32",
     )  # fmt: skip
     source = pipeline.open_model(recipe)
-    batches = pipeline.calibration_set(recipe, source, print).batches(8)
+    text = pipeline.calibration_set(recipe, source, print)
+    batches, own = text.batches(8), text.batches(args.batch_size)
     model = source.load("float32", "cpu").eval()
     ratios = []
     for repeat in range(args.repeats + 1):
         a, loop = timed(lambda: naive(model, batches, args.experts))
-        b, quick = timed(lambda: ours(model, batches, args.experts))
+        b, quick = timed(lambda: ours(model, own, args.experts))
         if repeat:
             ratios.append(b / a)
             print(f"loop {a:.1f} s, oracle {b:.1f} s of processor time: {b / a:.3f}", flush=True)

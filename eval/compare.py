@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     # weights and thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    if jobs:
+    if jobs and not args.show:
         with context.Pool(min(args.jobs, len(jobs)), maxtasksperchild=1) as pool:
             pool.map(_job, jobs, chunksize=1)
     models = {Path(m).name for m in args.models}
@@ -440,6 +440,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--jobs", type=int, default=1, help="processes side by side")
     made.add_argument("-o", "--output", type=Path, default=Path("eval/compare.jsonl"))
+    made.add_argument("--show", action="store_true", help="measure nothing, show what is there")
     made.add_argument("--table", type=Path, help="Markdown")
     made.add_argument("--csv", type=Path)
     made.add_argument("--plot", type=Path, help="PNG, SVG or PDF")

@@ -73,8 +73,8 @@ class RemovalLosses:
                 if block is None or not wanted:
                     hidden[j] = calls[j][i].run(layer, hidden[j])
                     continue
-                out, variants = _without(layer, calls[j][i], block, hidden[j], wanted)
-                for r, variant in enumerate(variants):
+                out, variants = _without(layer, calls[j][i], block, hidden[j], batch, wanted)
+                for r, variant in variants:
                     for call, later in zip(calls[j][i + 1 :], layers[i + 1 :], strict=True):
                         variant = call.run(later, variant)
                     change[r] += self._loss(batch, variant) - before[j]
@@ -89,9 +89,12 @@ class RemovalLosses:
 
 
 def _without(
-    layer: nn.Module, call: LayerCall, block: MoeBlock, hidden: Tensor, sets: Sets
-) -> tuple[Tensor, Iterator[Tensor]]:
-    """The layer's output [B, L, D], and that without each of the sets."""
+    layer: nn.Module, call: LayerCall, block: MoeBlock, hidden: Tensor, batch: Batch, sets: Sets
+) -> tuple[Tensor, Iterator[tuple[int, Tensor]]]:
+    """The layer's output [B, L, D]; number and output of each set that changes it.
+
+    A set that no token of the batch is routed to changes nothing, here and in all later layers.
+    """
     tap, rerouting = Watch(block), Rerouting(block)
     rerouting.attach()
     try:
@@ -100,25 +103,31 @@ def _without(
         ids, weights = rerouting.routes(tap.index, tap.weights, sets)
     finally:
         rerouting.detach()
+    used = set(tap.index[batch.mask.flatten().bool()].unique().tolist())
+    touched = [r for r, s in enumerate(sets) if not used.isdisjoint(s)]
 
     def again(r: int) -> Tensor:
         with tap.answering(ids[r + 1], weights[r + 1].to(tap.weights.dtype)):
             return call.run(layer, hidden)
 
-    def variants() -> Iterator[Tensor]:
-        first = again(0)
-        differences = _differences(tap, block, ids, weights)
+    def variants() -> Iterator[tuple[int, Tensor]]:
+        if not touched:
+            return
+        first = again(touched[0])
+        differences = _differences(tap, block, ids, weights, touched)
         quick = out + next(differences).view_as(out)
         near = float((quick - first).abs().max()) <= ADDITIVE * float(out.abs().max())
-        yield first
-        for r in range(1, len(sets)):
-            yield out + next(differences).view_as(out) if near else again(r)
+        yield touched[0], first
+        for r in touched[1:]:
+            yield r, out + next(differences).view_as(out) if near else again(r)
 
     return out, variants()
 
 
-def _differences(tap: Watch, block: MoeBlock, ids: Tensor, weights: Tensor) -> Iterator[Tensor]:
-    """[T, D] change of the routed output for each removal."""
+def _differences(
+    tap: Watch, block: MoeBlock, ids: Tensor, weights: Tensor, wanted: Sequence[int]
+) -> Iterator[Tensor]:
+    """[T, D] change of the routed output for each wanted removal."""
     candidates = Candidates.of(tap.index, ids, weights, block.num_experts)
     flat = candidates.ids.flatten()
     real = (flat >= 0).nonzero().flatten()
@@ -129,6 +138,6 @@ def _differences(tap: Watch, block: MoeBlock, ids: Tensor, weights: Tensor) -> I
     f = rows.new_zeros(t * m, rows.shape[-1])
     f[real] = rows
     f = f.view(t, m, -1)
-    for r in range(candidates.change.shape[1]):
+    for r in wanted:
         c = candidates.change[:, r].to(f.dtype)
         yield torch.bmm(c.unsqueeze(1), f).squeeze(1)

@@ -44,6 +44,24 @@ def loss(model: Any) -> float:
     return total / count
 
 
+def test_experts_without_tokens_change_nothing() -> None:
+    model: Any = tiny_model("qwen2_moe").eval()
+    [block, *_] = find_blocks(model)
+    every = {block.name: [[e] for e in range(block.num_experts)]}
+    ids = torch.tensor([[5, 9, 77], [64, 3, 3]])
+    batch = Batch(ids, torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.arange(2), 0)
+    seen: set[int] = set()
+    block.experts.register_forward_pre_hook(
+        lambda _, given: seen.update(given[1][batch.mask.flatten().bool()].flatten().tolist())
+    )
+    with torch.no_grad():
+        model(ids, attention_mask=batch.mask)
+    used = set(seen)
+    [(_, change)] = RemovalLosses(model, [batch]).measure(every)
+    assert 0 < len(used) < block.num_experts
+    assert {e for e, c in enumerate(change.tolist()) if c != 0} == used
+
+
 # top-k of a softmax; renormalised; groups and bias; biases of the router; a residual multiplier
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_removals_equal_masked_models(kind: str) -> None:
