@@ -31,6 +31,15 @@ def table(record: dict[str, Any]) -> str:
         ("passed, but layers hand on more than hidden states: only `--engine resident`",
          _names(record["resident_only"])),
     ]  # fmt: skip
+    rows += [
+        (f"before transformers {version}: only `--engine resident`", _names(kinds))
+        for version in sorted(set(record["streamed_from"].values()))
+        if (kinds := [k for k, v in record["streamed_from"].items() if v == version])
+    ]
+    rows += [
+        (f"passed from transformers {old['transformers']} on, refused before: {old['why']}",
+         _names([kind])) for kind, old in record["served_from"].items()
+    ]  # fmt: skip
     rows += [(f"refused: {why['why']}", _names([kind])) for kind, why in record["refused"].items()]
     lines = [f"| transformers {record['transformers']} | model types |", "|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {names} |" for what, names in rows)]) + "\n"

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -91,7 +92,7 @@ if TYPE_CHECKING:
     from moe_fair.recipe import Recipe
 
 # what several processes do together; of other commands the first process does all
-TOGETHER = (["calibrate"], ["prune"])
+TOGETHER = (["calibrate"], ["prune"], ["eval"])
 
 app = typer.Typer(
     name="moe-fair",
@@ -286,6 +287,8 @@ def evaluate(
         )  # fmt: skip
     if agreement and original is not None:
         found = evaluating.run_agreement(settings, source, original, folder)
+    if not distributed.is_first():
+        return
     if folder is not None and output is None:
         from moe_fair.report.write import write_report
 
@@ -366,9 +369,18 @@ def _parse_weights(text: str) -> dict[str, float]:
         raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
 
 
-def _without_bars() -> AbstractContextManager:
-    """Away from a terminal, drop the progress bars that lm-eval writes whatever is set."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Drop the progress bars that lm-eval writes whatever is set, but on a terminal.
+
+    Of several processes the first alone shows them, and what lm-eval prints.
+    """
+    with ExitStack() as quiet:
+        if not (distributed.is_first() and sys.stderr.isatty()):
+            quiet.enter_context(redirect_stderr(io.StringIO()))
+        if not distributed.is_first():
+            quiet.enter_context(redirect_stdout(io.StringIO()))
+        yield
 
 
 def _say(line: str) -> None:

@@ -39,6 +39,11 @@ SILENCE = 20.0  # seconds without a sign of life after which another machine cou
 FORMING = 600.0  # seconds that all processes may take to arrive
 FOREVER = timedelta(days=365)  # the watch decides who is lost, not a collective's time-out
 PIECE = 2**25  # elements sent at a time
+# by which torch, accelerate and MPI know that there are several processes
+LAUNCHER = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
 
 
 def processes() -> int:
@@ -55,6 +60,16 @@ def stay_alone() -> None:
     """Forget the launcher: for what the first process does by itself."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """Inside, libraries that look for a launcher find none: each process has a model of its own."""
+    given = {n: os.environ.pop(n) for n in LAUNCHER if n in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(given)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_fair.checks import check_same_tokens
 from moe_fair.collecting import Say, choose_engine, passes
+from moe_fair.distributed import team
 from moe_fair.evaluate.agreement import Agreements, agreement
 from moe_fair.evaluate.compare import Row, compare
 from moe_fair.evaluate.record import save_agreement, save_benchmarks
@@ -38,6 +39,8 @@ def run_benchmarks(
 ) -> list[Row]:
     """lm-eval's tasks on a model and, on the same items, on the one it was pruned from.
 
+    Where several processes do it together, each runs its share; the first writes.
+
     Args:
         folder: where lm-eval's JSON (`lm-eval/`) and the table (`benchmarks.json`) go.
         log_samples: also write what was asked and answered, item by item.
@@ -45,6 +48,7 @@ def run_benchmarks(
     """
     from moe_fair.evaluate import benchmark as lm_eval  # takes seconds to import
 
+    us = team()
     lm_eval.find_tasks(benchmark)  # a wrong name fails before a model is loaded
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     sides = {"original": baseline, "pruned" if baseline else "model": source}
@@ -54,12 +58,12 @@ def run_benchmarks(
             continue
         say(f"lm-eval: {', '.join(benchmark.tasks)} on {checkpoint.model}")
         with quiet():
-            results[name] = lm_eval.run(checkpoint, benchmark)
-        if folder is not None:
+            results[name] = lm_eval.run(checkpoint, benchmark, us)
+        if folder is not None and us.first:
             path = lm_eval.save(results[name], folder / "lm-eval", f"{stamp}-{name}", log_samples)
             say(f"lm-eval's results: {path}")
     rows = compare(results["pruned" if baseline else "model"], results.get("original"))
-    if folder is not None:
+    if folder is not None and us.first:
         save_benchmarks(folder, rows)
     return rows
 
@@ -69,13 +73,15 @@ def run_agreement(
 ) -> Agreements:
     """How far a model agrees with the one it was pruned from, on the recipe's held-out text.
 
-    Each model gets its own engine; --max-memory holds for each.
+    Each model gets its own engine; --max-memory holds for each. Where several processes do it
+    together, each runs its share of the batches; the first writes.
 
     Raises:
         ValueError: no text, or the two read text differently.
     """
     check_same_tokens(source, baseline)
-    text = heldout_set(recipe, source)
+    us = team()
+    text = us.told(lambda: heldout_set(recipe, source))
     if text is None:
         raise ValueError("--agreement needs text: give --heldout path/to/text.jsonl")
     vocabulary = source.config.get_text_config().vocab_size
@@ -83,15 +89,16 @@ def run_agreement(
     engines = []
     with Progress("agreement", 0) as progress:
         for checkpoint in (baseline, source):
-            chosen = choose_engine(recipe, checkpoint)
-            progress.add(text.tokens * passes(chosen, checkpoint, False))
+            chosen = us.told(lambda c=checkpoint: choose_engine(recipe, c, us.node_size))  # type: ignore[misc]
+            share = -(-text.tokens // us.size)
+            progress.add(share * passes(chosen, checkpoint, False))
             engine, _ = start(
                 checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit
             )
             engines.append(engine)
         original, pruned = engines
-        found = agreement(original, pruned, text.batches(size), text.domains)
-    if folder is not None:
+        found = agreement(original, pruned, text.batches(size), text.domains, us)
+    if folder is not None and us.first:
         save_agreement(folder, found)
     return found
 

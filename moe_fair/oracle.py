@@ -6,19 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from moe_fair.collecting import Say, choose_engine
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.oracle import Agreement, Oracle, agreement
 from moe_fair.core.units import Statistics
+from moe_fair.measuring import Removals
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.removal import RemovalLosses
-from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
 ORACLE_FILE = "oracle.safetensors"
@@ -46,50 +41,23 @@ def measure_oracle(
             "an oracle runs layers again and again and needs the whole model in memory "
             f"({chosen.why})"
         )
-    fingerprint = {**source.fingerprint, "calibration": text.digest}
-    mark = {"fingerprint": json.dumps(fingerprint, sort_keys=True)}
-    homes = {b.name: work / f"layer-{b.layer:05d}.safetensors" for b in source.blocks}
-    done = {n: t for n, home in homes.items() if (t := _finished(home, mark)) is not None}
-    left = {
-        b.name: [[e] for e in range(b.num_experts)] for b in source.blocks if b.name not in done
-    }
-    if done:
-        say(f"going on: {len(done)} of {len(homes)} layers were done before")
-    work.mkdir(parents=True, exist_ok=True)
-    depth = source.config.get_text_config().num_hidden_layers
-    model = source.load(recipe.dtype, recipe.device)
-    with Progress("removing", text.tokens * depth) as progress:
-        losses = RemovalLosses(model, text.batches(recipe.batch_size), progress.visit)
-        say(f"oracle: {sum(map(len, left.values()))} removals on {losses.tokens:,} tokens")
-        for name, change in losses.measure(left):
-            partial = homes[name].with_suffix(".partial")
-            save_file({"change": change}, partial, {**mark, "loss": repr(losses.loss)})
-            partial.rename(homes[name])
-            done[name] = (change, losses.loss)
+    singles = {b.name: [[e] for e in range(b.num_experts)] for b in source.blocks}
+    removals = Removals(recipe, source, text, singles, work)
+    if removals.earlier:
+        say(f"going on: {removals.earlier} of {len(singles)} layers were done before")
+    left = sum(len(s) for n, s in singles.items() if n not in removals.changes)
+    say(f"oracle: {left} removals on {removals.tokens:,} tokens")
+    removals.measure("removing")
     return Oracle(
-        changes={n: done[n][0] for n in homes},
-        loss=done[next(iter(homes))][1],
-        tokens=losses.tokens,
-        fingerprint=fingerprint,
+        changes={n: removals.changes[n] for n in singles},
+        loss=removals.loss,
+        tokens=removals.tokens,
+        fingerprint={**source.fingerprint, "calibration": text.digest},
         facts={
             "model": recipe.model, "samples": len(text.sequences), "length": recipe.length,
             "seed": recipe.seed,
         },
     )  # fmt: skip
-
-
-def _finished(home: Path, mark: dict[str, str]) -> tuple[Tensor, float] | None:
-    """A layer's changes and the whole loss, from an earlier run on the same model and text."""
-    if not home.is_file():
-        return None
-    try:
-        with safe_open(home, framework="pt") as f:
-            header = f.metadata() or {}
-            if header.get("fingerprint") != mark["fingerprint"]:
-                return None
-            return f.get_tensor("change"), float(header["loss"])
-    except (SafetensorError, OSError, ValueError, KeyError):
-        return None  # damaged: measured again
 
 
 def agreements(oracle: Oracle, statistics: Statistics) -> dict[str, Agreement]:

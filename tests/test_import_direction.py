@@ -22,7 +22,7 @@ ORDER = [
     {"verifying"},
     {"publish"},
     {"recipe", "progress", "options"},
-    {"checks", "collecting"},
+    {"checks", "collecting", "measuring"},
     {"costing", "repairing", "oracle"},
     {"pipeline"},
     {"evaluating"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,40 @@ def test_two_machines(tmp_path: Path, alone: Path) -> None:
     assert "load it with" in (tmp_path / "log0").read_text()
     assert "moe-fair" not in (tmp_path / "log1").read_text()
     assert "calibrat" not in (tmp_path / "log1").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [torchrun, accelerate])
+def test_evaluation_is_that_of_one_process(
+    launch: Callable[[int], list[str]], tmp_path: Path
+) -> None:
+    """Choices and rolling passages, an odd number of batches, one too few for both processes."""
+    few = [
+        "eval", str(MODEL), "--baseline", str(MODEL),
+        "--include-path", str(ROOT / "eval" / "tasks"),
+        "--tasks", "local_choice_python,local_passages_rust-docs", "--limit", "5",
+        "--batch-size", "4", "--log-samples", "--json", "--agreement", "--heldout", str(HELDOUT),
+        "--heldout-samples", "6", "--length", "32",
+    ]  # fmt: skip
+    alone = run(
+        [sys.executable, "-m", "moe_fair", *few, "-o", str(tmp_path / "one")], tmp_path / "a"
+    )
+    shared = run([*launch(2), *few, "-o", str(tmp_path / "two")], tmp_path / "b")
+    assert shared.count('"benchmarks"') == 1
+    assert shared[shared.index("{") :] == alone[alone.index("{") :]
+    one, two = (
+        {p.name.split("-", 5)[-1]: p for p in (tmp_path / side).rglob("*") if p.is_file()}
+        for side in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    assert len(one) == 8
+    for name, path in one.items():
+        if path.parent.name == "lm-eval" and path.suffix == ".json":
+            a, b = (json.loads(p.read_text()) for p in (path, two[name]))
+            assert a["results"] == b["results"]
+            assert a["config"] == b["config"]
+        else:
+            assert path.read_bytes() == two[name].read_bytes(), name
 
 
 def ours(log: Path) -> list[str]:

@@ -90,7 +90,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         },
     },
     "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
         "indexer_compress_ratio": 4, "hc_lowrank": 8,
     },
@@ -127,6 +127,8 @@ def tiny_config(kind: str, **extra: Any) -> Any:
     for name, part in cls.sub_configs.items():
         if name in extra:
             continue
+        if part is AutoConfig and getattr(cls(), name, None) is not None:
+            part = type(getattr(cls(), name))  # the type that it has where nothing is said
         if name == "text_config":
             values[name] = tiny_config(
                 part.model_type, **{k: v for k, v in extra.items() if k == "vocab_size"}

@@ -6,9 +6,11 @@ A multimodal checkpoint (`Qwen3VLMoeForConditionalGeneration`) must not be opene
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from transformers import CONFIG_MAPPING
 
 NAMES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -30,6 +32,18 @@ def auto_class(config: Any) -> Any:
             if fits(known):
                 return autos[name]
     return autos[NAMES[0]]
+
+
+def auto_name(config: Mapping[str, Any]) -> str:
+    """Name of the auto class for a checkpoint, from what lies in its `config.json`."""
+    for name in config.get("auto_map") or {}:
+        if name in NAMES:
+            return str(name)
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return NAMES[0]
+    architectures = config.get("architectures")
+    return str(auto_class(CONFIG_MAPPING[kind](architectures=architectures)).__name__)
 
 
 def _class_names(auto: Any, config: Any) -> set[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.batch import Batch, Engine
 
 # sums per domain: positions, original loss, pruned loss, KL, top-1, acceptance
@@ -57,7 +58,11 @@ class Agreements:
 
 
 def agreement(
-    original: Engine, pruned: Engine, batches: Sequence[Batch], domains: tuple[str, ...]
+    original: Engine,
+    pruned: Engine,
+    batches: Sequence[Batch],
+    domains: tuple[str, ...],
+    team: Team = ALONE,
 ) -> Agreements:
     """Run both models over the same batches, position by position beside each other.
 
@@ -65,13 +70,16 @@ def agreement(
         original, pruned: engines of two models with one vocabulary.
         batches: of one domain each, small enough for their logits; see `CalibrationSet.batches`.
         domains: their names.
+        team: the processes that do this together: each runs its share of the batches.
 
     Raises:
         ValueError: the vocabularies differ.
     """
-    sums = torch.zeros(len(domains), _SUMS, dtype=torch.float64)
-    pairs = zip(original.logits(batches), pruned.logits(batches), strict=True)
-    for batch, (p, q) in zip(batches, pairs, strict=True):
+    numbers = team.share(range(len(batches)), lambda i: float(batches[i].mask.numel()))
+    own = [batches[i] for i in numbers]
+    found: dict[int, Tensor] = {}
+    pairs = zip(original.logits(own), pruned.logits(own), strict=True)
+    for i, batch, (p, q) in zip(numbers, own, pairs, strict=True):
         if p.shape != q.shape:
             raise ValueError(
                 f"the models predict {p.shape[-1]} and {q.shape[-1]} tokens; agreement needs one "
@@ -80,7 +88,12 @@ def agreement(
         counts = batch.mask[:, 1:].bool()
         targets = batch.input_ids[:, 1:][counts]
         where = counts.to(p.device)
-        sums[batch.domain] += _sums(p[:, :-1][where], q[:, :-1][where], targets.to(p.device))
+        found[i] = _sums(p[:, :-1][where], q[:, :-1][where], targets.to(p.device))
+    for part in team.gather(found):
+        found |= part
+    sums = torch.zeros(len(domains), _SUMS, dtype=torch.float64)
+    for i, batch in enumerate(batches):  # in one order, whoever measured
+        sums[batch.domain] += found[i]
     measured = {d: _means(s) for d, s in zip(domains, sums, strict=True) if s[0]}
     return Agreements(_means(sums.sum(0)), measured)
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from moe_fair.core.registry import nearest
+from moe_fair.distributed import ALONE, Team, unlaunched
+from moe_fair.evaluate.shared_model import SharedModel
 from moe_fair.moe.load import Checkpoint, first_line, pick_device, pick_dtype
 
 # the eight tasks of HC-SMoE's tables (arXiv 2410.08589); REAP (arXiv 2510.13999) took them over
@@ -102,8 +105,11 @@ def _complete(manager: TaskManager, name: str) -> bool:
     return all(_complete(manager, m) for m in members if isinstance(m, str))
 
 
-def run(source: Checkpoint, benchmark: Benchmark) -> dict[str, Any]:
-    """lm-eval's results of one model, with `samples`.
+def run(source: Checkpoint, benchmark: Benchmark, team: Team = ALONE) -> dict[str, Any]:
+    """lm-eval's results of one model, with `samples`; the same in every process.
+
+    Args:
+        team: the processes that ask together; each runs its share of the batches on its own device.
 
     Raises:
         ValueError: an unknown task, or data that cannot be had.
@@ -112,16 +118,24 @@ def run(source: Checkpoint, benchmark: Benchmark) -> dict[str, Any]:
     device = pick_device(benchmark.device)
     dtype = pick_dtype(benchmark.dtype, device)
     source.shards  # noqa: B018  # downloaded, or told to be missing, before lm-eval starts
+    model_args = {
+        "pretrained": str(source.path),
+        "dtype": dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
+        # our own unequal checkpoints bring a modeling file: see Checkpoint
+        "trust_remote_code": source.trust_remote_code,
+    }
+    if team.size > 1 and device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     try:
-        with _quiet_git():
-            return lm_eval.simple_evaluate(
-                model="hf",
-                model_args={
-                    "pretrained": str(source.path),
-                    "dtype": dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
-                    # our own unequal checkpoints bring a modeling file: see Checkpoint
-                    "trust_remote_code": source.trust_remote_code,
-                },
+        with _quiet_git(), unlaunched():
+            model: Any = "hf"
+            if team.size > 1:
+                model = SharedModel(
+                    team, **model_args, batch_size=benchmark.batch_size, device=str(device)
+                )
+            found = lm_eval.simple_evaluate(
+                model=model,
+                model_args=model_args,
                 tasks=names,
                 task_manager=manager,
                 num_fewshot=benchmark.num_fewshot,
@@ -131,6 +145,8 @@ def run(source: Checkpoint, benchmark: Benchmark) -> dict[str, Any]:
                 apply_chat_template=benchmark.apply_chat_template,
                 log_samples=True,
             )
+            found["config"]["model"] = "hf"
+            return found
     except OSError as e:
         raise ValueError(
             f"lm-eval could not run {', '.join(names)}: {first_line(e)}; its data sets come from "

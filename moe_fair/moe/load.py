@@ -176,16 +176,24 @@ class Checkpoint:
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
         if device_map is not None:
             return self._spread(pick_dtype(dtype, where), device_map)
+        kind = pick_dtype(dtype, where)
         model, info = auto_class(self.config).from_pretrained(
             self.path,
-            dtype=pick_dtype(dtype, where),
+            dtype=kind,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **self.unpacking,
         )
         self._check_whole(info)
+        self._of_one_dtype(model, kind)
         return model.to(where)
+
+    def _of_one_dtype(self, model: Any, dtype: torch.dtype | str) -> None:
+        """Before 5.23 transformers leaves what it unpacked in bfloat16, whatever it was asked."""
+        if self.unpacking and isinstance(dtype, torch.dtype):
+            for block in find_blocks(model):
+                block.experts.to(dtype)
 
     def _check_whole(self, info: dict[str, Any]) -> None:
         """Nothing was made up: transformers fills what is missing with random numbers."""
@@ -225,6 +233,7 @@ class Checkpoint:
             output_loading_info=True,
         )
         self._check_whole(info)
+        self._of_one_dtype(model, dtype)
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moe_fair.engines.auto import NAMES
 from moe_fair.report.document import Table
 from moe_fair.report.markdown import fenced, plain, table
 from moe_fair.report.numbers import (
@@ -30,6 +31,10 @@ OURS = (
 # is none of them. finetune is what the Hub takes where nothing is said and no other fits; it puts
 # the model into the base model's tree, and the card's first lines say what really was done.
 RELATION = "finetune"
+PIPELINES = {
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -86,9 +91,10 @@ def front_matter(s: Sources, base: Base, license: str | None = None) -> dict[str
     found: dict[str, Any] = {
         **inherited,
         "library_name": "transformers",
-        "pipeline_tag": base.metadata.get("pipeline_tag") or "text-generation",
+        "pipeline_tag": base.metadata.get("pipeline_tag")
+        or PIPELINES.get(s.auto, "text-generation"),
         "tags": ["moe", "expert-pruning", "pruned", "moe_fair"]
-        + ([] if s.plan.uniform else ["custom_code"]),
+        + (["custom_code"] if s.brings_code else []),
     }
     if base.id is not None:
         found |= {"base_model": base.id, "base_model_relation": RELATION}
@@ -117,7 +123,7 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     )
     yield table(_sizes(s))
     yield "## Load it"
-    yield from _loading(plan.uniform, repo_id)
+    yield from _loading(s, repo_id)
     yield "## What it is worth"
     yield from _numbers(s)
     yield "## The plan"
@@ -145,16 +151,17 @@ def _sizes(s: Sources) -> Table:
     )  # fmt: skip
 
 
-def _loading(uniform: bool, repo_id: str) -> Iterator[str]:
-    trust = "" if uniform else ", trust_remote_code=True"
+def _loading(s: Sources, repo_id: str) -> Iterator[str]:
+    trust = ", trust_remote_code=True" if s.brings_code else ""
+    text = ("processor", "AutoProcessor") if s.sees else ("tokenizer", "AutoTokenizer")
     lines = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {s.auto}, {text[1]}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        f'model = {s.auto}.from_pretrained("{repo_id}", dtype="auto"{trust})',
+        f'{text[0]} = {text[1]}.from_pretrained("{repo_id}")',
     )
     yield fenced("\n".join(lines), "python")
-    if uniform:
+    if not s.brings_code:
         yield "All layers keep the same number of experts, so this is the stock format. vLLM:"
         yield fenced(f"vllm serve {repo_id}", "sh")
     else:
@@ -164,8 +171,10 @@ def _loading(uniform: bool, repo_id: str) -> Iterator[str]:
             "`trust_remote_code` allows. vLLM loads equal counts only "
             "(`moe-fair prune --allocate uniform`)."
         )
+    if s.auto != NAMES[0]:
+        return  # lm-eval's `hf` takes a multimodal model for a causal one
     yield "lm-evaluation-harness:"
-    trust = "" if uniform else ",trust_remote_code=True"
+    trust = ",trust_remote_code=True" if s.brings_code else ""
     arguments = f"--model hf --model_args pretrained={repo_id}{trust}"
     yield fenced(f"lm_eval {arguments} --tasks arc_challenge,hellaswag", "sh")
 

@@ -51,7 +51,9 @@ def document(s: Sources) -> Document:
             for title, blocks in (
                 ("In short", _summary(s, kept, size)),
                 ("Experts kept per layer", _budget(s.plan)),
-                ("Tolerance of Difference", _tod(s)),
+                ("Tolerance of Difference", _tod(s))
+                if s.plan.protection is not None
+                else ("Where the cut falls", _ranks(s.plan)),
                 ("Scores", _scores(s.plan)),
                 ("Which domain uses which experts", _routing(s)),
                 *([("Repair", _repair(s.repairs))] if s.repairs else []),
@@ -123,11 +125,12 @@ def _budget(plan: Plan) -> Iterator[Block]:
             "independent; where bar and mark agree, ToD carries no signal."
         )
     yield Figure("kept", picture, "Bar chart of experts kept in every layer", reading)
+    limits = ("ToD", "null depth", "ceiling") if plan.protection is not None else ()
     yield Table(
-        ("layer", "experts", "kept", "removed", "ToD", "null depth", "ceiling"),
+        ("layer", "experts", "kept", "removed", *limits),
         tuple(
             (str(g.layer), str(g.size), str(len(g.kept)), str(g.depth),
-             *("-" if x is None else x for x in _limits(g)))
+             *("-" if x is None else x for x in (_limits(g) if limits else ())))
             for g in groups
         ),
     )  # fmt: skip
@@ -142,9 +145,6 @@ def _limits(g: GroupPlan) -> tuple[str | None, str | None, str | None]:
 
 
 def _tod(s: Sources) -> Iterator[Block]:
-    if s.plan.protection is None:
-        yield Text("There are no protection scores in this plan, so there is no ToD to draw.")
-        return
     pairs = list(zip(s.plan.groups, _ranked(s), strict=True))
     if any(r.kept(g.depth) != g.kept for g, r in pairs):
         # group-limited routing without the statistics that say so, or ids changed by hand
@@ -158,6 +158,30 @@ def _tod(s: Sources) -> Iterator[Block]:
         f"Of the m experts lowest by {s.plan.removal}, the share that is also among the m highest "
         f"by {s.plan.protection}. Low is good: nothing that should stay is on the way out. A curve "
         "along the dashed diagonal says that the two rankings know nothing of each other.",
+    )
+
+
+def _ranks(plan: Plan) -> Iterator[Block]:
+    groups = [_marked(g, np.array(g.removal)) for g in plan.groups]
+    reading = f"Every layer's {UNIT}s in the order of their removal score ({plan.removal})."
+    line = None
+    if plan.allocator == "global":
+        gone = [g.values[list(g.removed)] for g in groups]
+        line = float(np.concatenate(gone).max()) if any(g.removed for g in groups) else None
+        reading += (
+            " One threshold holds for all layers: what lies lowest in the whole model leaves, so "
+            "that a layer whose scores rise early keeps more."
+        )
+    yield Figure(
+        "ranks",
+        figures.score_ranks(groups, line, UNIT),
+        f"Removal scores in rising order, one panel a layer, removed {UNIT}s in red",
+        reading,
+    )
+    yield Text(
+        "There are no protection scores in this plan, so there is no Tolerance of Difference to "
+        "draw. `moe-fair plan OUT/moe_fair --method fair` with the same target makes a plan that "
+        "has them; OUT is this checkpoint, in whose folder moe_fair the statistics lie."
     )
 
 

@@ -123,6 +123,40 @@ def tod_curves(curves: Sequence[Curve], tolerance: float | None) -> bytes:
     return done()
 
 
+def score_ranks(groups: Sequence[Marked], line: float | None, unit: str) -> bytes:
+    """Each group's scores in rising order, what left in red.
+
+    Args:
+        line: a score that holds for all groups, or None.
+    """
+    columns = min(6, len(groups))
+    rows = -(-len(groups) // columns)
+    every = np.concatenate([g.values for g in groups])
+    positive = every[every > 0]
+    with _drawing(WIDTH, 0.8 + 1.6 * rows) as (figure, done):
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, g in zip(grid.flat, groups, strict=False):
+            order = np.argsort(g.values, kind="stable")
+            gone = np.isin(order, list(g.removed))
+            place = np.arange(1, len(order) + 1)
+            size = _fit(240 / len(order), 1, 4)
+            for chosen, color, name in ((~gone, BLUE, "kept"), (gone, RED, "removed")):
+                axes.plot(place[chosen], g.values[order][chosen], ls="", marker="o", ms=size,
+                          color=color, label=name)  # fmt: skip
+            if line is not None:
+                axes.axhline(line, color=ORANGE, lw=1, label="highest score that left")
+            axes.set_title(f"layer {g.label}: {len(g.removed)} removed", pad=3)
+        for axes in grid.flat[len(groups) :]:
+            axes.set_visible(False)
+        if len(positive) and every.min() >= 0:
+            _orders_of_magnitude(grid.flat[0], positive)
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=3)
+        figure.supxlabel(f"{unit}s, in the order of their score", fontsize=9)
+        figure.supylabel("score", fontsize=9)
+    return done()
+
+
 def score_map(groups: Sequence[Marked], unit: str) -> bytes:
     """Scores of all units, each group from its lowest (0) to its highest (1), removed ones marked.
 
@@ -173,6 +207,17 @@ def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> 
         most = f"{2**FOLD:.0f}"
         bar.ax.set_yticklabels([f"1/{most} or less", "even use", f"{most} times"])
     return done()
+
+
+def _orders_of_magnitude(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale that begins at zero, with at most four powers of ten on it."""
+    least, most = np.log10(np.quantile(values, 0.1)), np.log10(values.max())
+    axes.set_yscale("symlog", linthresh=10.0**least)
+    axes.set_ylim(0, 10.0 ** (most + 0.1 * (most - least)))
+    powers = np.arange(np.ceil(least), np.floor(most) + 1)
+    powers = powers[:: -(-len(powers) // 4) or 1]
+    axes.set_yticks([0.0, *10.0**powers], ["0", *(f"1e{p:.0f}" for p in powers)])
+    axes.set_yticks([], minor=True)
 
 
 def _mark(axes: Axes, groups: Sequence[Marked], color: str, marker: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
+from moe_fair.engines.auto import auto_name
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.heldout import HeldoutLoss
@@ -19,6 +21,7 @@ from moe_fair.moe.repair import LayerRepair
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint
 USE = "tokens"  # the statistic that routing maps show
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,18 @@ class Routing:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that a report or a model card is made of; None for what there is not."""
+    """Everything that a report or a model card is made of; None for what there is not.
+
+    Attributes:
+        auto: name of the class of transformers whose `from_pretrained` loads the checkpoint.
+        brings_code: it does so with `trust_remote_code` alone.
+        sees: there is a processor beside the tokenizer.
+    """
 
     plan: Plan
+    auto: str
+    brings_code: bool
+    sees: bool
     recipe: str
     routing: Routing | None
     repairs: list[LayerRepair] | None
@@ -65,8 +77,12 @@ def gather(output: Path) -> Sources:
             f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
         )
     recipe = folder / "recipe.yaml"
+    config = _config(output / "config.json")
     return Sources(
         plan=Plan.load(folder / "plan.json"),
+        auto=auto_name(config),
+        brings_code="auto_map" in config,
+        sees=any((output / name).is_file() for name in PROCESSORS),
         recipe=recipe.read_text() if recipe.is_file() else "",
         routing=_routing(folder / STATISTICS_FILE),
         repairs=load_repairs(folder / "repair.json"),
@@ -74,6 +90,16 @@ def gather(output: Path) -> Sources:
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
     )
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{file} cannot be read: {e}; is the checkpoint whole?") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no config of a model; is the checkpoint whole?")
+    return found
 
 
 def load_repairs(file: Path) -> list[LayerRepair] | None:

@@ -12,6 +12,8 @@ from tiny import tiny_model
 from transformers import AutoTokenizer
 
 from moe_fair.cli import main
+from moe_fair.publish.card import Base, make_card
+from moe_fair.report.sources import gather
 
 pytestmark = pytest.mark.slow  # a run of the command each
 
@@ -43,3 +45,6 @@ def test_pruned_and_loaded_as_the_screen_says(
     assert said.startswith(KINDS[kind] + ".from_pretrained(")
     model = eval(said, {KINDS[kind]: getattr(transformers, KINDS[kind])})
     assert hasattr(model, "generate")
+    card = make_card(gather(out), "a/b", Base())
+    trust = ", trust_remote_code=True" if "trust_remote_code" in said else ""
+    assert f'{KINDS[kind]}.from_pretrained("a/b", dtype="auto"{trust})' in card

@@ -12,11 +12,14 @@ from masking import masked
 from places import CALIBRATION, MODEL
 from tiny import tiny_model
 
+from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.oracle import Oracle
 from moe_fair.engines.batch import Batch
+from moe_fair.measuring import Removals
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.removal import RemovalLosses
+from moe_fair.recipe import Recipe
 
 
 def batches() -> list[Batch]:
@@ -114,3 +117,33 @@ def test_the_command_goes_on_where_it_was_killed(
     table = json.loads((tmp_path / "o" / "agreement.json").read_text())
     assert set(table) >= {"reap", "counterfactual", "taylor-sq", "frequency"}
     assert all(-1 <= v <= 1 for a in table.values() for v in a.values())
+
+
+@pytest.mark.parametrize(
+    ("other", "goes_on"),
+    [
+        ({}, True),
+        ({"dtype": "float32"}, True),  # what it is on a CPU anyway
+        ({"dtype": "bfloat16"}, False),
+        ({"batch_size": 1}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_only_the_same_measurement_goes_on(
+    other: dict[str, Any], goes_on: bool, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    def removals(recipe: Recipe) -> Removals:
+        source = pipeline.open_model(recipe)
+        text = pipeline.calibration_set(recipe, source, print)
+        return Removals(recipe, source, text, {source.blocks[-1].name: [[0], [1, 2]]}, tmp_path)
+
+    recipe = Recipe(model=str(MODEL), **settings | {"samples": 2, "length": 16})
+    first = removals(recipe)
+    assert first.earlier == 0
+    first.measure("removing")
+    again = removals(recipe.with_settings(other))
+    assert again.earlier == int(goes_on)
+    if goes_on:
+        assert again.loss == first.loss
+        [(a, b)] = zip(again.changes.values(), first.changes.values(), strict=True)
+        assert torch.equal(a, b)

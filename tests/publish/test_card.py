@@ -63,6 +63,28 @@ def test_front_matter(pruned: Path) -> None:
     assert "lm_eval --model hf --model_args pretrained=tester/pruned" in card.text
 
 
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "with code"])
+def test_a_multimodal_model_is_loaded_by_its_own_class(out: Path, stock: bool) -> None:
+    file, auto = out / "config.json", "AutoModelForImageTextToText"
+    config = json.loads(file.read_text()) | {"model_type": "qwen3_vl_moe"}
+    config.pop("auto_map", None)
+    if stock:
+        config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
+    else:
+        config |= {"architectures": ["MoeFair"], "auto_map": {auto: "modeling_moe_fair.MoeFair"}}
+    file.write_text(json.dumps(config))
+    text = make_card(gather(out), "tester/pruned", Base())
+    assert f"from transformers import {auto}, AutoTokenizer\n" in text
+    trust = "" if stock else ", trust_remote_code=True"
+    assert f'model = {auto}.from_pretrained("tester/pruned", dtype="auto"{trust})' in text
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "image-text-to-text"
+    assert "AutoModelForCausalLM" not in text
+    assert "lm_eval" not in text
+    (out / "preprocessor_config.json").write_text("{}")
+    text = make_card(gather(out), "tester/pruned", Base())
+    assert 'processor = AutoProcessor.from_pretrained("tester/pruned")' in text
+
+
 def test_the_card_holds_plan_and_recipe(pruned: Path) -> None:
     sources = gather(pruned)
     text = make_card(sources, "tester/pruned", Base())

@@ -295,18 +295,26 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
     bare.save(path)
     page = written(out)
     assert "no protection scores" in page.text
-    assert len(page.images) == 2
+    assert len(page.images) == 3
 
 
 @pytest.mark.parametrize("method", ["second-order", "reap"])
 def test_methods_without_protection_scores(out: Path, method: str) -> None:
-    """No ToD to draw, and the page says so; counts per layer as the plan has them."""
+    """No ToD to draw, and the page says so and what to run; counts per layer as planned."""
     statistics = moe_fair.Statistics.load(out / "moe_fair")
     plan = moe_fair.plan(statistics, experts=40, method=method)
     plan.save(out / "moe_fair" / "plan.json")
     page = written(out)
     assert "no protection scores" in page.text
-    assert len(page.images) == 3
+    assert "Where the cut falls" in page.headings
+    assert "Tolerance of Difference" not in page.headings
+    assert ("One threshold holds for all layers" in page.text) == (method == "second-order")
+    assert len(page.images) == 4
+    said = re.search(r"moe-fair (plan OUT/moe_fair --method fair)", page.text)
+    assert said is not None
+    command, _, *rest = said[1].split()
+    with pytest.raises(SystemExit, match="0"):
+        main([command, str(out / "moe_fair"), *rest, "--experts", "40"])
     assert [int(row[2]) for row in page.tables[0][1:]] == [len(g.kept) for g in plan.groups]
 
 

@@ -1,0 +1,102 @@
+"""Loss changes by removals, layer by layer, each kept until the result is safe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.choose import weight_dtype
+from moe_fair.moe.load import Checkpoint, pick_device
+from moe_fair.moe.removal import RemovalLosses
+from moe_fair.progress import Progress
+from moe_fair.recipe import Recipe
+
+Sets = dict[str, list[list[int]]]
+
+
+class Removals:
+    """The loss change when each of some sets of experts leaves its layer; see `RemovalLosses`.
+
+    Args:
+        recipe: how the model is run: batch_size, dtype, device.
+        text: what is measured on.
+        sets: block name -> the sets of experts to remove.
+        work: where each layer's changes are kept; a run that was killed goes on at the next layer.
+
+    Attributes:
+        changes: block name -> [R] float64, as far as they are known.
+        earlier: how many layers a killed run has left.
+        loss: of the whole model, in nats; NaN before anything is known.
+        tokens: how many predictions are measured.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Checkpoint,
+        text: CalibrationSet,
+        sets: Sets,
+        work: Path | None,
+    ) -> None:
+        self.recipe, self.source, self.text, self.sets = recipe, source, text, sets
+        self.batches = text.batches(recipe.batch_size)
+        self.tokens = sum(int(b.mask[:, 1:].sum()) for b in self.batches)
+        self.changes: dict[str, Tensor] = {}
+        self.loss = math.nan
+        layers = {b.name: b.layer for b in source.blocks}
+        self._homes = {n: work / f"layer-{layers[n]:05d}.json" for n in sets} if work else {}
+        for name, home in self._homes.items():
+            self._read(name, home)
+        self.earlier = len(self.changes)
+
+    def measure(self, what: str) -> None:
+        """Whatever is not known yet.
+
+        Args:
+            what: said in front of the progress bar.
+        """
+        missing = {n: s for n, s in self.sets.items() if n not in self.changes}
+        if not missing:
+            return
+        depth = self.source.config.get_text_config().num_hidden_layers
+        with Progress(what, self.text.tokens * depth) as progress:
+            model = self.source.load(self.recipe.dtype, self.recipe.device)
+            losses = RemovalLosses(model, self.batches, progress.visit)
+            for name, change in losses.measure(missing):
+                self.changes[name], self.loss = change, losses.loss
+                if name in self._homes:
+                    self._save(name)
+
+    def _key(self, name: str) -> str:
+        """What a layer's changes depend on."""
+        device = pick_device(self.recipe.device)
+        key = {
+            "model": self.source.fingerprint, "text": self.text.digest, "sets": self.sets[name],
+            "batch": self.recipe.batch_size, "device": device.type,
+            "dtype": str(weight_dtype(self.source, self.recipe.dtype, device)),
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+    def _read(self, name: str, home: Path) -> None:
+        """A layer's changes from an earlier run with the same settings."""
+        try:
+            found = json.loads(home.read_text())
+            if found["key"] == self._key(name):
+                self.changes[name] = torch.tensor(found["changes"], dtype=torch.float64)
+                self.loss = float(found["loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # not there, or damaged: measured again
+
+    def _save(self, name: str) -> None:
+        home = self._homes[name]
+        home.parent.mkdir(parents=True, exist_ok=True)
+        partial = home.with_name(home.name + ".partial")
+        about = {"key": self._key(name), "loss": self.loss, "changes": self.changes[name].tolist()}
+        partial.write_text(json.dumps(about))
+        partial.replace(home)
