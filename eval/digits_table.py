@@ -8,12 +8,12 @@
         --ratios .4 --methods taylor-fo taylor-so taylor-bn --units-per-step 5 --minibatches 10
 
 Every (net, seed, method, target, ratio, epochs) is one line of the output file; a run that is
-started again does what is missing. The tables at the end (alone with `--table`) give mean ± standard
-deviation over seeds, and the lowest share of its dense net's accuracy that a net kept. A method is
-`removal/allocator`, where ToD's protection is the gate Taylor, or one of `vision/gradual.py`, whose
-units leave in training and are then cut. A ratio is the share of channels or multiply-adds removed;
-fine-tuning after the cut is FAIR-Pruner's (SGD, learning rate .001, momentum .9), and so is training
-while units leave.
+started again does what is missing. The tables at the end (alone with `--table`) give mean ±
+standard deviation over seeds, and the lowest share of its dense net's accuracy that a net kept. A
+method is `removal/allocator`, where ToD's protection is the gate Taylor, or one of
+`vision/gradual.py`, whose units leave in training and are then cut. A ratio is the share of
+channels or multiply-adds removed; fine-tuning after the cut is FAIR-Pruner's (SGD, learning rate
+.001, momentum .9), and so is training while units leave.
 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
 the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.

@@ -26,6 +26,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def remove_gradually(
                 torch.manual_seed(1_000_003 * training.seed + number)
                 x, y = x.to(device), y.to(device)
                 gates.values = gate_values(state.there, device)
-                here = loss_of(logits(model, x), x, y, training.distill, teacher)
+                with attention(twice=schedule.method == "taylor-so"):
+                    here = loss_of(logits(model, x), x, y, training.distill, teacher)
                 sums.add(here)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -251,23 +253,28 @@ def second_order(loss: Tensor, values: Tensor, probes: int) -> tuple[Tensor, Ten
     vectors v of v ⊙ Hv; its error is what the gates' mixed derivatives leave, 0 on average.
 
     Args:
+        loss: of a forward within `attention(twice=True)`.
         values: [1, N + 1], as in `Gates`.
     """
     total = values.shape[1] - 1
     exact = probes >= total
     diagonal = torch.zeros(total, dtype=torch.float64)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
-        [gradient] = torch.autograd.grad(loss, values, create_graph=True)
-        for i in range(total if exact else probes):
-            v = torch.zeros(total + 1)
-            if exact:
-                v[i] = 1
-            else:
-                v[:-1] = torch.randint(0, 2, (total,)) * 2.0 - 1
-            v = v.to(values)
-            [hv] = torch.autograd.grad(gradient, values, v[None], retain_graph=True)
-            diagonal += (v * hv[0])[:-1].double().cpu()
+    [gradient] = torch.autograd.grad(loss, values, create_graph=True)
+    for i in range(total if exact else probes):
+        v = torch.zeros(total + 1)
+        if exact:
+            v[i] = 1
+        else:
+            v[:-1] = torch.randint(0, 2, (total,)) * 2.0 - 1
+        v = v.to(values)
+        [hv] = torch.autograd.grad(gradient, values, v[None], retain_graph=True)
+        diagonal += (v * hv[0])[:-1].double().cpu()
     return gradient.detach()[0, :-1].double().cpu(), diagonal / (1 if exact else probes)
+
+
+def attention(*, twice: bool) -> AbstractContextManager[None]:
+    """For forwards whose loss is differentiated twice: the fused attention kernels are not."""
+    return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
 
 
 def gate_values(there: Tensor, device: torch.device) -> Tensor:
