@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fair.core.manifest import FOLDER, write_manifest
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Scores, Statistics
@@ -32,7 +33,6 @@ from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Cost, Sizes
 from moe_fair.vision.surgery import cut, cuts_of
 
-FOLDER = "moe_fair"
 Say = Callable[[str], None]
 
 
@@ -110,6 +110,7 @@ def prune(
         plan.save(folder / FOLDER / name)
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(folder / FOLDER / "report.html", plans, result)
+    write_manifest(folder)
     settle(folder, output)
     shutil.rmtree(run.work)
     return Pruned(output, plans, result)
