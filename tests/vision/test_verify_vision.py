@@ -119,3 +119,15 @@ def test_experts_are_not_compared(out: Path, capsys: pytest.CaptureFixture[str])
 
     assert checked(out, "--against", MODEL) == 2
     assert "is an image classifier: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["report"], ["push", "a/b", "--dry-run"]])
+def test_pages_and_cards_of_language_models_are_not_written_into_it(
+    out: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    before = (out / "moe_fair" / "report.html").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main([command[0], str(out), *command[1:]])
+    assert "is an image classifier" in capsys.readouterr().err
+    assert (out / "moe_fair" / "report.html").read_bytes() == before
+    assert not (out / "README.md").exists()
