@@ -198,14 +198,15 @@ def _cut(
     sizes = Sizes(cpu, graph.groups, x)
     model = cpu.to(device)
     statistics: Statistics | None = None
-    schedule: list[dict[str, Any]] = []
+    removed: dict[str, Any] = {}
     if settings.method:
-        plan, schedule = remove_gradually(
+        pace = settings.schedule(run.units)
+        plan, history = remove_gradually(
             model,
             graph,
             sizes,
             run.data.train,
-            schedule=settings.schedule(run.units),
+            schedule=pace,
             training=settings.training(),
             goal=_goal(run, step),
             rules=_rules(settings),
@@ -213,6 +214,9 @@ def _cut(
             work=home / "removing",
             say=say,
         )
+        note = "scores are the last step's; units that left in an earlier one have 0"
+        plan = replace(plan, notes=[*plan.notes, note])
+        removed = {"schedule": asdict(pace), "removal": history}
     else:
         started = time.perf_counter()
         statistics = score(model, graph, run.data.train, settings)
@@ -235,7 +239,7 @@ def _cut(
         "units": {g.name: len(g.kept) for g in plan.groups},
         "cost": asdict(sizes.at({g.name: len(g.kept) for g in plan.groups})),
         "left_whole": graph.whole,
-        **({"schedule": schedule} if schedule else {}),
+        **removed,
     }
     partial = fresh(home.with_name(home.name + ".partial"))
     save_pruned(model, done, done.history, partial)

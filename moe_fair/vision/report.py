@@ -56,7 +56,7 @@ def write_report(path: Path, plans: Sequence[Plan], result: dict[str, Any]) -> N
             _image(tod_figure(plan)),
         ]
     parts += ["<h2>Scores</h2>", _image(score_figure(plan))]
-    if schedule := result["steps"][0].get("schedule"):
+    if schedule := result["steps"][0].get("removal"):
         whole = result["cost"]["dense"]["operations"]
         parts += ["<h2>Removal while training</h2>", _image(schedule_figure(schedule, whole))]
     if len(plans) > 1:
@@ -174,11 +174,11 @@ def score_figure(plan: Plan) -> Any:
 def schedule_figure(steps: Sequence[dict[str, Any]], whole: int) -> Any:
     """Training loss of every step, and the multiply-adds (of `whole`) that were left after it."""
     figure, (left, right) = _axes(2, height=2.8)
-    x = np.arange(1, len(steps) + 1)
-    left.plot(x, [s["loss"] for s in steps], "o-", color="#2b6cb0", lw=1, ms=3)
+    x = np.arange(len(steps) + 1)
+    left.plot(x[1:], [s["loss"] for s in steps], "o-", color="#2b6cb0", lw=1, ms=3)
     left.set_ylabel("training loss")
-    right.step(x, [s["operations"] / whole for s in steps], where="post", color="#2b6cb0")
-    right.set_ylabel("multiply-adds left")
+    right.plot(x, [1.0, *(s["operations"] / whole for s in steps)], color="#2b6cb0", marker=".")
+    right.set_ylabel("multiply-adds left after it")
     right.set_ylim(0, 1.02)
     for axes in (left, right):
         axes.set_xlabel("step")

@@ -160,8 +160,9 @@ class Settings:
         return Settings(**values)
 
     def plain(self) -> dict[str, Any]:
-        """What was set, for JSON."""
-        found = {k: v for k, v in asdict(self).items() if v is not None}
+        """What was set and is used, for JSON."""
+        unused = SCORED if self.method is not None else ()
+        found = {k: v for k, v in asdict(self).items() if v is not None and k not in unused}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     def scores(self) -> tuple[Criterion, Criterion | None]:

@@ -32,6 +32,7 @@ from moe_fair.vision.gradual import (
 from moe_fair.vision.graph import BATCH_NORMS, Graph, logits
 from moe_fair.vision.plan import Goal, Rules
 from moe_fair.vision.proof import find_groups
+from moe_fair.vision.settings import SCORED
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.surgery import cut, cuts_of
 
@@ -262,13 +263,8 @@ def gradually(pictures: Path, **more: Any) -> Any:
         "method": "taylor-so", "units_per_step": 3, "minibatches": 2, "ratio": None,
         "flops": 0.5, "finetune_epochs": 1, **more,
     }  # fmt: skip
-    plain = {k: v for k, v in settings(pictures).plain().items() if k not in SCORES_ONLY}
+    plain = {k: v for k, v in settings(pictures).plain().items() if k not in SCORED}
     return pipeline.Settings.of({**plain, **wanted})
-
-
-SCORES_ONLY = (
-    "removal", "protection", "allocate", "samples", "directions", "memory", "steps",
-)  # fmt: skip
 
 
 def test_a_killed_run_goes_on_to_the_same_model(
@@ -278,7 +274,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
     monkeypatch.setattr(pipeline, "latency", lambda models, x: stock(models, x, runs=2))
     wanted = gradually(pictures)
     whole = pipeline.prune(wanted, tmp_path / "whole")
-    assert len(whole.result["steps"][0]["schedule"]) > 3
+    assert len(whole.result["steps"][0]["removal"]) > 3
     decide, calls = gradual._next, []
 
     def stops(*args: Any) -> Any:
@@ -317,9 +313,14 @@ def test_the_command(
     result = json.loads((out / "moe_fair" / "result.json").read_text())
     cost = result["cost"]
     assert cost["pruned"]["operations"] <= 0.6 * cost["dense"]["operations"]
-    steps = result["steps"][0]["schedule"]
+    steps = result["steps"][0]["removal"]
     assert steps[-1]["operations"] == cost["pruned"]["operations"]
     assert steps[0]["units"] - steps[1]["units"] == 2
+    assert result["steps"][0]["schedule"] == {
+        "method": "taylor-fo", "units": 2, "minibatches": 2, "momentum": 0.5, "probes": 1,
+    }  # fmt: skip
+    assert "allocate" not in result["settings"]  # nothing that was not used
+    assert "units that left in an earlier one have 0" in said.out
     page = (out / "moe_fair" / "report.html").read_text()
     assert "Removal while training" in page
     assert page.count("data:image/png;base64,") == 3
