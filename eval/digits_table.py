@@ -19,7 +19,8 @@ channels or multiply-adds removed; fine-tuning after the cut is FAIR-Pruner's (S
 the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.
 
 With `--oracle`: correlation of criteria with the measured change of the loss when one unit leaves:
-its mean over images, and the mean of its square, which Molchanov's criterion estimates.
+its mean over images, and the mean of its square, which Molchanov's criterion estimates; for scores
+on 640 images, and on the 64 that the oracle saw.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ PEER = "network-pruner"
 METHODS = [
     "u-score/uniform", "u-score/tod", "l1/uniform", "l1/tod", "random/uniform", "random/tod",
 ]  # fmt: skip
-CRITERIA = ["u-score", "taylor", "taylor-sq", "taylor-so", "l1", "bn-scale", "random"]
+CRITERIA = [
+    "u-score", "taylor", "taylor-sq", "taylor-so", "taylor-logits", "taylor-logits-sq", "l1",
+    "bn-scale", "random",
+]  # fmt: skip
 SAMPLES = 640
 ORACLE_IMAGES = 64
 Row = dict[str, Any]
@@ -243,14 +247,16 @@ def _oracle(
     x, y = sample(data.train, SAMPLES, where["seed"])
     graph = find_groups(model, x[:2])
     needs = {n for name in CRITERIA for n in criterion(name).needs}
-    found = collect(model, graph, x, y, needs=needs, watch=Watch(seed=where["seed"]))
+    watch = Watch(seed=where["seed"])
+    many = collect(model, graph, x, y, needs=needs, watch=watch)
+    few = collect(model, graph, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES], needs=needs, watch=watch)
     changes = loss_changes(model, graph.groups, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES])
     mean = {n: c.mean(0) for n, c in changes.items()}
     squared = {n: c.square().mean(0) for n, c in changes.items()}
     for name in CRITERIA:
-        values = criterion(name)(found).values
         row[name] = {
-            kind: asdict(agreement(values, Oracle(changes, 0.0, 0)))
+            kind + of: asdict(agreement(criterion(name)(found).values, Oracle(changes, 0.0, 0)))
+            for of, found in (("", many), (" of these", few))
             for kind, changes in (("change", mean), ("squared", squared))
         }
     yield row
@@ -301,16 +307,17 @@ def _oracle_table(rows: list[Row]) -> None:
     for net in sorted({r["net"] for r in rows}):
         mine = [r for r in rows if r["net"] == net]
         print(f"\n{net}, {len(mine)} seeds\n")
-        print(
-            "| criterion | Pearson, change | Spearman | in layers | Pearson, change² | Spearman |"
-        )
-        print("|---|---|---|---|---|---|")
+        heads = ["change: Pearson", "Spearman", "in layers", "change²: Pearson", "Spearman"]
+        heads += [f"{h}, same images" for h in ("change: Pearson", "change²: Pearson")]
+        print(f"| criterion | {' | '.join(heads)} |")
+        print("|---" * (1 + len(heads)) + "|")
         for c in CRITERIA:
             picked = [
                 [r[c][kind][what] for r in mine]
                 for kind, what in (
                     ("change", "pearson"), ("change", "spearman"), ("change", "spearman_within"),
                     ("squared", "pearson"), ("squared", "spearman"),
+                    ("change of these", "pearson"), ("squared of these", "pearson"),
                 )
             ]  # fmt: skip
             cells = [f"{statistics.mean(p):.3f} ± {_deviation(p):.3f}" for p in picked]

@@ -59,7 +59,8 @@ Removal = Annotated[
     option(
         "--removal",
         text="Criterion whose lowest scores leave: u-score, l1, l2, bn-scale, hrank, taylor, "
-        "taylor-sq, taylor-so, taylor-weight or random  [default: u-score]",
+        "taylor-sq, taylor-so, taylor-logits, taylor-logits-sq, taylor-weight or random  "
+        "[default: u-score]",
         panel=SCORE,
     ),
 ]
