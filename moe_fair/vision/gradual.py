@@ -136,58 +136,70 @@ def remove_gradually(
         ValueError: the goal cannot be met, or training diverged.
     """
     total = sum(g.size for g in graph.units)
-    device = next(model.parameters()).device
     optimizer = make_optimizer(model, training)
     state = _resume(model, optimizer, work, total)
     if state.steps:
         say(f"going on after step {len(state.steps)}")
     while True:
-        first = len(state.steps) * schedule.minibatches
-        batches = minibatches(images, training.batch_size, training.seed, first)
         model.train()
-        with Gates(model, graph.groups) as gates:
-            sums = Sums(model, graph.groups, gates, schedule)
-            loss = 0.0
-            for number, (x, y) in itertools.islice(batches, schedule.minibatches):
-                # what dropout and probes draw must not depend on what ran before a kill
-                torch.manual_seed(1_000_003 * training.seed + number)
-                x, y = x.to(device), y.to(device)
-                gates.values = gate_values(state.there, device)
-                with attention(twice=schedule.method == "taylor-so"):
-                    here = loss_of(logits(model, x), x, y, training.distill, teacher)
-                sums.add(here)
-                optimizer.step()
-                optimizer.zero_grad()
-                loss += float(here.detach()) / schedule.minibatches
+        found, loss = _train(model, optimizer, graph, state, images, schedule, training, teacher)
         model.eval()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} in step {len(state.steps) + 1}: training diverged; lower --lr"
-            )
-        fresh_scores = sums.scores()
         if state.steps:
-            share = schedule.momentum
-            fresh_scores = share * state.scores + (1 - share) * fresh_scores
-        state.scores = torch.where(state.there, fresh_scores.clamp(min=SMALLEST), 0.0)
+            found = schedule.momentum * state.scores + (1 - schedule.momentum) * found
+        state.scores = torch.where(state.there, found.clamp(min=SMALLEST), 0.0)
         plan, met = _next(graph, state, sizes, schedule, goal, rules)
         state.there = _there(graph, plan)
+        left, operations = int(state.there.sum()), plan.explanation["operations_after"]
         state.steps.append(
             {
-                "units": int(state.there.sum()),
-                "operations": plan.explanation["operations_after"],
+                "units": left,
+                "operations": operations,
                 "parameters": plan.after.parameters,
                 "loss": loss,
             }
         )
         say(
-            f"step {len(state.steps)}: loss {loss:.4f}; {state.steps[-1]['units']:,} of {total:,} "
-            f"units stay, {plan.explanation['operations_after'] / sizes.whole.operations:.1%} of "
-            "the multiply-adds"
+            f"step {len(state.steps)}: loss {loss:.4f}; {left:,} of {total:,} units stay, "
+            f"{operations / sizes.whole.operations:.1%} of the multiply-adds"
         )
         if met:
             return plan, state.steps
         if work is not None:
             _save(model, optimizer, state, work)
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    graph: Graph,
+    state: Removal,
+    images: ImageSet,
+    schedule: Schedule,
+    training: Training,
+    teacher: nn.Module | None,
+) -> tuple[Tensor, float]:
+    """One step's minibatches: [N] the criterion, and the mean loss."""
+    device, total = next(model.parameters()).device, 0.0
+    first = len(state.steps) * schedule.minibatches
+    batches = minibatches(images, training.batch_size, training.seed, first)
+    with Gates(model, graph.groups) as gates:
+        sums = Sums(model, graph.groups, gates, schedule)
+        for number, (x, y) in itertools.islice(batches, schedule.minibatches):
+            # what dropout and probes draw must not depend on what ran before a kill
+            torch.manual_seed(1_000_003 * training.seed + number)
+            x, y = x.to(device), y.to(device)
+            gates.values = gate_values(state.there, device)
+            with attention(twice=schedule.method == "taylor-so"):
+                loss = loss_of(logits(model, x), x, y, training.distill, teacher)
+            sums.add(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += float(loss.detach())
+    if not math.isfinite(total):
+        raise ValueError(
+            f"the loss is {total} in step {len(state.steps) + 1}: training diverged; lower --lr"
+        )
+    return sums.scores(), total / schedule.minibatches
 
 
 class Sums:
