@@ -4,16 +4,23 @@
     python eval/digits_table.py --nets digits -o digits.jsonl
     python eval/digits_table.py --nets digits -o digits-oracle.jsonl --oracle
 
-Every (net, seed, method, ratio) is one line of the output file; a run that is started again does
-what is missing. The tables at the end (alone with `--table`) give mean ± standard deviation over
-seeds. A method is `removal/allocator`; ToD's protection is the gate Taylor. A ratio is the share of
-channels removed; fine-tuning is the paper's (SGD, learning rate .001, momentum .9).
+    python eval/digits_table.py --nets digits -o digits.jsonl --only resnet20 --target operations \
+        --ratios .4 --methods taylor-fo taylor-so taylor-bn --units-per-step 5 --minibatches 10
+
+Every (net, seed, method, target, ratio, epochs) is one line of the output file; a run that is
+started again does what is missing. The tables at the end (alone with `--table`) give mean ±
+standard deviation over seeds, and the lowest share of its dense net's accuracy that a net kept. A
+method is `removal/allocator`, where ToD's protection is the gate Taylor, or one of
+`vision/gradual.py`, whose units leave in training and are then cut. A ratio is the share of
+channels or multiply-adds removed; fine-tuning after the cut is FAIR-Pruner's (SGD, learning rate
+.001, momentum .9), and so is training while units leave.
 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
 the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.
 
 With `--oracle`: correlation of criteria with the measured change of the loss when one unit leaves:
-its mean over images, and the mean of its square, which Molchanov's criterion estimates.
+its mean over images, and the mean of its square, which Molchanov's criterion estimates; for scores
+on 640 images, and on the 64 that the oracle saw.
 """
 
 from __future__ import annotations
@@ -40,6 +47,8 @@ from moe_fair.vision.collect import Watch, collect
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.data import Data, sample
 from moe_fair.vision.finetune import Training, finetune
+from moe_fair.vision.gradual import METHODS as GRADUAL
+from moe_fair.vision.gradual import Schedule, remove_gradually
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.load import load_weights
 from moe_fair.vision.oracle import loss_changes
@@ -52,7 +61,10 @@ PEER = "network-pruner"
 METHODS = [
     "u-score/uniform", "u-score/tod", "l1/uniform", "l1/tod", "random/uniform", "random/tod",
 ]  # fmt: skip
-CRITERIA = ["u-score", "taylor", "taylor-sq", "taylor-so", "l1", "bn-scale", "random"]
+CRITERIA = [
+    "u-score", "taylor", "taylor-sq", "taylor-so", "taylor-logits", "taylor-logits-sq", "l1",
+    "bn-scale", "random",
+]  # fmt: skip
 SAMPLES = 640
 ORACLE_IMAGES = 64
 Row = dict[str, Any]
@@ -85,7 +97,7 @@ def _prune(
     args: argparse.Namespace, model: nn.Module, data: Data, where: Row, done: set
 ) -> Iterator[Row]:
     wanted = [
-        {**where, "method": m, "ratio": r, "epochs": args.epochs}
+        {**where, "method": m, "target": args.target, "ratio": r, "epochs": args.epochs}
         for m in args.methods
         for r in args.ratios
     ]
@@ -99,7 +111,10 @@ def _prune(
     scores = None
     peer: Any = None
     for w in wanted:
-        if w["method"] == PEER:
+        if w["method"] in GRADUAL:
+            pruned, w["steps"] = _gradual(args, model, data, graph, sizes, w)
+            w["schedule"] = [args.units_per_step, args.minibatches]
+        elif w["method"] == PEER:
             if peer is None:
                 peer = _peer_scores(model, data, where["seed"])
             pruned = _peer_cut(model, peer, w["ratio"], x)
@@ -109,7 +124,7 @@ def _prune(
         else:
             if scores is None:
                 scores = _scores(model, graph, x, y, where["seed"], args.methods)
-            pruned = _cut(model, graph, sizes, scores, w["method"], w["ratio"])
+            pruned = _cut(model, graph, sizes, scores, w)
         cost = Sizes(pruned, (), x).whole
         found = {
             **w,
@@ -131,27 +146,53 @@ def _scores(
     seed: int,
     methods: list[str],
 ) -> Statistics:
-    names = {m.split("/")[0] for m in methods if m != PEER} | {"taylor"}
+    names = {m.split("/")[0] for m in methods if "/" in m} | {"taylor"}
     needs = {n for name in names for n in criterion(name).needs}
     return collect(model, graph, x, y, needs=needs, watch=Watch(seed=seed))
 
 
 def _cut(
-    model: nn.Module, graph: Graph, sizes: Sizes, scores: Statistics, method: str, ratio: float
+    model: nn.Module, graph: Graph, sizes: Sizes, scores: Statistics, wanted: Row
 ) -> nn.Module:
-    removal, allocator = method.split("/")
-    units = sum(g.size for g in graph.units)
+    removal, allocator = wanted["method"].split("/")
     plan = make(
         graph.groups,
         criterion(removal)(scores),
         criterion("taylor")(scores) if allocator == "tod" else None,
         sizes,
         rules=Rules(allocator),
-        goal=Goal(units=round(units * (1 - ratio))),
+        goal=_goal(graph, sizes, wanted),
     )
     pruned = copy.deepcopy(model)
     cut(pruned, cuts_of(graph.groups, plan.kept))
     return pruned
+
+
+def _gradual(
+    args: argparse.Namespace, model: nn.Module, data: Data, graph: Graph, sizes: Sizes, wanted: Row
+) -> tuple[nn.Module, int]:
+    """The model cut after units left while it trained, and the number of steps that took."""
+    pruned = copy.deepcopy(model)
+    pruned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plan, steps = remove_gradually(
+        pruned,
+        graph,
+        sizes,
+        data.train,
+        schedule=Schedule(wanted["method"], args.units_per_step, args.minibatches),
+        training=Training(0, seed=wanted["seed"]),
+        goal=_goal(graph, sizes, wanted),
+        rules=Rules("global"),
+    )
+    cut(pruned, cuts_of(graph.groups, plan.kept))
+    return pruned, len(steps)
+
+
+def _goal(graph: Graph, sizes: Sizes, wanted: Row) -> Goal:
+    left = 1 - wanted["ratio"]
+    if wanted["target"] == "operations":
+        return Goal(operations=int(sizes.whole.operations * left))
+    return Goal(units=round(sum(g.size for g in graph.units) * left))
 
 
 def _peer_scores(model: nn.Module, data: Data, seed: int) -> Any:
@@ -200,69 +241,83 @@ def _peer_cut(model: nn.Module, scores: Any, ratio: float, x: torch.Tensor) -> n
 def _oracle(
     args: argparse.Namespace, model: nn.Module, data: Data, where: Row, done: set
 ) -> Iterator[Row]:
-    if (where["net"], where["seed"], "oracle", 0) in done:
+    row: Row = {**where, "method": "oracle", "ratio": 0}
+    if _key(row) in done:
         return
     x, y = sample(data.train, SAMPLES, where["seed"])
     graph = find_groups(model, x[:2])
     needs = {n for name in CRITERIA for n in criterion(name).needs}
-    found = collect(model, graph, x, y, needs=needs, watch=Watch(seed=where["seed"]))
+    watch = Watch(seed=where["seed"])
+    many = collect(model, graph, x, y, needs=needs, watch=watch)
+    few = collect(model, graph, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES], needs=needs, watch=watch)
     changes = loss_changes(model, graph.groups, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES])
     mean = {n: c.mean(0) for n, c in changes.items()}
     squared = {n: c.square().mean(0) for n, c in changes.items()}
-    row: Row = {**where, "method": "oracle", "ratio": 0}
     for name in CRITERIA:
-        values = criterion(name)(found).values
         row[name] = {
-            kind: asdict(agreement(values, Oracle(changes, 0.0, 0)))
+            kind + of: asdict(agreement(criterion(name)(found).values, Oracle(changes, 0.0, 0)))
+            for of, found in (("", many), (" of these", few))
             for kind, changes in (("change", mean), ("squared", squared))
         }
     yield row
 
 
 def _key(row: Row) -> tuple:
-    return row["net"], row["seed"], row["method"], row["ratio"]
+    return (*(row[k] for k in ("net", "seed", "method", "ratio")), _target(row), row.get("epochs"))
+
+
+def _target(row: Row) -> str:
+    return str(row.get("target", "channels"))  # rows of before there was another
 
 
 def _table(rows: list[Row]) -> None:
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for r in rows:
-        groups[r["net"], r["ratio"], r["method"]].append(r)
-    methods = [*METHODS, *sorted({r["method"] for r in rows} - set(METHODS))]
-    ratios = sorted({r["ratio"] for r in rows})
-    for net in sorted({r["net"] for r in rows}):
-        dense = {r["seed"]: r["dense"] for r in rows if r["net"] == net and "dense" in r}
-        print(f"\n{net}: dense top-1 {_spread(list(dense.values()))} %\n")
-        heads = [f"{r:.0%} cut | tuned | parameters, multiply-adds | nets" for r in ratios]
+    for net, target in sorted({(r["net"], _target(r)) for r in rows}):
+        mine = [r for r in rows if r["net"] == net and _target(r) == target]
+        dense = {r["seed"]: r["dense"] for r in mine if "dense" in r}
+        print(f"\n{net}: dense top-1 {_spread(list(dense.values()))} %; {target} removed\n")
+        ratios = sorted({r["ratio"] for r in mine})
+        heads = [f"{r:.0%} cut | tuned | least | parameters, multiply-adds | nets" for r in ratios]
         print(f"| method | {' | '.join(heads)} |")
-        print("|---" * (1 + 4 * len(ratios)) + "|")
-        for m in methods:
-            cells = [_cells(groups[net, ratio, m]) for ratio in ratios]
-            print(f"| {m} | {' | '.join(cells)} |")
+        print("|---" * (1 + 5 * len(ratios)) + "|")
+        groups: dict[tuple, list[Row]] = defaultdict(list)
+        for r in mine:
+            groups[r["method"], r["epochs"], r["ratio"]].append(r)
+        order = [*METHODS, *GRADUAL]
+        labels = sorted(
+            {(m, e) for m, e, _ in groups},
+            key=lambda x: (order.index(x[0]) if x[0] in order else len(order), x),
+        )
+        several = len({e for _, e in labels}) > 1
+        for m, e in labels:
+            cells = [_cells(groups[m, e, ratio]) for ratio in ratios]
+            print(f"| {m}{f', {e} epochs' if several else ''} | {' | '.join(cells)} |")
 
 
 def _cells(found: list[Row]) -> str:
     good = [r for r in found if "failed" not in r]
     if not good:
-        return " | ".join(["fails" if found else "-", "-", "-", "0"])
+        return " | ".join(["fails" if found else "-", "-", "-", "-", "0"])
     sizes = (f"{statistics.mean(r[k] for r in good):.0%}" for k in ("parameters", "operations"))
     tops = (_spread([r[k] for r in good]) for k in ("cut", "tuned"))
-    return " | ".join([*tops, ", ".join(sizes), str(len(good))])
+    least = f"{min(r['tuned'] / r['dense'] for r in good):.1%}"
+    return " | ".join([*tops, least, ", ".join(sizes), str(len(good))])
 
 
 def _oracle_table(rows: list[Row]) -> None:
     for net in sorted({r["net"] for r in rows}):
         mine = [r for r in rows if r["net"] == net]
         print(f"\n{net}, {len(mine)} seeds\n")
-        print(
-            "| criterion | Pearson, change | Spearman | in layers | Pearson, change² | Spearman |"
-        )
-        print("|---|---|---|---|---|---|")
+        heads = ["change: Pearson", "Spearman", "in layers", "change²: Pearson", "Spearman"]
+        heads += [f"{h}, same images" for h in ("change: Pearson", "change²: Pearson")]
+        print(f"| criterion | {' | '.join(heads)} |")
+        print("|---" * (1 + len(heads)) + "|")
         for c in CRITERIA:
             picked = [
                 [r[c][kind][what] for r in mine]
                 for kind, what in (
                     ("change", "pearson"), ("change", "spearman"), ("change", "spearman_within"),
                     ("squared", "pearson"), ("squared", "spearman"),
+                    ("change of these", "pearson"), ("squared of these", "pearson"),
                 )
             ]  # fmt: skip
             cells = [f"{statistics.mean(p):.3f} ± {_deviation(p):.3f}" for p in picked]
@@ -283,6 +338,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="names of nets")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--target", choices=["channels", "operations"], default="channels")
+    parser.add_argument("--units-per-step", type=int, default=5, help="of methods in training")
+    parser.add_argument("--minibatches", type=int, default=30, help="of a step, likewise")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--oracle", action="store_true")

@@ -323,7 +323,7 @@ def verify(
     from moe_fair.verifying import verify as check
 
     original = Checkpoint(against, revision, bool(trust_remote_code)) if against else None
-    found = check(out, original)
+    found = check(out, original, trust_remote_code=bool(trust_remote_code))
     if as_json:
         print(json.dumps(verified_json(found), indent=1))
     else:

@@ -22,6 +22,7 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves, holds_curves
+from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
@@ -40,7 +41,7 @@ from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
 from moe_fair.report.sources import FOLDER
-from moe_fair.verifying import verify, write_manifest
+from moe_fair.verifying import verify
 
 
 @dataclass(frozen=True)

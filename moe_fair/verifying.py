@@ -6,15 +6,16 @@ checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from moe_fair.core.manifest import CHUNK, FOLDER, check_files
 from moe_fair.core.plan import Plan
 from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import Piece, StoredTensor
@@ -24,14 +25,10 @@ from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
-from moe_fair.report.sources import FOLDER, load_repairs
+from moe_fair.report.sources import load_repairs
+from moe_fair.vision.checkpoint import PRUNED_FILE
+from moe_fair.vision.written import can_build, check_cuts, check_model
 
-MANIFEST = f"{FOLDER}/manifest.json"
-MANIFEST_FORMAT = "moe_fair.manifest/1"
-REDRAWN = (f"{FOLDER}/report.html", f"{FOLDER}/report.md")  # `eval` draws them again
-# what a loader would run or read in place of what is listed
-LOADED = (".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".index.json")
-CHUNK = 16 * 2**20
 Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
 
 
@@ -72,52 +69,37 @@ class _Wrong(Exception):
     """What a check found."""
 
 
-def write_manifest(folder: Path) -> Path:
-    """List every file of a result with its size and sha256, but for the reports, drawn from them.
-
-    Returns:
-        the manifest's path.
-    """
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(p for p in folder.rglob("*") if p.is_file())
-        if (name := path.relative_to(folder).as_posix()) not in (*REDRAWN, MANIFEST)
-    }
-    text = json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n"
-    path = folder / MANIFEST
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-    return path
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = True) -> Verified:
-    """Check a pruned checkpoint.
+def verify(
+    output: Path,
+    original: Checkpoint | None = None,
+    *,
+    hashes: bool = True,
+    trust_remote_code: bool = False,
+) -> Verified:
+    """Check a pruned checkpoint, of a language model or of an image classifier.
 
     Args:
         output: the directory that `prune` wrote.
         original: the model it was pruned from, to compare every expert with.
         hashes: read every file again for its sha256; `prune`, which has just written the list,
             does not.
+        trust_remote_code: build an image classifier whose model function is not a known library's.
 
     Raises:
         ValueError: `output` is no pruned checkpoint, or `original` not the one it was pruned from.
     """
+    if (output / PRUNED_FILE).is_file():
+        if original is not None:
+            raise ValueError(
+                f"--against compares experts, and {output} is an image classifier: leave it out"
+            )
+        return _verify_vision(output, hashes, trust_remote_code)
     path = output / FOLDER / "plan.json"
     if not path.is_file():
         raise ValueError(
             f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
         )
-    checks = [_check("files", lambda: _files(output, hashes))]
+    checks = [_check("files", lambda: check_files(output, hashes=hashes))]
     plan: Plan | None = None
     repairs: list[LayerRepair] = []
     try:
@@ -144,6 +126,20 @@ def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = T
     return Verified(output, tuple(checks))
 
 
+def _verify_vision(output: Path, hashes: bool, trusted: bool) -> Verified:
+    checks = [
+        _check("files", lambda: check_files(output, hashes=hashes)),
+        _check("cuts", lambda: check_cuts(output)),
+    ]
+    if checks[1].ok and not trusted and not can_build(output):
+        text = "not built: it runs code of its own; --trust-remote-code builds it"
+        checks.append(Check("model", None, text))
+    elif all(c.ok for c in checks):  # a model that was changed is not built
+        build = partial(check_model, output, trust_remote_code=trusted)
+        checks.append(_check("model", build))
+    return Verified(output, tuple(checks))
+
+
 def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
     return plan.fingerprint.get("model") == original.fingerprint["model"]
 
@@ -154,45 +150,6 @@ def _check(name: str, look: Callable[[], str]) -> Check:
     except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         # a damaged config or table breaks whatever reads it, here or in transformers
         return Check(name, False, " ".join(str(e).split()))
-
-
-def _files(output: Path, hashes: bool) -> str:
-    """Every listed file is there, whole and unchanged, and nothing that would be loaded is new."""
-    path = output / MANIFEST
-    if not path.is_file():
-        raise _Wrong(f"no {MANIFEST}: removed, or pruned by an earlier version; prune again")
-    listed = _manifest(path)
-    for name, entry in listed.items():
-        file = output / name
-        if not file.is_file():
-            raise _Wrong(f"{name} is missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise _Wrong(f"{name} has {size:,} bytes and had {entry['bytes']:,}")
-        if hashes and sha256(file) != entry["sha256"]:
-            raise _Wrong(f"{name} is not as it was written (sha256)")
-    for file in sorted(output.iterdir()):
-        if file.name not in listed and file.name.endswith(LOADED):
-            raise _Wrong(f"{file.name} was not there when the checkpoint was written")
-    size = sum(e["bytes"] for e in listed.values())
-    how = "as they were written (sha256)" if hashes else "listed with their sha256"
-    return f"{len(listed)} files, {size:,} bytes, {how}"
-
-
-def _manifest(path: Path) -> dict[str, dict]:
-    try:
-        raw = json.loads(path.read_text())
-        if raw["format"] != MANIFEST_FORMAT:
-            raise _Wrong(f"{MANIFEST}: format {raw['format']!r}, expected {MANIFEST_FORMAT!r}")
-        for name, entry in raw["files"].items():
-            parts = PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts or "\0" in name:
-                raise _Wrong(f"{MANIFEST} names {name!r}, which lies outside the checkpoint")
-            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
-                raise _Wrong(f"{MANIFEST}: {name!r} has no size and sha256")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise _Wrong(f"{MANIFEST} is not a list of files: {e}") from e
-    return raw["files"]
 
 
 def _code(output: Path) -> str:

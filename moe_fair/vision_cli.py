@@ -13,9 +13,10 @@ from moe_fair.core.registry import nearest
 from moe_fair.options import Debug, Device, Json, Output, RecipeFile, Revision, option
 from moe_fair.recipe import coerce, parse_bytes, read_settings
 
-SCORE, TARGET, TRAIN, MODEL, RUN = (
+SCORE, TARGET, GRADUAL, TRAIN, MODEL, RUN = (
     "Scores and budget",
     "Target (exactly one)",
+    "Removal while training, with --method",
     "Fine-tuning",
     "Models given as module:function",
     "Running",
@@ -58,7 +59,8 @@ Removal = Annotated[
     option(
         "--removal",
         text="Criterion whose lowest scores leave: u-score, l1, l2, bn-scale, hrank, taylor, "
-        "taylor-sq, taylor-so, taylor-weight or random  [default: u-score]",
+        "taylor-sq, taylor-so, taylor-logits, taylor-logits-sq, taylor-weight or random  "
+        "[default: u-score]",
         panel=SCORE,
     ),
 ]
@@ -74,6 +76,42 @@ Allocate = Annotated[
     str | None,
     option(
         "--allocate", text="tod, uniform, global or global-normalised  [default: tod]", panel=SCORE
+    ),
+]
+Method = Annotated[
+    str | None,
+    option(
+        "--method",
+        text="In place of the scores: taylor-fo, taylor-so or taylor-bn, units leave a few at a "
+        "time while the model trains",
+        panel=GRADUAL,
+    ),
+]
+UnitsPerStep = Annotated[
+    int | None,
+    option(
+        "--units-per-step",
+        text="Units that leave after a step  [default: 100, or a hundredth of fewer than 10,000]",
+        panel=GRADUAL,
+    ),
+]
+Minibatches = Annotated[
+    int | None,
+    option("--minibatches", text="Minibatches of a step  [default: 30]", panel=GRADUAL),
+]
+Momentum = Annotated[
+    float | None,
+    option(
+        "--momentum", text="Share of earlier steps in a unit's score  [default: 0.9]", panel=GRADUAL
+    ),
+]
+Probes = Annotated[
+    int | None,
+    option(
+        "--probes",
+        text="Random directions per minibatch for taylor-so's second derivatives; as many as units "
+        "is exact  [default: 1]",
+        panel=GRADUAL,
     ),
 ]
 MinChannels = Annotated[
@@ -179,6 +217,8 @@ def prune(
     recipe: RecipeFile = None,
     ratio: Ratio = None, flops: Flops = None, params: Params = None, tolerance: Tolerance = None,
     removal: Removal = None, protection: Protection = None, allocate: Allocate = None,
+    method: Method = None, units_per_step: UnitsPerStep = None, minibatches: Minibatches = None,
+    momentum: Momentum = None, probes: Probes = None,
     min_channels: MinChannels = None, align: Align = None, heads: Heads = None,
     samples: Samples = None, directions: Directions = None, seed: Seed = None,
     steps: Steps = None, finetune_epochs: Epochs = None, optimizer: Optimizer = None,

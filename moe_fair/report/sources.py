@@ -18,6 +18,7 @@ from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.heldout import HeldoutLoss
 from moe_fair.evaluate.record import load_agreement, load_benchmarks, load_heldout
 from moe_fair.moe.repair import LayerRepair
+from moe_fair.vision.checkpoint import PRUNED_FILE
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint
 USE = "tokens"  # the statistic that routing maps show
@@ -72,6 +73,11 @@ def gather(output: Path) -> Sources:
         ValueError: it is none, or a file in it cannot be used.
     """
     folder = output / FOLDER
+    if (output / PRUNED_FILE).is_file():
+        raise ValueError(
+            f"{output} is an image classifier: `vision prune` drew its report, and cards and "
+            "uploads are for language models"
+        )
     if not (folder / "plan.json").is_file():
         raise ValueError(
             f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"

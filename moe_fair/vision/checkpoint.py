@@ -69,7 +69,7 @@ def load_pruned(path: str | Path, *, trust_remote_code: bool = False) -> nn.Modu
 
 def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """The pruned model with what belongs to it; see `load_pruned`."""
-    record = _read(folder)
+    record = read_record(folder)
     model = build(record["base"], trusted=trust_remote_code, folder=folder)
     history = tuple(
         [(str(m), str(s), list(ids)) for m, s, ids in step] for step in record["history"]
@@ -91,7 +91,12 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
     return Source(model.eval(), record["base"], transform, None, processor, labels, history)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """`pruned.json`: base, history, preprocessing and labels.
+
+    Raises:
+        ValueError: no such file, or another version's.
+    """
     file = folder / PRUNED_FILE
     if not file.is_file():
         raise ValueError(f"no pruned image model at {folder}; `moe-fair vision prune` makes one")

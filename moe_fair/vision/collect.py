@@ -67,8 +67,8 @@ def collect(
 
     Args:
         images, labels: [S, channels, H, W] and [S]; on the model's device or not.
-        needs: statistics to collect: `u_score`, `rows`, `weight_taylor`, `feature_rank`, `l1_norm`,
-            `l2_norm`, `bn_scale`, `seed`.
+        needs: statistics to collect: `u_score`, `rows`, `weight_taylor`, `logit_change`,
+            `logit_change_sq`, `feature_rank`, `l1_norm`, `l2_norm`, `bn_scale`, `seed`.
 
     Raises:
         ValueError: a statistic that this model does not have.
@@ -101,6 +101,10 @@ def collect(
             )
             for n, w in weight.items():
                 constants[n]["weight_taylor"] = w
+        if {"logit_change", "logit_change_sq"} & set(needs):
+            for n, change in logit_changes(model, graph, images, labels, watch).items():
+                constants[n]["logit_change"] = change.mean(0)
+                constants[n]["logit_change_sq"] = change.square().mean(0)
     finally:
         model.train(training)
     count = len(images)
@@ -179,6 +183,46 @@ def taylor(
         model.zero_grad(set_to_none=True)
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
+
+def logit_changes(
+    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: Watch
+) -> dict[str, Tensor]:
+    """Group -> [S, N] float64: each image's loss at f - ∂f/∂z minus that at its logits f.
+
+    The logits are taken as linear in the gate z, which is exact until an activation behind it
+    changes sides of a kink; the loss is not, and so a confident image counts as little as it does
+    when the unit is really removed. As many backwards per batch as there are classes.
+    """
+    flags = {p: p.requires_grad for p in model.parameters()}
+    precision = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    parts = []
+    try:
+        model.requires_grad_(False)
+        with Gates(model, graph.groups) as gates, torch.enable_grad():
+            for x, y in _batches(model, images, labels, watch.batch_size):
+                gates.values = torch.ones(
+                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
+                )
+                out = logits(model, x)
+                f = out.detach().double()
+                total = torch.full((len(x), gates.total), -torch.inf, dtype=torch.float64)
+                target = torch.zeros_like(total)
+                for c in range(out.shape[1]):
+                    [slope] = torch.autograd.grad(out[:, c].sum(), gates.values, retain_graph=True)
+                    new = (f[:, c, None] - slope[:, :-1].double()).cpu()
+                    total = torch.logaddexp(total, new)
+                    target = torch.where((y.cpu() == c)[:, None], new, target)
+                before = nn.functional.cross_entropy(f, y, reduction="none").cpu()
+                parts.append(total - target - before[:, None])
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    found = torch.cat(parts)
+    return {
+        g.name: found[:, gates.offsets[g.name] :][:, : g.units.size].contiguous()
+        for g in graph.groups
+    }
 
 
 def u_scores(

@@ -74,7 +74,7 @@ def finetune(
 
     device = next(model.parameters()).device
     accelerator = Accelerator(cpu=device.type == "cpu")
-    optimizer = _optimizer(model, training)
+    optimizer = make_optimizer(model, training)
     steps = math.ceil(len(images) / training.batch_size)
     schedule = _schedule(optimizer, training, steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
@@ -134,7 +134,8 @@ def loss_of(
     return (1 - distill) * hard + distill * TEMPERATURE**2 * soft
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The preset's optimizer of everything that is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.rate, momentum=0.9)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fair.core.manifest import FOLDER, write_manifest
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Scores, Statistics
@@ -22,6 +23,7 @@ from moe_fair.vision.checkpoint import open_pruned, save_pruned
 from moe_fair.vision.collect import Watch, collect
 from moe_fair.vision.data import Data, ImageSet, open_data, sample
 from moe_fair.vision.finetune import finetune
+from moe_fair.vision.gradual import check_method, remove_gradually
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.load import Source, example, open_source
 from moe_fair.vision.plan import Goal, Rules, make
@@ -31,7 +33,6 @@ from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Cost, Sizes
 from moe_fair.vision.surgery import cut, cuts_of
 
-FOLDER = "moe_fair"
 Say = Callable[[str], None]
 
 
@@ -85,7 +86,7 @@ def prune(
         source, record = _step(run, source, step)
         records.append(record)
     plans = [Plan.load(_home(run, s) / "plan.json") for s in range(1, settings.steps + 1)]
-    last = Statistics.load(_home(run, settings.steps) / "scored")
+    scored = _home(run, settings.steps) / "scored"
 
     pruned = source.model.to(next(run.dense.parameters()).device).eval()
     x = example(run.source)
@@ -101,12 +102,15 @@ def prune(
     }
     folder = fresh(partial_path(output))
     save_pruned(pruned, source, source.history, folder)
-    last.save(folder / FOLDER)
+    (folder / FOLDER).mkdir()
+    if scored.exists():  # scores that are taken in training leave no statistics
+        Statistics.load(scored).save(folder / FOLDER)
     for step, plan in enumerate(plans, 1):
         name = "plan.json" if settings.steps == 1 else f"plan-{step}.json"
         plan.save(folder / FOLDER / name)
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(folder / FOLDER / "report.html", plans, result)
+    write_manifest(folder)
     settle(folder, output)
     shutil.rmtree(run.work)
     return Pruned(output, plans, result)
@@ -133,6 +137,8 @@ def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
     cpu = copy.deepcopy(source.model).cpu()
     graph = find_groups(cpu, x, heads=settings.heads)
     sizes = Sizes(cpu, graph.groups, x)
+    if settings.method:
+        check_method(source.model, graph.groups, settings.method)
     units = sum(g.size for g in graph.units)
     say(f"{units:,} units in {len(graph.groups)} groups; {len(graph.whole)} layers left whole")
     run = _Run(settings, source, data, dense, sizes.whole, units, work, say)
@@ -172,7 +178,8 @@ def _step(run: _Run, source: Source, step: int) -> tuple[Source, dict[str, Any]]
     done = replace(cut_source, model=model)
     partial = fresh(home.with_name(home.name + ".partial"))
     save_pruned(model, done, done.history, partial)
-    shutil.copytree(home / "cut" / "scored", partial / "scored")
+    if (home / "cut" / "scored").exists():
+        shutil.copytree(home / "cut" / "scored", partial / "scored")
     shutil.copy(home / "cut" / "plan.json", partial / "plan.json")
     (partial / "step.json").write_text(json.dumps(record))
     shutil.rmtree(home)
@@ -190,19 +197,40 @@ def _cut(
     graph = find_groups(cpu, x, heads=settings.heads)
     sizes = Sizes(cpu, graph.groups, x)
     model = cpu.to(device)
-    started = time.perf_counter()
-    statistics = score(model, graph, run.data.train, settings)
-    say(f"{said}scored in {time.perf_counter() - started:.1f} s")
-    removal, protection = settings.scores()
-    plan = make(
-        graph.groups,
-        removal(statistics),
-        protection(statistics) if protection else None,
-        sizes,
-        rules=_rules(settings),
-        goal=_goal(run, step),
-        recipe=settings.plain(),
-    )
+    statistics: Statistics | None = None
+    removed: dict[str, Any] = {}
+    if settings.method:
+        pace = settings.schedule(run.units)
+        plan, history = remove_gradually(
+            model,
+            graph,
+            sizes,
+            run.data.train,
+            schedule=pace,
+            training=settings.training(),
+            goal=_goal(run, step),
+            rules=_rules(settings),
+            teacher=run.dense if settings.distill else None,
+            work=home / "removing",
+            say=say,
+        )
+        note = "scores are the last step's; units that left in an earlier one have 0"
+        plan = replace(plan, notes=[*plan.notes, note])
+        removed = {"schedule": asdict(pace), "removal": history}
+    else:
+        started = time.perf_counter()
+        statistics = score(model, graph, run.data.train, settings)
+        say(f"{said}scored in {time.perf_counter() - started:.1f} s")
+        removal, protection = settings.scores()
+        plan = make(
+            graph.groups,
+            removal(statistics),
+            protection(statistics) if protection else None,
+            sizes,
+            rules=_rules(settings),
+            goal=_goal(run, step),
+        )
+    plan = replace(plan, recipe=settings.plain())
     cuts = cuts_of(graph.groups, plan.kept)
     cut(model, cuts)
     done = replace(source, model=model, history=(*source.history, cuts))
@@ -211,14 +239,17 @@ def _cut(
         "units": {g.name: len(g.kept) for g in plan.groups},
         "cost": asdict(sizes.at({g.name: len(g.kept) for g in plan.groups})),
         "left_whole": graph.whole,
+        **removed,
     }
     partial = fresh(home.with_name(home.name + ".partial"))
     save_pruned(model, done, done.history, partial)
-    statistics.save(partial / "scored")
+    if statistics is not None:
+        statistics.save(partial / "scored")
     plan.save(partial / "plan.json")
     (partial / "record.json").write_text(json.dumps(record))
     home.mkdir(parents=True, exist_ok=True)
     partial.rename(home / "cut")
+    shutil.rmtree(home / "removing", ignore_errors=True)
     return done, record
 
 
@@ -232,7 +263,10 @@ def score(model: nn.Module, graph: Graph, images: ImageSet, settings: Settings) 
 
 
 def _rules(settings: Settings) -> Rules:
-    return Rules(settings.allocate, settings.min_channels, settings.align)
+    # while training the units of all groups are ranked together
+    return Rules(
+        "global" if settings.method else settings.allocate, settings.min_channels, settings.align
+    )
 
 
 def _goal(run: _Run, step: int) -> Goal:

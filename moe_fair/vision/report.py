@@ -56,6 +56,9 @@ def write_report(path: Path, plans: Sequence[Plan], result: dict[str, Any]) -> N
             _image(tod_figure(plan)),
         ]
     parts += ["<h2>Scores</h2>", _image(score_figure(plan))]
+    if schedule := result["steps"][0].get("removal"):
+        whole = result["cost"]["dense"]["operations"]
+        parts += ["<h2>Removal while training</h2>", _image(schedule_figure(schedule, whole))]
     if len(plans) > 1:
         parts += [
             "<h2>Steps</h2>",
@@ -165,6 +168,21 @@ def score_figure(plan: Plan) -> Any:
         places = np.arange(1, len(plan.groups) + 1, step)
         axes.set_xticks(places, [str(p - 1) for p in places], fontsize=7)
     np.atleast_1d(found)[0].set_ylabel("score / mean of the group")
+    return figure
+
+
+def schedule_figure(steps: Sequence[dict[str, Any]], whole: int) -> Any:
+    """Training loss of every step, and the multiply-adds (of `whole`) that were left after it."""
+    figure, (left, right) = _axes(2, height=2.8)
+    x = np.arange(len(steps) + 1)
+    left.plot(x[1:], [s["loss"] for s in steps], "o-", color="#2b6cb0", lw=1, ms=3)
+    left.set_ylabel("training loss")
+    right.plot(x, [1.0, *(s["operations"] / whole for s in steps)], color="#2b6cb0", marker=".")
+    right.set_ylabel("multiply-adds left after it")
+    right.set_ylim(0, 1.02)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import moe_fair
 from moe_fair.cli import main
+from moe_fair.core.manifest import MANIFEST, write_manifest
 from moe_fair.moe import checkpoint
 from moe_fair.moe.load import Checkpoint
-from moe_fair.verifying import MANIFEST, verify, write_manifest
+from moe_fair.verifying import verify
 
 
 def pruned_folder(folder: Path, statistics_folder: Path, **settings: object) -> Path:

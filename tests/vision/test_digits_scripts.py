@@ -37,13 +37,24 @@ def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
     tuned = f"{100 * rows[0]['tuned']:.2f} ± 0.00"
     line = next(x for x in screen.splitlines() if x.startswith("| l1/uniform"))
     assert tuned in line
-    again = run("digits_table.py", *asked, "-o", table)
+    again = run("digits_table.py", *asked, "--epochs", "1", "-o", table)
     assert len(table.read_text().splitlines()) == 2  # nothing was measured twice
     assert line in again
+
+    asked = ["--nets", nets, "--methods", "taylor-fo", "--target", "operations", "--ratios", "0.4"]
+    fast = ["--units-per-step", "60", "--minibatches", "3", "--epochs", "1", "-o", table]
+    screen = run("digits_table.py", *asked, *fast)
+    [row] = [json.loads(x) for x in table.read_text().splitlines()[2:]]
+    assert row["operations"] <= 0.6
+    assert row["steps"] > 1
+    assert f"{row['tuned'] / row['dense']:.1%}" in screen
+    assert "operations removed" in screen
+    assert "channels removed" in screen
 
     screen = run("digits_table.py", "--oracle", "--nets", nets, "-o", oracle)
     [row] = [json.loads(x) for x in oracle.read_text().splitlines()]
     assert row["taylor-sq"]["squared"]["spearman"] > row["random"]["squared"]["spearman"] + 0.3
+    assert row["taylor-logits"]["change of these"]["pearson"] > 0.9
     assert "| taylor-sq |" in screen
 
 

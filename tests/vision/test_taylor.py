@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vision.architectures import images, lively
 
-from moe_fair.vision.collect import Watch, collect, taylor
+from moe_fair.vision.collect import Watch, collect, logit_changes, taylor
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import Graph, logits
@@ -84,6 +84,50 @@ def test_criteria_are_their_formulas() -> None:
         ("taylor-so", ((0.5 * t**2 - t) ** 2).mean(0)),
     ):
         np.testing.assert_allclose(criterion(name)(found).values[g.name], wanted, rtol=1e-6)
+
+
+def test_logit_form_is_exact_where_the_logits_are_linear_in_the_gate() -> None:
+    """The last channels of a VGG go through pooling alone: the loss without them, exactly."""
+    model = lively("vgg16_bn").double()
+    graph = find_groups(model, images(2).double())
+    x = images(6).double()
+    found = logit_changes(model, graph, x, LABELS, Watch(batch_size=4))
+    last = graph.groups[-1:]
+    wanted = loss_changes(model, last, x, LABELS)[last[0].name]
+    assert float(wanted.abs().max()) > 1e-3
+    torch.testing.assert_close(found[last[0].name], wanted, rtol=1e-9, atol=1e-12)
+    statistics = collect(model, graph, x, LABELS, needs=["logit_change", "logit_change_sq"])
+    for name, form in (("taylor-logits", wanted), ("taylor-logits-sq", wanted.square())):
+        score = criterion(name)(statistics).values[last[0].name]
+        torch.testing.assert_close(score, form.mean(0), rtol=1e-7, atol=1e-12)
+
+
+def test_logit_form_is_its_formula() -> None:
+    model = lively("vit").double()
+    graph = find_groups(model, images(2).double())
+    x = images(6).double()
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    found = logit_changes(model, graph, x, LABELS, Watch(batch_size=4))
+    assert not frozen.requires_grad
+    frozen.requires_grad_(True)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    image, cross_entropy = 4, nn.functional.cross_entropy
+    with Gates(model, graph.groups) as gates:
+
+        def outputs(z: torch.Tensor) -> torch.Tensor:
+            gates.values = z
+            return logits(model, x[image : image + 1])[0]
+
+        ones = torch.ones(1, gates.total + 1, dtype=torch.float64)
+        slopes = torch.autograd.functional.jacobian(outputs, ones)[:, 0]
+        with torch.no_grad():
+            f = outputs(ones)
+    for g in graph.groups:
+        for unit in (0, g.units.size - 1):
+            moved = f - slopes[:, gates.offsets[g.name] + unit]
+            wanted = cross_entropy(moved, LABELS[image]) - cross_entropy(f, LABELS[image])
+            torch.testing.assert_close(found[g.name][image, unit], wanted, rtol=1e-8, atol=1e-11)
 
 
 def weight_sums(model: nn.Module, layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
