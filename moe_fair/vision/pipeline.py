@@ -29,6 +29,7 @@ from moe_fair.vision.proof import find_groups
 from moe_fair.vision.report import write_report
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Cost, Sizes
+from moe_fair.vision.sparse.settings import SparseSettings
 from moe_fair.vision.surgery import cut, cuts_of
 
 FOLDER = "moe_fair"
@@ -113,6 +114,28 @@ def prune(
 
 
 def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
+    source, data = open_inputs(settings)
+    work = _work(settings, output, start_over, say)
+    x = example(source)
+    dense = copy.deepcopy(source.model)
+    cpu = copy.deepcopy(source.model).cpu()
+    graph = find_groups(cpu, x, heads=settings.heads)
+    sizes = Sizes(cpu, graph.groups, x)
+    units = sum(g.size for g in graph.units)
+    say(f"{units:,} units in {len(graph.groups)} groups; {len(graph.whole)} layers left whole")
+    run = _Run(settings, source, data, dense, sizes.whole, units, work, say)
+    # whether the target can be met depends on no score: tried before anything is measured
+    blank = Scores("blank", {g.name: torch.arange(g.size).double() for g in graph.units})
+    make(graph.groups, blank, blank, sizes, rules=_rules(settings), goal=_goal(run, settings.steps))
+    return run
+
+
+def open_inputs(settings: Settings | SparseSettings) -> tuple[Source, Data]:
+    """The model that the settings name, on its device, and its data, labels as the model has them.
+
+    Raises:
+        ValueError: one of them is not there, or they do not fit together.
+    """
     torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
     source = open_source(
         settings.model,
@@ -126,20 +149,8 @@ def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
     source.model.to(_device(settings.device))
     data = open_data(settings.data, source.transform)
     data = Data(_matched(data.train, source.labels), _matched(data.test, source.labels))
-    work = _work(settings, output, start_over, say)
-    x = example(source)
-    _check_classes(source.model, data, x)
-    dense = copy.deepcopy(source.model)
-    cpu = copy.deepcopy(source.model).cpu()
-    graph = find_groups(cpu, x, heads=settings.heads)
-    sizes = Sizes(cpu, graph.groups, x)
-    units = sum(g.size for g in graph.units)
-    say(f"{units:,} units in {len(graph.groups)} groups; {len(graph.whole)} layers left whole")
-    run = _Run(settings, source, data, dense, sizes.whole, units, work, say)
-    # whether the target can be met depends on no score: tried before anything is measured
-    blank = Scores("blank", {g.name: torch.arange(g.size).double() for g in graph.units})
-    make(graph.groups, blank, blank, sizes, rules=_rules(settings), goal=_goal(run, settings.steps))
-    return run
+    _check_classes(source.model, data, example(source))
+    return source, data
 
 
 def _step(run: _Run, source: Source, step: int) -> tuple[Source, dict[str, Any]]:

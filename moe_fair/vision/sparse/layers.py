@@ -99,20 +99,20 @@ def keep_largest(model: nn.Module, kept: Mapping[str, int]) -> None:
     with torch.no_grad():
         for name, count in kept.items():
             w = _weight(model, name)
-            w.mul_(largest(w, count))
+            w.masked_fill_(~largest(w, count), 0)
 
 
 def largest(weight: Tensor, count: int) -> Tensor:
-    """Mask of the `count` weights of largest magnitude, equal ones by their place."""
+    """Mask, bool, of the `count` weights of largest magnitude, equal ones by their place."""
     flat = weight.detach().abs().flatten()
     assert 0 <= count <= len(flat)
     if count == 0:
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight, dtype=torch.bool)
     border = flat.kthvalue(len(flat) - count + 1).values
     mask = flat > border
     ties = (flat == border).nonzero().flatten()
     mask[ties[: count - int(mask.sum())]] = True
-    return mask.view(weight.shape).to(weight.dtype)
+    return mask.view(weight.shape)
 
 
 def zeros(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:

@@ -2,11 +2,12 @@
 
     ŷ_c = α_c y'_c + β_c,    α_c = 1 + q_c (σ_c/σ'_c - 1),    β_c = μ_c - α_c μ'_c
 
-over the calibration images and positions, y' being the pruned layer's output behind the layers that
-are repaired already. q_c = v / (v + λ) with v = σ'²_c/σ²_c shrinks the scale toward 1 where little of
-the signal is left to amplify; λ = 0 is plain matching (arXiv 2605.25508), which gives the dense mean
-and variance exactly. That such channels are the ones to hold back is from arXiv 2605.21426; the form
-of q is ours. A channel that does not move any more keeps its scale and gets the mean.
+over the calibration images and positions, y' being the pruned layer's output behind the layers
+that are repaired already. q_c = v / (v + λ) with v = σ'²_c/σ²_c shrinks the scale toward 1 where
+little of the signal is left to amplify; λ = 0 is plain matching (arXiv 2605.25508), which gives the
+dense mean and variance exactly. That such channels are the ones to hold back is from arXiv
+2605.21426; the form of q and λ's default are ours. A channel that does not move any more keeps its
+scale and gets the mean.
 
 Nothing is added to the model: α goes into the channel's weights, β into the layer's bias, or where
 it has none into the running mean of the batch normalisation that reads it. A layer with neither has
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from moe_fair.vision.graph import BATCH_NORMS, logits
 from moe_fair.vision.sparse.layers import DEAD, Layer, channels_first, hooked
 
-SHRINKAGE = 0.01
+SHRINKAGE = 0.003
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Relative Repairability (arXiv 2605.25508): RR = D_res / D_raw, what repair leaves of the damage.
 
-Each layer alone is pruned by magnitude to the global sparsity, on the dense model's own inputs; y is
-its dense output and y' the pruned one, per output channel c over images and positions:
+Each layer alone is pruned by magnitude to the global sparsity, on the dense model's own inputs; y
+is its dense output and y' the pruned one, per output channel c over images and positions:
 
     D_raw = Σ (y - y')² / Σ y²
     D_res = Σ (y - ŷ)² / Σ y²,    ŷ_c = (y'_c - mean y'_c)·std y_c / std y'_c + mean y_c
@@ -43,6 +43,8 @@ def by_repairability(rule: str, net: Net, keep: int, base: Callable[[Layer], flo
     def least(x: Layer) -> int:
         return min(x.present, max(1, int(LEAST * density * x.size)))
 
+    if sum(least(x) for x in net.layers) > keep:  # hardly more weights than layers
+        return Budget(shares(net.layers, wanted, keep), rule, {"layers": found})
     return Budget(shares(net.layers, wanted, keep, least), rule, {"layers": found})
 
 
@@ -63,11 +65,11 @@ def repairability(net: Net, density: float) -> dict[str, dict[str, float]]:
         )
 
         def measure(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            layer.weight = pruned  # type: ignore[assignment]
+            layer.weight = pruned
             try:
                 other = layer.forward(*inputs)
             finally:
-                layer.weight = weight  # type: ignore[assignment]
+                layer.weight = weight
             sums[x.name].add(channels_first(layer, out), channels_first(layer, other))
 
         return measure
@@ -86,8 +88,9 @@ class _Sums:
         self.parts: list[Any] = []
 
     def add(self, y: Tensor, z: Tensor) -> None:
-        found = [y.sum(1), z.sum(1), (y * y).sum(1), (z * z).sum(1), (y * z).sum(1)]
-        found.append((y - z).square().sum(1))
+        d = y - z
+        pairs = [torch.einsum("cp,cp->c", a, b) for a, b in ((y, y), (z, z), (y, z), (d, d))]
+        found = [y.sum(1), z.sum(1), *pairs]
         self.parts = [a + b for a, b in zip(self.parts or [0.0] * 6, found, strict=True)]
         self.n += y.shape[1]
 

@@ -28,7 +28,9 @@ needs_images = True
 def allocate(net: Net, keep: int) -> Budget:
     """k_l ∝ the share of the layer's channels that ToD keeps, times its size."""
     weights = {x.name: net.model.get_parameter(f"{x.name}.weight").detach() for x in net.layers}
-    removal = Scores("l1", {n: w.abs().flatten(1).sum(1).double().cpu() for n, w in weights.items()})
+    removal = Scores(
+        "l1", {n: w.abs().flatten(1).sum(1).double().cpu() for n, w in weights.items()}
+    )
     protection = Scores("taylor-weight", taylor(net))
     groups = tuple(UnitGroup(x.name, i, x.shape[0], floor=0) for i, x in enumerate(net.layers))
     ranked = rank(groups, removal, protection)
