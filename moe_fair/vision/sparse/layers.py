@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,14 @@ class Net:
         layers: those whose weights can go, in the model's order.
         images: [S, C, H, W] calibration images, without labels.
         batch_size: images in one forward, where they need not pass together.
+        known: what was measured on it already, for rules that share it.
     """
 
     model: nn.Module
     layers: tuple[Layer, ...]
     images: Tensor
     batch_size: int = 64
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def batches(self) -> Iterator[Tensor]:
         """The images in batches, on the model's device."""

@@ -37,7 +37,9 @@ def allocate(net: Net, keep: int) -> Budget:
 def by_repairability(rule: str, net: Net, keep: int, base: Callable[[Layer], float]) -> Budget:
     """k_l ∝ RR_l · base(layer), within the limits; explained by every layer's numbers."""
     density = keep / sum(x.size for x in net.layers)
-    found = repairability(net, density)
+    if (name, density) not in net.known:
+        net.known[name, density] = repairability(net, density)
+    found = net.known[name, density]
     wanted = {x.name: found[x.name]["rr"] * base(x) for x in net.layers}
 
     def least(x: Layer) -> int:

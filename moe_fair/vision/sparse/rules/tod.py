@@ -31,7 +31,9 @@ def allocate(net: Net, keep: int) -> Budget:
     removal = Scores(
         "l1", {n: w.abs().flatten(1).sum(1).double().cpu() for n, w in weights.items()}
     )
-    protection = Scores("taylor-weight", taylor(net))
+    if name not in net.known:
+        net.known[name] = taylor(net)
+    protection = Scores("taylor-weight", net.known[name])
     groups = tuple(UnitGroup(x.name, i, x.shape[0], floor=0) for i, x in enumerate(net.layers))
     ranked = rank(groups, removal, protection)
     size = {x.name: x.size / x.shape[0] for x in net.layers}
