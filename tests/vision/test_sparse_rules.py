@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_lamp_is_its_definition() -> None:
 def test_every_rule_meets_the_total(widths: list[int], part: float, gone: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential()
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         model.extend([nn.Linear(a, b), nn.ReLU()])
     with torch.no_grad():
         for p in model.parameters():
@@ -141,10 +142,8 @@ def test_uniform_is_even_and_tod_follows_its_channels() -> None:
     for x, k in zip(net.layers, kept("uniform", net, total // 20), strict=True):
         assert abs(k - x.size / 20) <= 1
     # both rankings agree in the second layer and are opposed in the first: the second gives more
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.eye(8) * torch.arange(1.0, 9.0)[:, None])
-        model[1].weight.copy_(torch.eye(8) * torch.arange(1.0, 9.0)[:, None])
+    rows = [[float(i + 1)] * 8 for i in range(8)]
+    model = chain(rows, rows)
     two = net_of(model, torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
     rising = torch.arange(8.0).double()
     two.known["tod"] = {"0": -rising, "1": rising}
@@ -243,7 +242,6 @@ def test_the_smallest_weights_leave_and_equal_ones_by_place() -> None:
 def test_what_a_limit_holds_back_goes_to_the_others() -> None:
     layers = [Layer(n, (size,), size) for n, size in (("a", 10), ("b", 100), ("c", 100))]
     assert shares(layers, {"a": 50, "b": 30, "c": 20}, 60) == {"a": 10, "b": 30, "c": 20}
-    assert shares(layers, {"a": 0, "b": 1, "c": 0}, 120) == {"a": 2, "b": 100, "c": 18} or True
     full = shares(layers, {"a": 0, "b": 1, "c": 0}, 120)
     assert full["b"] == 100
     assert full["a"] + full["c"] == 20

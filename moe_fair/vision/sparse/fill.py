@@ -57,9 +57,9 @@ def shares(
     assert low.sum() <= keep <= high.sum()
     assert (d >= 0).all()
     assert np.isfinite(d).all()
-    # a layer that wants nothing gets what no other can take
-    d = np.maximum(d, 1e-12 * d.max()) if d.max() > 0 else high
-    d = np.maximum(d, 1e-300)
+    size, most = np.maximum(high, 1), d.max()
+    # layers that want nothing share by their size what no other can take
+    d = np.maximum(d, 1e-12 * most * size / size.max()) if most > 0 else size
 
     def at(c: float) -> np.ndarray:
         return np.clip(c * d, low, high)
@@ -87,6 +87,8 @@ def threshold(layers: Sequence[Layer], scores: Mapping[str, Tensor], keep: int) 
         scores: layer name -> [weights] score; within a layer in the order of magnitudes.
     """
     assert sum(least_of(x) for x in layers) <= keep <= sum(x.present for x in layers)
+    if keep == 0:  # a model without any weight
+        return {x.name: 0 for x in layers}
     found = []
     for x in layers:
         s = scores[x.name].flatten().clone()
