@@ -92,7 +92,7 @@ def test_lamp_is_its_definition() -> None:
     assert not score(torch.zeros(4)).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 9), min_size=2, max_size=6),
     part=st.floats(0, 1),

@@ -106,6 +106,7 @@ def test_saved_and_loaded_elsewhere_bitwise(pictures: Path, tmp_path: Path) -> N
     assert files[0] == files[1]
 
 
+@pytest.mark.slow  # a process that imports transformers
 def test_a_transformers_model_loads_with_transformers(pictures: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     lively("resnet18").save_pretrained(folder)

@@ -57,13 +57,16 @@ def sparsity_figure(result: dict[str, Any]) -> Any:
     layers = result["layers"]
     figure, axes = page.axes(1, height=max(2.0, 0.22 * len(layers) + 1.2))
     y = np.arange(len(layers))
-    axes.barh(y, [max(x["kept"], 0.5) / x["weights"] for x in layers], color="#2b6cb0")
+    share = np.array([max(x["kept"], 0.5) / x["weights"] for x in layers])
+    axes.hlines(y, 1e-9, share, color="#d9dfe6", lw=1)
+    axes.plot(share, y, "o", color="#2b6cb0", ms=5)
     mean = 1 - result["sparsity"]["zeros"] / result["sparsity"]["weights"]
     axes.axvline(mean, color="#c05621", lw=1, label=f"all layers: {mean:.2%}")
     axes.set_yticks(y, [f"{x['name']}  ({x['weights']:,})" for x in layers], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=1)
+    axes.set_xlim(share.min() / 2, 1.15)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.set_xlabel("share of the layer's weights that is left")
     figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     return figure
