@@ -13,7 +13,6 @@ from moe_fair.core.registry import nearest
 from moe_fair.options import Debug, Device, Json, Output, RecipeFile, Revision, option
 from moe_fair.recipe import coerce, parse_bytes, read_settings
 
-SPARSE = "Zeros and repair"
 SCORE, TARGET, TRAIN, MODEL, RUN = (
     "Scores and budget",
     "Target (exactly one)",
@@ -161,6 +160,7 @@ MaxMemory = Annotated[
         panel=RUN,
     ),
 ]
+SPARSE = "Zeros and repair"
 Sparsity = Annotated[
     float | None,
     option("--sparsity", text="Share of the weights that are zero, 0 to 1", panel=SPARSE),
