@@ -130,29 +130,6 @@ def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
     return run
 
 
-def open_inputs(settings: Settings | SparseSettings) -> tuple[Source, Data]:
-    """The model that the settings name, on its device, and its data, labels as the model has them.
-
-    Raises:
-        ValueError: one of them is not there, or they do not fit together.
-    """
-    torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
-    source = open_source(
-        settings.model,
-        weights=settings.weights_path(),
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    source.model.to(_device(settings.device))
-    data = open_data(settings.data, source.transform)
-    data = Data(_matched(data.train, source.labels), _matched(data.test, source.labels))
-    _check_classes(source.model, data, example(source))
-    return source, data
-
-
 def _step(run: _Run, source: Source, step: int) -> tuple[Source, dict[str, Any]]:
     """Score, plan, cut and fine-tune once, or take it from what a killed run left."""
     settings, say, home = run.settings, run.say, _home(run, step)
@@ -298,6 +275,29 @@ def _check_classes(model: nn.Module, data: Data, x: torch.Tensor) -> None:
         raise ValueError(
             f"{data.train.name} has labels up to {most} and the model has {outputs} outputs"
         )
+
+
+def open_inputs(settings: Settings | SparseSettings) -> tuple[Source, Data]:
+    """The model that the settings name, on its device, and its data, labels as the model has them.
+
+    Raises:
+        ValueError: one of them is not there, or they do not fit together.
+    """
+    torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
+    source = open_source(
+        settings.model,
+        weights=settings.weights_path(),
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    source.model.to(_device(settings.device))
+    data = open_data(settings.data, source.transform)
+    data = Data(_matched(data.train, source.labels), _matched(data.test, source.labels))
+    _check_classes(source.model, data, example(source))
+    return source, data
 
 
 def _device(name: str) -> torch.device:
