@@ -6,8 +6,8 @@
 Every (net, seed, rule, sparsity) is one line of the output file with its accuracies: `none` without
 repair, `shrunk` with variance matching at its default shrinkage, and for the rules after `--plain`
 `plain` without shrinkage. A run that is started again does what is missing; `--table` measures
-nothing and prints the tables: mean ± standard deviation over seeds, and each rule's difference to
-ERK on the same nets after the repair.
+nothing and prints the tables: mean ± standard deviation over seeds, [nets] where not all were
+measured, and each rule's difference to ERK on the same nets after the repair.
 
 The transition band lies where repaired ERK keeps between 95 % and 50 % of the dense accuracy, by
 straight lines between the sparsities that were measured.
@@ -20,7 +20,7 @@ import copy
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,7 @@ def tables(rows: list[Row]) -> None:
         for kind, label in REPAIRS.items():
             print(f"\n| {label} | {head} |\n|{'---|' * (1 + len(sparsities))}")
             for n in names:
-                cells = [
-                    _cell([r[kind] for r in found[n, s].values() if kind in r]) for s in sparsities
-                ]
+                cells = [_cell(found[n, s].values(), kind, len(dense)) for s in sparsities]
                 print(f"| {n} | {' | '.join(cells)} |")
         print(f"\n| shrunk, minus ERK (nets ahead) | {head} |\n|{'---|' * (1 + len(sparsities))}")
         for n in names:
@@ -207,8 +205,11 @@ def _against(found: dict, name: str, sparsity: float) -> str:
     return f"{100 * statistics.mean(gaps):+.1f} ({sum(g > 0 for g in gaps)}/{len(gaps)})"
 
 
-def _cell(values: list[float]) -> str:
-    return _spread(values) if values else "-"
+def _cell(rows: Iterable[Row], kind: str, nets: int) -> str:
+    values = [r[kind] for r in rows if kind in r]
+    if not values:
+        return "-"
+    return _spread(values) + (f" [{len(values)}]" if len(values) < nets else "")
 
 
 def _key(row: Row) -> tuple:
