@@ -140,12 +140,6 @@ def hooked(model: nn.Module, hooks: Mapping[str, object]) -> Iterator[None]:
         model.train(training)
 
 
-def channels_first(layer: nn.Module, out: Tensor) -> Tensor:
-    """[C, positions] float64: a layer's output, one row for each output channel."""
-    axis = -1 if isinstance(layer, nn.Linear) else -layer.weight.dim() + 1  # type: ignore[operator]
-    return out.detach().movedim(axis, 0).flatten(1).double()
-
-
 def _weight(model: nn.Module, name: str) -> Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_fair.vision.gates import channel_axis
 from moe_fair.vision.graph import BATCH_NORMS, logits
-from moe_fair.vision.sparse.layers import DEAD, Layer, channels_first, hooked
+from moe_fair.vision.sparse.layers import DEAD, Layer, hooked
 
 SHRINKAGE = 0.003
 
@@ -89,7 +90,9 @@ def match_variance(
 
 
 def _moments(layer: nn.Module, out: Tensor) -> Moments:
-    variance, mean = torch.var_mean(channels_first(layer, out), dim=1, correction=0)
+    axis = channel_axis(layer) % out.dim()
+    others = [d for d in range(out.dim()) if d != axis]
+    variance, mean = torch.var_mean(out.double(), dim=others, correction=0)
     return Moments(mean, variance)
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.core.units import Budget
+from moe_fair.vision.gates import channel_axis
 from moe_fair.vision.graph import logits
 from moe_fair.vision.sparse.fill import shares
-from moe_fair.vision.sparse.layers import DEAD, Layer, Net, channels_first, hooked, largest
+from moe_fair.vision.sparse.layers import DEAD, Layer, Net, hooked, largest
 
 name = "rr"
 needs_images = True
@@ -72,7 +73,8 @@ def repairability(net: Net, density: float) -> dict[str, dict[str, float]]:
                 other = layer.forward(*inputs)
             finally:
                 layer.weight = weight
-            sums[x.name].add(channels_first(layer, out), channels_first(layer, other))
+            y, z = (o.movedim(channel_axis(layer), 0).flatten(1).double() for o in (out, other))
+            sums[x.name].add(y, z)
 
         return measure
 
