@@ -123,6 +123,8 @@ def tables(rows: list[Row]) -> None:
         for kind, label in REPAIRS.items():
             print(f"\n| {label} | {head} |\n|{'---|' * (1 + len(sparsities))}")
             for n in names:
+                if not any(kind in r for r in mine if r["rule"] == n):
+                    continue
                 cells = [_cell(found[n, s].values(), kind, len(dense)) for s in sparsities]
                 print(f"| {n} | {' | '.join(cells)} |")
         print(f"\n| shrunk, minus ERK (nets ahead) | {head} |\n|{'---|' * (1 + len(sparsities))}")
