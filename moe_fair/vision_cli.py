@@ -198,6 +198,46 @@ MaxMemory = Annotated[
         panel=RUN,
     ),
 ]
+SPARSE = "Zeros and repair"
+Sparsity = Annotated[
+    float | None,
+    option("--sparsity", text="Share of the weights that are zero, 0 to 1", panel=SPARSE),
+]
+SparseAllocate = Annotated[
+    str | None,
+    option(
+        "--allocate",
+        text="uniform, erk, lamp, global, tod, rr or rr-erk  [default: lamp]",
+        panel=SPARSE,
+    ),
+]
+Repair = Annotated[
+    str | None,
+    option(
+        "--repair",
+        text="variance (every channel's mean and variance as before) or none  [default: variance]",
+        panel=SPARSE,
+    ),
+]
+Shrinkage = Annotated[
+    float | None,
+    option(
+        "--shrinkage",
+        text="Holds the repair of channels back that have little signal left; 0 does not  "
+        "[default: 0.003]",
+        panel=SPARSE,
+    ),
+]
+Calibration = Annotated[
+    int | None,
+    option(
+        "--samples",
+        text="Images for allocation and repair, without their labels; the repair runs all of them "
+        "in one forward  [default: 256]",
+        panel=SPARSE,
+    ),
+]
+DrawSeed = Annotated[int | None, option("--seed", text="Draws them  [default: 0]", panel=SPARSE)]
 Heads = Annotated[bool | None, option("--heads", text="Attention heads are units too", panel=SCORE)]
 Trust = Annotated[
     bool | None,
@@ -249,6 +289,38 @@ def prune(
         if name not in given:
             raise ValueError(f"give {wanted}, here or in a --recipe")
     done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=_say)
+    if as_json:
+        print(screen.as_json(done))
+    else:
+        screen.show(done)
+
+
+@app.command()
+def sparsify(
+    model: Model = None, data: Data = None, output: Output = ...,  # type: ignore[assignment]
+    recipe: RecipeFile = None,
+    sparsity: Sparsity = None, allocate: SparseAllocate = None, repair: Repair = None,
+    shrinkage: Shrinkage = None, samples: Calibration = None, seed: DrawSeed = None,
+    weights: Weights = None, image_size: ImageSize = None, mean: Mean = None, std: Std = None,
+    batch_size: BatchSize = None, device: Device = None, revision: Revision = None,
+    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Set single weights to zero and repair: the same shapes, which load_pruned reads."""
+    given = {k: v for k, v in locals().items() if v is not None}
+    for name in ("output", "recipe", "as_json", "debug"):
+        given.pop(name, None)
+    for name, flag in (("mean", "--mean"), ("std", "--std")):
+        if name in given:
+            given[name] = _numbers(flag, given[name])
+    from moe_fair.vision.sparse import pipeline, screen
+    from moe_fair.vision.sparse.settings import SparseSettings
+
+    if recipe is not None:
+        given = {**_written(recipe, SparseSettings), **given}
+    for name, wanted in (("model", "a MODEL"), ("data", "--data"), ("sparsity", "--sparsity")):
+        if name not in given:
+            raise ValueError(f"give {wanted}, here or in a --recipe")
+    done = pipeline.sparsify(SparseSettings.of(given), output, say=_say)
     if as_json:
         print(screen.as_json(done))
     else:

@@ -19,7 +19,7 @@ from moe_fair.vision.graph import CONVOLUTIONS, ChannelGroup
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """The axis of a consumer's input along which its channels lie."""
+    """The axis of a layer's input, and of its output, along which channels lie."""
     if isinstance(layer, CONVOLUTIONS):
         return -layer.weight.dim() + 1
     return -1

@@ -31,6 +31,7 @@ from moe_fair.vision.proof import find_groups
 from moe_fair.vision.report import write_report
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Cost, Sizes
+from moe_fair.vision.sparse.settings import SparseSettings
 from moe_fair.vision.surgery import cut, cuts_of
 
 Say = Callable[[str], None]
@@ -117,22 +118,9 @@ def prune(
 
 
 def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
-    torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
-    source = open_source(
-        settings.model,
-        weights=settings.weights_path(),
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    source.model.to(_device(settings.device))
-    data = open_data(settings.data, source.transform)
-    data = Data(_matched(data.train, source.labels), _matched(data.test, source.labels))
+    source, data = open_inputs(settings)
     work = _work(settings, output, start_over, say)
     x = example(source)
-    _check_classes(source.model, data, x)
     dense = copy.deepcopy(source.model)
     cpu = copy.deepcopy(source.model).cpu()
     graph = find_groups(cpu, x, heads=settings.heads)
@@ -321,6 +309,29 @@ def _check_classes(model: nn.Module, data: Data, x: torch.Tensor) -> None:
         raise ValueError(
             f"{data.train.name} has labels up to {most} and the model has {outputs} outputs"
         )
+
+
+def open_inputs(settings: Settings | SparseSettings) -> tuple[Source, Data]:
+    """The model that the settings name, on its device, and its data, labels as the model has them.
+
+    Raises:
+        ValueError: one of them is not there, or they do not fit together.
+    """
+    torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
+    source = open_source(
+        settings.model,
+        weights=settings.weights_path(),
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    source.model.to(_device(settings.device))
+    data = open_data(settings.data, source.transform)
+    data = Data(_matched(data.train, source.labels), _matched(data.test, source.labels))
+    _check_classes(source.model, data, example(source))
+    return source, data
 
 
 def _device(name: str) -> torch.device:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,10 @@ from moe_fair.core.allocate import tod
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.ranking import rank
 from moe_fair.core.units import Scores, UnitGroup
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c1c1c; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right }
-td:first-child, th:first-child { text-align: left } thead th { border-bottom: 1px solid #888 }
-img { max-width: 100% } .note { color: #555 }
-"""
+from moe_fair.vision.page import STYLE
+from moe_fair.vision.page import axes as _axes
+from moe_fair.vision.page import image as _image
+from moe_fair.vision.page import table as _table
 
 
 def write_report(path: Path, plans: Sequence[Plan], result: dict[str, Any]) -> None:
@@ -97,14 +90,6 @@ def _latency(row: dict[str, float]) -> tuple[str, ...]:
 
 def _points(top: dict[str, float]) -> str:
     return f"{100 * (top['final'] - top['dense']):+.2f} points"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def depth_figure(plan: Plan) -> Any:
@@ -195,16 +180,3 @@ def _curve(g: GroupPlan) -> np.ndarray:
     ]
     [ranked] = rank((UnitGroup(g.name, g.layer, g.size),), *scores)
     return tod.curve(ranked)
-
-
-def _axes(columns: int, *, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def _image(figure: Any) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
