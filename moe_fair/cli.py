@@ -18,6 +18,7 @@ from moe_fair.options import (
     Against,
     AgreementText,
     Allocate,
+    AllowPickle,
     ApplyChatTemplate,
     Baseline,
     BaseModel,
@@ -124,7 +125,7 @@ def calibrate(
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
-    debug: Debug = False,
+    allow_pickle: AllowPickle = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(locals())
@@ -182,7 +183,7 @@ def prune(
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
@@ -219,7 +220,7 @@ def oracle(
     stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
     length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
     device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
@@ -247,7 +248,7 @@ def evaluate(
     heldout_samples: HeldoutSamples = None, length: Length = None,
     batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
     engine: EngineName = None, max_memory: MaxMemory = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run lm-eval's benchmarks, or measure agreement with the original."""
@@ -264,8 +265,9 @@ def evaluate(
     from moe_fair.tables import evaluation, evaluation_json
 
     folder = evaluating.home(model, output)
-    source = Checkpoint(model, revision, settings.trust_remote_code)
-    original = Checkpoint(baseline, None, settings.trust_remote_code) if baseline else None
+    trusted = (settings.trust_remote_code, settings.allow_pickle)
+    source = Checkpoint(model, revision, *trusted)
+    original = Checkpoint(baseline, None, *trusted) if baseline else None
     rows = found = None
     if tasks:
         from moe_fair.evaluate.benchmark import Benchmark, names
@@ -309,7 +311,8 @@ def report(
 @app.command()
 def verify(
     out: Pruned, against: Against = None, revision: Revision = None,
-    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+    trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Check a pruned checkpoint: hashes, code, plan against tensors, experts against the original.
 
@@ -319,7 +322,8 @@ def verify(
     from moe_fair.tables import verified, verified_json
     from moe_fair.verifying import verify as check
 
-    original = Checkpoint(against, revision, bool(trust_remote_code)) if against else None
+    trusted = (bool(trust_remote_code), bool(allow_pickle))
+    original = Checkpoint(against, revision, *trusted) if against else None
     found = check(out, original)
     if as_json:
         print(json.dumps(verified_json(found), indent=1))

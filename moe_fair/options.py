@@ -30,6 +30,15 @@ Trust = Annotated[
     bool | None,
     option("--trust-remote-code", text="Run code that lies beside the model's weights", panel=RUN),
 ]
+AllowPickle = Annotated[
+    bool | None,
+    option(
+        "--allow-pickle",
+        text="Where a model has no safetensors, read its pickled weights (.bin): tensors only, "
+        "nothing in them is run",
+        panel=RUN,
+    ),
+]
 Calibration = Annotated[
     list[str] | None,
     option(

@@ -307,7 +307,9 @@ def open_model(recipe: Recipe) -> Checkpoint:
     if recipe.model is None:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
-    source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = Checkpoint(
+        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
+    )
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
     check_device_map(recipe, source)

@@ -122,6 +122,7 @@ def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
         std=settings.std,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
     )
     source.model.to(_device(settings.device))
     data = open_data(settings.data, source.transform)
