@@ -419,23 +419,24 @@ def _fail(e: Exception, arguments: list[str]) -> int:
         text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
         return distributed.fail(text, _print, 2)
     text = " ".join(str(e).split()) or type(e).__name__
-    if isinstance(e, (ValueError, OSError)):
-        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
     if (lack := _lack(e, text)) is not None:
         return distributed.fail(f"moe-fair: error: {lack}", _print, 2)
+    if isinstance(e, (ValueError, OSError)):
+        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
     text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
     return distributed.fail(text, _print, 1)
 
 
 def _lack(e: Exception, text: str) -> str | None:
     """What the machine ran out of, in words; the libraries below have many kinds of exception."""
-    name = type(e).__name__
-    if isinstance(e, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text:
+    from moe_fair.engines.lack import out_of_memory
+
+    if out_of_memory(e):
         return (
             f"out of memory: {text}; use a smaller --batch-size, --engine streaming, or "
             "--checkpointing; the same command goes on where it stopped"
         )
-    if name == "SafetensorError":
+    if type(e).__name__ == "SafetensorError":
         return f"a safetensors file could not be read or written: {text}"
     return None
 

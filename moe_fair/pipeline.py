@@ -217,13 +217,13 @@ def prune(
             (folder / FOLDER / "repair.json").write_text(table + "\n")
     before = after = None
     if heldout is not None:
-        before = measure(recipe, source, heldout, "held-out loss, original", us)
+        before = measure(recipe, source, heldout, "held-out loss, original", us, say)
         # a disk that not all machines share: who wrote the result measures it
         together = all(us.gather((folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
             pruned = Checkpoint(str(folder))
-            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them)
+            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, say)
     if us.first:
         if before is not None and after is not None:
             losses = {"original": asdict(before), "pruned": asdict(after)}

@@ -1,8 +1,8 @@
 """Checkpoints that were pickled, read without running anything, and stored as safetensors.
 
-A pickle is a program. `torch.load(weights_only=True)` runs it with a list of what it may call, which
-holds tensors and plain containers and nothing else. It is done once, a file at a time, into a
-temporary directory: what comes after sees safetensors, whichever engine runs and whatever is cut.
+A pickle is a program. `torch.load(weights_only=True)` runs it with a list of what it may call:
+tensors and plain containers, nothing else. It is done once, a file at a time, into a temporary
+directory: what comes after sees safetensors, whichever engine runs and whatever is cut.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from moe_fair.engines.shards import INDEX, SINGLE, indexed
 
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE = "pytorch_model.bin"
-WEIGHTS = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf")
+WEIGHTS = (
+    ".bin",
+    ".safetensors",
+    ".index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".msgpack",
+    ".h5",
+    ".gguf",
+)
 NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16",
@@ -55,7 +65,7 @@ def pickle_files(folder: Path) -> list[Path]:
 def convert(folder: Path) -> Path:
     """A temporary directory with the same checkpoint in safetensors, for the caller to remove.
 
-    Whatever else lies in the folder is linked. Tensors that share memory are stored each for itself.
+    What else lies in the folder is linked. Tensors that share memory are stored each for itself.
 
     Raises:
         ValueError: a file that holds more than tensors, a tensor that lies in two files, or no room

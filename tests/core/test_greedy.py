@@ -57,9 +57,7 @@ def plan(grams: list[np.ndarray], remove: int, blocks: int = 1) -> tuple[list[li
     zeros = Scores("naee", {g.name: torch.zeros(g.size, dtype=torch.float64) for g in made})
     ranked = rank(made, zeros, grams={g.name: m for g, m in zip(made, grams, strict=True)})
     budget = naee.allocate(ranked, remove=remove)
-    gone = [
-        sorted(budget.orders[g.name][: g.size - budget.kept[g.name]].tolist()) for g in made
-    ]
+    gone = [sorted(budget.orders[g.name][: g.size - budget.kept[g.name]].tolist()) for g in made]
     for g in made:
         assert sorted(budget.orders[g.name].tolist()) == list(range(g.size))
     return gone, budget.explanation

@@ -33,22 +33,6 @@ TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command; assert exit code 2 and one line; return that line."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2, lines
-        assert lines[-1].startswith("moe-fair: error: "), lines
-        assert not any("Traceback" in x for x in lines)
-        return lines[-1]
-
-    return run
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path / "model"))
 
