@@ -9,7 +9,8 @@
 Mutants are cosmic-ray's; each is tried by the tests named in TESTS, in a fork of a process that has
 torch and the test tools imported already, on a copy of the tree. Left out are those that cannot be
 noticed or are noticed by any test: changes of type annotations, shifts and bit operations in the
-place of arithmetic, `is` for `==` and the other way round, and `frozen=True` of the dataclasses.
+place of arithmetic, `is` for `==` and the other way round, `frozen=True` of the dataclasses, and
+zip's `strict=True`, which guards what cannot be.
 """
 
 from __future__ import annotations
@@ -44,21 +45,28 @@ from hypothesis import Phase
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "moe_fair" / "core"
-ALL_PLANS = ("test_tolerance.py", "test_plans_and_statistics.py", "test_cost_curves.py")
+ALLOCATION = ("test_climb.py", "test_tolerance.py", "test_cost_curves.py")
 # what tries a module's mutants, in tests/core
 TESTS = {
-    "criterion.py": ("test_plans_and_statistics.py",),
+    "criterion.py": ("test_refusals.py", "test_plans_and_statistics.py"),
     "distances.py": ("test_distances.py",),
     "evolution.py": ("test_evolution.py",),
     "exact_sum.py": ("test_exact_sum.py",),
     "greedy.py": ("test_greedy.py",),
-    "oracle.py": ("test_oracle.py",),
+    "oracle.py": ("test_oracle.py", "test_refusals.py"),
     "output.py": ("test_output.py",),
     "registry.py": ("test_registry.py",),
     "sketch.py": ("test_sketch.py",),
-    "units.py": ("test_plans_and_statistics.py", "test_exact_sum.py"),
+    "units.py": ("test_refusals.py", "test_plans_and_statistics.py", "test_exact_sum.py"),
     "cost_curves.py": ("test_cost_curves.py",),
-    "allocate/naee.py": ("test_greedy.py", "test_tolerance.py"),
+    "allocate/__init__.py": ("test_registry.py",),
+    "plan.py": ("test_refusals.py", "test_plans_and_statistics.py", "test_climb.py"),
+    "ranking.py": ("test_climb.py", "test_tolerance.py"),
+    "allocate/climb.py": ("test_climb.py",),
+    "allocate/curves.py": ("test_climb.py", "test_cost_curves.py"),
+    "allocate/fisher.py": ("test_climb.py", "test_cost_curves.py"),
+    "allocate/tod.py": ("test_climb.py", "test_tolerance.py"),
+    "allocate/naee.py": ("test_greedy.py", "test_climb.py"),
 }
 SMALL = 5.0  # seconds of a processor beyond three times what a module's tests take as it is
 # replacements that no test could tell, or any would
@@ -90,12 +98,14 @@ def fair(operator: str) -> bool:
 
 
 def left_alone(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where a change means nothing: annotations, and the arguments of @dataclass."""
+    """Where no test looks: annotations, the arguments of @dataclass, and zip's `strict`."""
     spans = []
     for node in ast.walk(ast.parse(source)):
         found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, ast.ClassDef):
             found += [k for d in node.decorator_list if isinstance(d, ast.Call) for k in d.keywords]
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            found.append(node)  # a guard of our own, as assert is
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             name = getattr(node.targets[0], "id", "")  # Document = str | list[...]
             found += [node.value] if name[:1].isupper() and not name.isupper() else []
@@ -128,7 +138,7 @@ def changed(m: Mutant) -> tuple[str, str] | None:
 
 def tests_of(module: str) -> list[str]:
     """The files that try a module's mutants."""
-    return [f"tests/core/{t}" for t in TESTS.get(module, ALL_PLANS)]
+    return [f"tests/core/{t}" for t in TESTS.get(module, ALLOCATION)]
 
 
 def passes(folder: Path, module: str, limit: float) -> tuple[str, float]:
