@@ -84,6 +84,7 @@ from moe_fair.options import (
     Trust,
     UScore,
     Weights,
+    WriteList,
     option,
 )
 from moe_fair.vision_cli import app as vision_app
@@ -310,7 +311,7 @@ def report(
 
 @app.command()
 def verify(
-    out: Pruned, against: Against = None, revision: Revision = None,
+    out: Pruned, against: Against = None, write: WriteList = False, revision: Revision = None,
     trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -320,11 +321,14 @@ def verify(
     """
     from moe_fair.moe.load import Checkpoint
     from moe_fair.tables import verified, verified_json
+    from moe_fair.verifying import list_files
     from moe_fair.verifying import verify as check
 
+    if write and against is None:
+        raise ValueError("--write lists what was compared: name the original with --against")
     trusted = (bool(trust_remote_code), bool(allow_pickle))
     original = Checkpoint(against, revision, *trusted) if against else None
-    found = check(out, original)
+    found = list_files(out, original) if write and original is not None else check(out, original)
     if as_json:
         print(json.dumps(verified_json(found), indent=1))
     else:

@@ -276,6 +276,14 @@ Baseline = Annotated[
 Against = Annotated[
     str | None, option("--against", text="The original model, to compare every expert with")
 ]
+WriteList = Annotated[
+    bool,
+    option(
+        "--write",
+        text="With --against: list the files of a result that has no moe_fair/manifest.json yet, "
+        "once everything else is right",
+    ),
+]
 Tasks = Annotated[
     list[str] | None,
     option(

@@ -17,7 +17,7 @@ import torch
 
 from moe_fair.core.plan import Plan
 from moe_fair.engines.names import destinations
-from moe_fair.engines.shards import Piece, StoredTensor
+from moe_fair.engines.shards import INDEX, Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
@@ -144,6 +144,32 @@ def verify(output: Path, original: Checkpoint | None = None, *, hashes: bool = T
     return Verified(output, tuple(checks))
 
 
+def list_files(output: Path, original: Checkpoint) -> Verified:
+    """Write the missing manifest of a result, once all but the hashes has been checked.
+
+    Args:
+        original: the model it was pruned from: what is listed is then known to be right.
+
+    Raises:
+        ValueError: as `verify`, or there is a manifest.
+    """
+    if (output / MANIFEST).exists():
+        raise ValueError(
+            f"{output} has its {MANIFEST}, and --write would hide what has changed since; verify "
+            "without --write"
+        )
+    found = verify(output, original)
+    known = {*(p.name for p in Checkpoint(str(output)).shards), INDEX, MODELING_FILE}
+    strange = [p.name for p in output.iterdir() if p.name.endswith(LOADED) and p.name not in known]
+    if strange:
+        text = f"{min(strange)} is not a file that moe_fair writes"
+        return Verified(output, (Check("files", False, text), *found.checks[1:]))
+    if any(c.ok is False for c in found.checks[1:]):
+        return found
+    write_manifest(output)
+    return verify(output, original)
+
+
 def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
     return plan.fingerprint.get("model") == original.fingerprint["model"]
 
@@ -160,7 +186,10 @@ def _files(output: Path, hashes: bool) -> str:
     """Every listed file is there, whole and unchanged, and nothing that would be loaded is new."""
     path = output / MANIFEST
     if not path.is_file():
-        raise _Wrong(f"no {MANIFEST}: removed, or pruned by an earlier version; prune again")
+        raise _Wrong(
+            f"no {MANIFEST}: removed, or pruned by an earlier version; `moe-fair verify {output} "
+            "--against ORIGINAL --write` compares it with the original and writes the list"
+        )
     listed = _manifest(path)
     for name, entry in listed.items():
         file = output / name
