@@ -35,6 +35,8 @@ def test_the_range_of_totals_is_said() -> None:
     text = "of 12 units: floors and multiples allow 4 to 12"
     assert said(feasible_total, groups, 9) == f"cannot keep 3 {text}"
     assert said(feasible_total, groups, -1) == f"cannot keep 13 {text}"
+    more = said(feasible_total, ranked([9, 7], floor=5), 7)
+    assert more == "cannot keep 9 of 16 units: floors and multiples allow 10 to 16"
     uneven = ranked([7, 5], floor=2, multiple_of=2)  # 1 + 1 to 5 + 3 can leave
     text = "of 12 units: floors and multiples allow 4 to 10"
     assert said(feasible_total, uneven, 0) == f"cannot keep 12 {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from places import CALIBRATION, HELDOUT, MODEL, ROOT
 from test_several_processes import start, torchrun
+from tiny import tiny_model
 
 from moe_fair import pipeline
 from moe_fair.cli import main
@@ -26,39 +28,62 @@ from moe_fair.moe import collect as collecting
 from moe_fair.moe.load import Checkpoint
 from moe_fair.recipe import Recipe
 
-# 8 sequences of each of two domains, in one batch each
-SETTINGS: dict[str, Any] = {
-    "model": str(MODEL), "calibration": tuple(str(CALIBRATION / f"{n}.jsonl") for n in
-    ("python", "rust-docs")), "samples": 16, "length": 12, "dtype": "float32",
-    "counterfactual": False,
-}  # fmt: skip
 Fails = Callable[..., str]
+Make = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> Statistics:
-    found = pipeline.calibrate(Recipe(**SETTINGS))
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Settings for a small model: 8 sequences of each of two domains, in one batch each."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    vocabulary = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    tiny_model("qwen2_moe", vocab_size=vocabulary).save_pretrained(folder)
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+    def make(**settings: Any) -> Recipe:
+        text = tuple(str(CALIBRATION / f"{n}.jsonl") for n in ("python", "rust-docs"))
+        given = {"model": str(folder), "calibration": text, "samples": 16, "length": 12}
+        return Recipe(**{**given, "dtype": "float32", **settings})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Make) -> Statistics:
+    found = pipeline.calibrate(recipe())
     assert found is not None
     return found
 
 
-def few(limit: int, error: Callable[[], Exception], resident: bool | None = None) -> Any:
-    """An experts' forward that has memory for so many sequences at a time.
+def lack(
+    patch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exception], engine: str | None = None
+) -> None:
+    """Memory for so many sequences at a time: the forward of the last block's experts, or the
+    backward of the first's, when all others have been booked, raises the error.
 
     Args:
-        resident: lacks memory where the model is whole in memory alone; None: everywhere.
+        engine: where this is so; None: in both.
     """
-    stock = collecting._Tap.forward
+    forward, backward = collecting._Tap.forward, collecting._Booking.backward
 
-    def forward(self: Any, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        whole = not any(p.is_meta for p in self.collector.blocks[0].experts.parameters())
-        whole = whole and not any(p.is_meta for p in self.collector.blocks[-1].experts.parameters())
-        here = resident is None or resident == whole
-        if here and len(self.collector.batch.mask) > limit and self is self.collector._taps[3]:
+    def short(tap: Any) -> bool:
+        streaming = any(b.experts.down_proj.is_meta for b in tap.collector.blocks)
+        here = engine is None or streaming == (engine == "streaming")
+        return here and len(tap.collector.batch.mask) > limit
+
+    def first(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
+        if error is not cuda and self is self.collector._taps[-1] and short(self):
             raise error()
-        return stock(self, hidden, *rest)
+        return forward(self, *arguments)
 
-    return forward
+    def last(self: Any, gradient: torch.Tensor) -> None:
+        if error is cuda and self.tap is self.tap.collector._taps[0] and short(self.tap):
+            raise error()
+        backward(self, gradient)
+
+    patch.setattr(collecting._Tap, "forward", first)
+    patch.setattr(collecting._Booking, "backward", last)
 
 
 def cuda() -> Exception:
@@ -96,12 +121,12 @@ FLOAT32 = 2e-5
 
 @pytest.mark.parametrize(("limit", "error"), [(5, cpu), (5, MemoryError), (1, cuda)])
 def test_smaller_batches(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: Statistics, limit: int,
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, limit: int,
     error: Callable[[], Exception],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(collecting._Tap, "forward", few(limit, error))
+    lack(monkeypatch, limit, error)
     said: list[str] = []
-    found = pipeline.calibrate(Recipe(**SETTINGS), say=said.append)
+    found = pipeline.calibrate(recipe(), say=said.append)
     assert found is not None
     lines = [x for x in said if "out of memory" in x]
     halves = {5: [(4, 8)], 1: [(4, 8), (2, 4), (1, 2)]}[limit]
@@ -110,7 +135,7 @@ def test_smaller_batches(
         assert f"again with {new} sequences at a time instead of {old}" in line
         assert "\n" not in line
     close(undisturbed, found, FLOAT32)
-    fair = Recipe(experts=40, method="fair")
+    fair = Recipe(ratio=0.25, method="fair")
     plans = [pipeline.plan(s, fair).kept for s in (undisturbed, found)]
     assert plans[0] == plans[1]
 
@@ -132,12 +157,12 @@ def exact() -> Iterator[None]:
 
 @pytest.mark.parametrize("limit", [4, 1])
 def test_in_float64_nothing_but_the_last_digits_differ(
-    monkeypatch: pytest.MonkeyPatch, limit: int
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, limit: int
 ) -> None:
     with exact():
-        whole = pipeline.calibrate(Recipe(**SETTINGS))
-        monkeypatch.setattr(collecting._Tap, "forward", few(limit, cuda))
-        parts = pipeline.calibrate(Recipe(**SETTINGS))
+        whole = pipeline.calibrate(recipe())
+        lack(monkeypatch, limit, cuda)
+        parts = pipeline.calibrate(recipe())
     assert whole is not None
     assert parts is not None
     close(whole, parts, 1e-12)
@@ -145,14 +170,14 @@ def test_in_float64_nothing_but_the_last_digits_differ(
 
 @pytest.mark.parametrize("when", ["running", "loading"])
 def test_one_layer_at_a_time_gives_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: Statistics, when: str
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, when: str
 ) -> None:
     if when == "running":
-        monkeypatch.setattr(collecting._Tap, "forward", few(0, cuda, resident=True))
+        lack(monkeypatch, 0, cuda, "resident")
     else:
         monkeypatch.setattr(Checkpoint, "load", lambda *_: (_ for _ in ()).throw(cuda()))
     said: list[str] = []
-    found = pipeline.calibrate(Recipe(**SETTINGS), say=said.append)
+    found = pipeline.calibrate(recipe(), say=said.append)
     assert found is not None
     lines = [x for x in said if "out of memory" in x]
     assert len(lines) == (4 if when == "running" else 1)
@@ -161,21 +186,21 @@ def test_one_layer_at_a_time_gives_the_same_bits(
 
 
 def test_streaming_in_smaller_batches(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: Statistics
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics
 ) -> None:
-    monkeypatch.setattr(collecting._Tap, "forward", few(2, cuda))
+    lack(monkeypatch, 2, cuda)
     said: list[str] = []
-    found = pipeline.calibrate(Recipe(**SETTINGS, engine="streaming"), say=said.append)
+    found = pipeline.calibrate(recipe(engine="streaming"), say=said.append)
     assert found is not None
     assert sum("out of memory" in x for x in said) == 2
     close(undisturbed, found, FLOAT32)
 
 
 def test_nothing_smaller_to_try(
-    monkeypatch: pytest.MonkeyPatch, fails: Fails, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, fails: Fails, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(collecting._Tap, "forward", few(0, cuda))
-    run = ["calibrate", MODEL, "-c", CALIBRATION, "--samples", 4, "--length", 16, "-o"]
+    lack(monkeypatch, 0, cuda)
+    run = ["calibrate", recipe().model, "-c", CALIBRATION, "--samples", 4, "--length", 16, "-o"]
     said = fails(*run, tmp_path / "stats")
     assert "nothing smaller to try than one sequence of 16 tokens with the streaming engine" in said
     assert "give a smaller --length" in said
@@ -183,31 +208,29 @@ def test_nothing_smaller_to_try(
 
 
 def test_other_errors_are_not_taken_for_it(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: Statistics
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics
 ) -> None:
     def wrong() -> Exception:
         return RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(collecting._Tap, "forward", few(0, wrong))
+    lack(monkeypatch, 0, wrong)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        pipeline.calibrate(Recipe(**SETTINGS))
+        pipeline.calibrate(recipe())
     assert out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
     assert not out_of_memory(OSError(errno.EIO, os.strerror(errno.EIO)))
     assert not out_of_memory(ValueError("out of memory"))
 
 
-def test_held_out_losses_too(
-    monkeypatch: pytest.MonkeyPatch, statistics_folder: Path, tmp_path: Path
-) -> None:
+def test_held_out_losses_too(monkeypatch: pytest.MonkeyPatch, recipe: Make) -> None:
     """Logits of more than two windows do not fit."""
     from moe_fair.engines import resident
     from moe_fair.pipeline import heldout_set, measure
 
-    recipe = Recipe(model=str(MODEL), heldout=(str(HELDOUT),), heldout_samples=6, length=24)
-    source = Checkpoint(str(MODEL))
-    text = heldout_set(recipe, source)
+    chosen = recipe(heldout=(str(HELDOUT),), heldout_samples=6)
+    source = pipeline.open_model(chosen)
+    text = heldout_set(chosen, source)
     assert text is not None
-    whole = measure(recipe, source, text, "whole")
+    whole = measure(chosen, source, text, "whole")
     stock = resident.ResidentEngine._logits
 
     def logits(self: Any, batch: Batch) -> torch.Tensor:
@@ -216,29 +239,29 @@ def test_held_out_losses_too(
         return stock(self, batch)
 
     monkeypatch.setattr(resident.ResidentEngine, "_logits", logits)
-    parts = measure(recipe, source, text, "parts")
+    parts = measure(chosen, source, text, "parts")
     assert parts.tokens == whole.tokens
     assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
 
 
 def test_a_killed_run_goes_on_and_other_batch_sizes_do_not_mix(
-    monkeypatch: pytest.MonkeyPatch, undisturbed: Statistics, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, tmp_path: Path
 ) -> None:
     """Chunks made with less memory belong to the batch size that was asked for, and no other."""
-    recipe = Recipe(**SETTINGS, save_every=1)
+    whole = recipe(save_every=1)
     with monkeypatch.context() as m:
-        m.setattr(collecting._Tap, "forward", few(4, cuda))
+        lack(m, 4, cuda)
         m.setattr(pipeline, "discard", lambda _: None)  # killed at the very end
-        pipeline.calibrate(recipe, tmp_path / "a")
+        pipeline.calibrate(whole, tmp_path / "a")
     assert len(list((tmp_path / "a.calibrating").glob("chunk-*"))) == 2
     (tmp_path / "a.calibrating").rename(tmp_path / "b.calibrating")
     (tmp_path / "b.calibrating" / "chunk-00001" / "statistics.safetensors").unlink()
     shutil.copytree(tmp_path / "b.calibrating", tmp_path / "c.calibrating")
-    smaller = recipe.with_settings({"batch_size": 4, "save_every": 2})  # the same two chunks
+    smaller = whole.with_settings({"batch_size": 4, "save_every": 2})  # the same two chunks
     said: list[str] = []
     assert pipeline.calibrate(smaller, tmp_path / "c", said.append) is not None
     assert not any("going on" in x for x in said)
-    found = pipeline.calibrate(recipe, tmp_path / "b", said.append)
+    found = pipeline.calibrate(whole, tmp_path / "b", said.append)
     assert any("going on: 1 of 2 chunks" in x for x in said)
     assert found is not None
     close(undisturbed, found, FLOAT32)
@@ -284,8 +307,9 @@ SECOND = """
 import os, sys
 sys.path[:0] = [{tests!r}, {faults!r}]
 if os.environ["RANK"] == "1":
-    from test_memory import collecting, cuda, few
-    collecting._Tap.forward = few(2, cuda)
+    import pytest
+    from test_memory import cuda, lack
+    lack(pytest.MonkeyPatch(), 2, cuda)
 from moe_fair.cli import main
 main(sys.argv[1:])
 """
@@ -293,15 +317,16 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize("engine", ["resident", "streaming"])
 def test_one_process_of_two_makes_do_for_itself(
-    tmp_path: Path, undisturbed: Statistics, engine: str
+    tmp_path: Path, recipe: Make, undisturbed: Statistics, engine: str
 ) -> None:
     script = tmp_path / "run.py"
     tests = ROOT / "tests"
     script.write_text(SECOND.format(tests=str(tests), faults=str(tests / "faults")))
-    text = [a for c in SETTINGS["calibration"] for a in ("-c", c)]
+    settings = recipe()
+    text = [a for c in settings.calibration for a in ("-c", c)]
     run = [
-        "calibrate", str(MODEL), *text, "--samples", "16", "--length", "12", "--dtype", "float32",
-        "--no-counterfactual", "--engine", engine, "-o", str(tmp_path / "out"),
+        "calibrate", str(settings.model), *text, "--samples", "16", "--length", "12", "--dtype",
+        "float32", "--engine", engine, "-o", str(tmp_path / "out"),
     ]  # fmt: skip
     command = [*torchrun(2)[:-2], str(script), *run]
     log = tmp_path / "log"
