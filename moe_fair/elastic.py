@@ -61,6 +61,7 @@ class Elastic:
         self.team, self.say = team, say
         self.name = chosen.engine
         self.most: int | None = None
+        self.fell = False  # from a resident model to streaming
         self.in_step = chosen.engine == "streaming" and team.size > 1
         self.seconds: dict[str, float] = {}
         lack = None
@@ -117,7 +118,7 @@ class Elastic:
             try:
                 found = attempt(parts)
             except NotLayerwise as e:
-                if self.name == self.recipe.engine or self.in_step:
+                if not self.fell:
                     raise
                 raise self._no_more(str(e)) from e
             except Exception as e:
@@ -153,7 +154,7 @@ class Elastic:
             raise self._no_more(lack)
         vars(self).pop("engine", None), vars(self).pop("model", None)
         release()
-        self.name, self.most = "streaming", None
+        self.name, self.most, self.fell = "streaming", None, True
         self._tell(
             f"out of memory ({lack}): again with the streaming engine, one layer at a time; the "
             "statistics are the same"

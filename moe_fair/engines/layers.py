@@ -114,12 +114,12 @@ class LayeredModel:
             following: the layer that will be asked for next; its bytes are read into the page
                 cache while this one computes.
         """
-        self._load(index)
         layer = self.decoder.layers[index]
-        self._check(layer, prefix=f"{self._prefix}{index}.")
-        if following is not None:
-            self.reader.ahead(following, self._stored.get(following, []))
         try:
+            self._load(index)
+            self._check(layer, prefix=f"{self._prefix}{index}.")
+            if following is not None:
+                self.reader.ahead(following, self._stored.get(following, []))
             yield layer
         finally:
             _empty(layer)
@@ -127,10 +127,10 @@ class LayeredModel:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Embeddings, final norm and head with their weights; on leaving they are dropped."""
-        self._load(OUTSIDE)
-        self.model.tie_weights()
-        self._check(self.model, skip=self.decoder.layers)
         try:
+            self._load(OUTSIDE)
+            self.model.tie_weights()
+            self._check(self.model, skip=self.decoder.layers)
             yield
         finally:
             _empty(self.model)
