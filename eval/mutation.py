@@ -45,7 +45,7 @@ from hypothesis import Phase
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "moe_fair" / "core"
-ALLOCATION = ("test_climb.py", "test_tolerance.py", "test_cost_curves.py")
+ALLOCATION = ("test_registry.py", "test_climb.py", "test_tolerance.py", "test_cost_curves.py")
 # what tries a module's mutants, in tests/core
 TESTS = {
     "criterion.py": ("test_refusals.py", "test_plans_and_statistics.py"),
@@ -63,10 +63,10 @@ TESTS = {
     "plan.py": ("test_refusals.py", "test_plans_and_statistics.py", "test_climb.py"),
     "ranking.py": ("test_climb.py", "test_tolerance.py"),
     "allocate/climb.py": ("test_climb.py",),
-    "allocate/curves.py": ("test_climb.py", "test_cost_curves.py"),
-    "allocate/fisher.py": ("test_climb.py", "test_cost_curves.py"),
-    "allocate/tod.py": ("test_climb.py", "test_tolerance.py"),
-    "allocate/naee.py": ("test_greedy.py", "test_climb.py"),
+    "allocate/curves.py": ("test_registry.py", "test_climb.py", "test_cost_curves.py"),
+    "allocate/fisher.py": ("test_registry.py", "test_climb.py", "test_cost_curves.py"),
+    "allocate/tod.py": ("test_registry.py", "test_climb.py", "test_tolerance.py"),
+    "allocate/naee.py": ("test_registry.py", "test_greedy.py", "test_climb.py"),
 }
 SMALL = 5.0  # seconds of a processor beyond three times what a module's tests take as it is
 # replacements that no test could tell, or any would

@@ -50,6 +50,7 @@ def test_allocators_are_found_and_say_what_they_need() -> None:
     assert set(allocators()) == {
         "curves", "fisher", "global", "global-normalised", "naee", "tod", "tod-curves", "uniform",
     }  # fmt: skip
+    assert {n for n, rule in allocators().items() if rule.needs_protection} == {"tod", "tod-curves"}
     wanted = {"costs": {"curves", "tod-curves"}, "rows": {"fisher"}, "gram": {"naee"}}
     for what, names in wanted.items():
         assert {n for n, rule in allocators().items() if needs(rule, what)} == names
