@@ -4,7 +4,8 @@
     pip install -c constraints.txt -e ".[test]" cosmic-ray
     python eval/mutation.py                      # every mutant
     python eval/mutation.py --share 0.3 --seed 0 # of each module three in ten, evenly drawn
-    python eval/mutation.py --only sketch.py --show
+    python eval/mutation.py --only sketch.py --show -o tried.json
+    python eval/mutation.py --again tried.json   # what survived there
 
 Mutants are cosmic-ray's; each is tried by the tests named in TESTS, in a fork of a process that has
 torch and the test tools imported already, on a copy of the tree. Left out are those that cannot be
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides which are drawn")
     parser.add_argument("--only", action="append", help="a module of core, as sketch.py")
     parser.add_argument("--show", action="store_true", help="print every survivor's change")
+    parser.add_argument("--again", type=Path, help="JSON of a run: its survivors alone")
     parser.add_argument("-o", "--output", type=Path, help="JSON of all mutants tried")
     chosen = parser.parse_args()
     hypothesis.settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
@@ -197,14 +199,19 @@ def main() -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
     sys.dont_write_bytecode = True
     tried: list[Mutant] = []
+    earlier = [Mutant(**m) for m in json.loads(chosen.again.read_text())] if chosen.again else []
+    left = [m for m in earlier if m.outcome == "survived"]
     modules = sorted(f.relative_to(CORE).as_posix() for f in CORE.rglob("*.py"))
+    if chosen.again:
+        modules = [m for m in modules if any(x.module == m for x in left)]
     for module in chosen.only or [m for m in modules if m != "__init__.py"]:
         outcome, seconds = passes(folder, module, 600)
         if outcome != "survived":
             sys.exit(f"{module}: its tests fail as it is:\n{(folder / 'said.txt').read_text()}")
         every = list(mutants(module))
         mine = []
-        for m in draw(every, chosen.share, chosen.seed):
+        wanted = [m for m in left if m.module == module]
+        for m in wanted if chosen.again else draw(every, chosen.share, chosen.seed):
             if (change := changed(m)) is None:
                 continue
             (folder / "moe_fair" / "core" / module).write_text(change[0])

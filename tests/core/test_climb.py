@@ -120,6 +120,7 @@ def test_depths_are_steps_from_the_fewest_to_the_floor() -> None:
     assert depths(UnitGroup("g", 0, 10, 3), 0, 4).tolist() == [2, 6]
     assert depths(UnitGroup("g", 0, 12, 2, blocks=2, multiple=3), 0, 4).tolist() == [0]
     assert depths(UnitGroup("g", 0, 10, 10)).tolist() == [0]
+    assert depths(UnitGroup("g", 0, 3, 0)).tolist() == [0, 1, 2, 3]
     assert said(depths, UnitGroup("g", 0, 10, 9), 0, 4) == (
         "g: no allowed number of units: at least 9 of 10 must stay, in a multiple of 4; lower "
         "--min-experts or --multiple-of"

@@ -42,6 +42,8 @@ def test_groups_that_cannot_be(values: dict[str, Any], said: str) -> None:
 
 
 def test_groups_at_the_border() -> None:
+    g = UnitGroup("g", 0, 12)
+    assert (g.floor, g.unit_parameters, g.unit_bytes, g.blocks, g.multiple) == (1, 0, 0, 1, 1)
     for values in ({"floor": 0}, {"floor": 12}, {"blocks": 12}, {"multiple": 1}, {"size": 1}):
         UnitGroup(**{"name": "g", "layer": 0, "size": 12, "floor": 1, **values})  # type: ignore[arg-type]
 
