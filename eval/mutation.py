@@ -127,11 +127,14 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 
 def changed(m: Mutant) -> tuple[str, str] | None:
-    """The mutated source and what changed; None where it is the same program after all."""
+    """The mutated source and what changed; None where it is the same program, or none at all."""
     source = (CORE / m.module).read_text()
     code = mutate_code(source, get_operator(m.operator)(), m.occurrence)
     assert code is not None
-    if ast.dump(ast.parse(code)) == ast.dump(ast.parse(source)):
+    try:
+        if ast.dump(ast.parse(code)) == ast.dump(ast.parse(source)):
+            return None
+    except SyntaxError:  # the star of `*, keyword` taken for a multiplication
         return None
     lines = difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
     return code, "\n".join(x for x in lines if x[:3] not in ("---", "+++") and x[:2] != "@@")
