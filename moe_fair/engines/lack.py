@@ -13,11 +13,12 @@ _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 def out_of_memory(e: BaseException) -> bool:
     """This says that memory ran out, of a device or of the machine; libraries differ in how."""
     text = str(e)
+    words = ("allocate memory", "out of memory", "can't start new thread")
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"  # torch's: of CUDA and the like
         or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
-        or (isinstance(e, RuntimeError) and ("allocate memory" in text or "out of memory" in text))
+        or (isinstance(e, RuntimeError) and any(w in text for w in words))
     )
 
 
