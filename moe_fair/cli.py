@@ -19,6 +19,7 @@ from moe_fair.options import (
     Against,
     AgreementText,
     Allocate,
+    AllowPickle,
     ApplyChatTemplate,
     Baseline,
     BaseModel,
@@ -84,6 +85,7 @@ from moe_fair.options import (
     Trust,
     UScore,
     Weights,
+    WriteList,
     option,
 )
 from moe_fair.vision_cli import app as vision_app
@@ -125,7 +127,7 @@ def calibrate(
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
-    debug: Debug = False,
+    allow_pickle: AllowPickle = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(locals())
@@ -183,7 +185,7 @@ def prune(
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
@@ -220,7 +222,7 @@ def oracle(
     stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
     length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
     device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
@@ -248,7 +250,7 @@ def evaluate(
     heldout_samples: HeldoutSamples = None, length: Length = None,
     batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
     engine: EngineName = None, max_memory: MaxMemory = None,
-    revision: Revision = None, trust_remote_code: Trust = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run lm-eval's benchmarks, or measure agreement with the original."""
@@ -265,8 +267,9 @@ def evaluate(
     from moe_fair.tables import evaluation, evaluation_json
 
     folder = evaluating.home(model, output)
-    source = Checkpoint(model, revision, settings.trust_remote_code)
-    original = Checkpoint(baseline, None, settings.trust_remote_code) if baseline else None
+    trusted = (settings.trust_remote_code, settings.allow_pickle)
+    source = Checkpoint(model, revision, *trusted)
+    original = Checkpoint(baseline, None, *trusted) if baseline else None
     rows = found = None
     if tasks:
         from moe_fair.evaluate.benchmark import Benchmark, names
@@ -311,8 +314,9 @@ def report(
 
 @app.command()
 def verify(
-    out: Pruned, against: Against = None, revision: Revision = None,
-    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+    out: Pruned, against: Against = None, write: WriteList = False, revision: Revision = None,
+    trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Check a pruned checkpoint: hashes, code, plan against tensors, experts against the original.
 
@@ -320,10 +324,17 @@ def verify(
     """
     from moe_fair.moe.load import Checkpoint
     from moe_fair.tables import verified, verified_json
+    from moe_fair.verifying import list_files
     from moe_fair.verifying import verify as check
 
-    original = Checkpoint(against, revision, bool(trust_remote_code)) if against else None
-    found = check(out, original, trust_remote_code=bool(trust_remote_code))
+    if write and against is None:
+        raise ValueError("--write lists what was compared: name the original with --against")
+    trusted = (bool(trust_remote_code), bool(allow_pickle))
+    original = Checkpoint(against, revision, *trusted) if against else None
+    if write and original is not None:
+        found = list_files(out, original)
+    else:
+        found = check(out, original, trust_remote_code=bool(trust_remote_code))
     if as_json:
         print(json.dumps(verified_json(found), indent=1))
     else:
@@ -427,23 +438,24 @@ def _fail(e: Exception, arguments: list[str]) -> int:
         text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
         return distributed.fail(text, _print, 2)
     text = " ".join(str(e).split()) or type(e).__name__
-    if isinstance(e, (ValueError, OSError)):
-        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
     if (lack := _lack(e, text)) is not None:
         return distributed.fail(f"moe-fair: error: {lack}", _print, 2)
+    if isinstance(e, (ValueError, OSError)):
+        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
     text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
     return distributed.fail(text, _print, 1)
 
 
 def _lack(e: Exception, text: str) -> str | None:
     """What the machine ran out of, in words; the libraries below have many kinds of exception."""
-    name = type(e).__name__
-    if isinstance(e, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text:
+    from moe_fair.engines.lack import out_of_memory
+
+    if out_of_memory(e):
         return (
             f"out of memory: {text}; use a smaller --batch-size, --engine streaming, or "
             "--checkpointing; the same command goes on where it stopped"
         )
-    if name == "SafetensorError":
+    if type(e).__name__ == "SafetensorError":
         return f"a safetensors file could not be read or written: {text}"
     return None
 

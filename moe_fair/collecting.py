@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.distributed import ALONE, Team
-from moe_fair.engines.batch import Batch, Engine, Observer
+from moe_fair.elastic import Elastic
+from moe_fair.engines.batch import Batch, Losses
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet
-from moe_fair.moe.choose import Choice, choose, start, weight_dtype
+from moe_fair.moe.choose import Choice, choose, weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, pick_device
 from moe_fair.moe.placement import placement
@@ -72,21 +73,13 @@ def collect(
         left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
         total = left * passes(chosen, source, recipe.taylor)
         with Progress("calibrating", total) as progress:
-            engine, model = _start(recipe, source, chosen, progress, team)
+            engine = Elastic(recipe, source, chosen, progress, team, say)
             if recipe.device_map:
-                say(placement(model))
+                say(placement(engine.model))
             for i in missing:
-                collector = ExpertCollector(
-                    find_blocks(model),
-                    source.groups,
-                    text.domains,
-                    taylor=recipe.taylor,
-                    counterfactual=recipe.counterfactual,
-                    u_score=recipe.u_score,
-                    gram=recipe.gram,
+                collector = engine.collect(
+                    shares[i], partial(_collector, recipe, source, text), backward=recipe.taylor
                 )
-                with collector:
-                    engine.run(shares[i], collector, backward=recipe.taylor)
                 own = collector.statistics(fingerprint, facts) if shares[i] else None
                 part = team.reduce(own)
                 home = homes[i]
@@ -97,13 +90,27 @@ def collect(
         read = sum(team.gather(engine.bytes_read))
         say(
             "calibrated: "
-            + ", ".join(f"{k} {v:.1f} s" for k, v in engine.seconds.items())
+            + ", ".join(f"{k} {v:.1f} s" for k, v in engine.engine.seconds.items())
             + (f"; {read:,} bytes of weights read" if read else "")
         )
     if not team.first:
         return None
     # always from the first to the last chunk, so that an interruption leaves no trace in the sums
     return reduce(Statistics.merge, (p for p in parts if p is not None)).settled()
+
+
+def _collector(
+    recipe: Recipe, source: Checkpoint, text: CalibrationSet, model: nn.Module
+) -> ExpertCollector:
+    return ExpertCollector(
+        find_blocks(model),
+        source.groups,
+        text.domains,
+        taylor=recipe.taylor,
+        counterfactual=recipe.counterfactual,
+        u_score=recipe.u_score,
+        gram=recipe.gram,
+    )
 
 
 def _cost(batch: Batch) -> float:
@@ -161,37 +168,32 @@ def discard(work: Path) -> None:
 
 
 def measure(
-    recipe: Recipe, source: Checkpoint, text: CalibrationSet, what: str, team: Team = ALONE
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    what: str,
+    team: Team = ALONE,
+    say: Say = lambda _: None,
 ) -> HeldoutLoss:
     """Held-out loss of one checkpoint, the same in every process."""
     chosen = _chosen(recipe, source, team)
     batches = text.batches(recipe.batch_size)
     left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
     with Progress(what, left * passes(chosen, source, False)) as progress:
-        engine, _ = _start(recipe, source, chosen, progress, team)
-        return heldout_loss(SharedEngine(engine, team), batches, text.domains)
+        engine = Elastic(recipe, source, chosen, progress, team, say)
+        return heldout_loss(SharedLosses(engine, team), batches, text.domains)
 
 
-class SharedEngine:
-    """An engine of which every process runs its share of the batches.
+class SharedLosses:
+    """Losses of which every process measures its share of the batches.
 
     Args:
         engine: this process's own.
         team: all of them.
     """
 
-    def __init__(self, engine: Engine, team: Team) -> None:
+    def __init__(self, engine: Losses, team: Team) -> None:
         self.engine, self.team = engine, team
-        self.seconds = engine.seconds
-
-    @property
-    def bytes_read(self) -> int:
-        """By this process's own engine."""
-        return self.engine.bytes_read
-
-    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
-        """This process's share; what the observer sees of it is to be merged."""
-        self.engine.run(self.team.share(batches, _cost), observer, backward=backward)
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, in order and in every process: losses and weights, see `Engine.losses`."""
@@ -212,21 +214,6 @@ def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:
     if recipe.device_map:
         return Choice("resident", f"spread by --device-map {recipe.device_map}")
     return team.told(lambda: choose_engine(recipe, source, team.node_size))
-
-
-def _start(
-    recipe: Recipe, source: Checkpoint, chosen: Choice, progress: Progress, team: Team
-) -> tuple[Engine, nn.Module]:
-    return start(
-        source,
-        chosen.engine,
-        recipe.dtype,
-        recipe.device,
-        progress.visit,
-        team,
-        device_map=recipe.device_map,
-        checkpointing=recipe.checkpointing,
-    )
 
 
 def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:

@@ -406,6 +406,12 @@ def _print(line: str) -> None:
     os.write(2, (line + "\n").encode())
 
 
+def aloud(line: str) -> None:
+    """One line on the screen, from whichever process this is."""
+    sys.stdout.flush()
+    _print(line)
+
+
 def _clone(store: Store) -> Store:
     """The same store over another connection, for another thread."""
     return store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs

@@ -30,6 +30,15 @@ Trust = Annotated[
     bool | None,
     option("--trust-remote-code", text="Run code that lies beside the model's weights", panel=RUN),
 ]
+AllowPickle = Annotated[
+    bool | None,
+    option(
+        "--allow-pickle",
+        text="Where a model has no safetensors, read its pickled weights (.bin): tensors only, "
+        "nothing in them is run",
+        panel=RUN,
+    ),
+]
 Calibration = Annotated[
     list[str] | None,
     option(
@@ -266,6 +275,14 @@ Baseline = Annotated[
 ]
 Against = Annotated[
     str | None, option("--against", text="The original model, to compare every expert with")
+]
+WriteList = Annotated[
+    bool,
+    option(
+        "--write",
+        text="With --against: list the files of a result that has no moe_fair/manifest.json yet, "
+        "once everything else is right",
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,

@@ -252,14 +252,14 @@ class _Pruning:
         if heldout is None:
             return None, None
         recipe, us = self.recipe, self.us
-        before = measure(recipe, self.source, heldout, "held-out loss, original", us)
+        before = measure(recipe, self.source, heldout, "held-out loss, original", us, self.say)
         after = None
         # a disk that not all machines share: who wrote the result measures it
         together = all(us.gather((self.folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
             pruned = Checkpoint(str(self.folder))
-            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them)
+            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
 
     def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
@@ -350,7 +350,9 @@ def open_model(recipe: Recipe) -> Checkpoint:
     if recipe.model is None:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
-    source = Checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = Checkpoint(
+        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
+    )
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
     check_device_map(recipe, source)

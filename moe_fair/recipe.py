@@ -16,6 +16,8 @@ from moe_fair.core.registry import nearest
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 LARGEST = 10**18  # of any number in a recipe
+# what lets a model's files do more than be read: said by whoever runs it, never by a file
+TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 REDUCTIONS = ("prune", "merge")
 # what decides a plan once the statistics are there
@@ -31,7 +33,9 @@ class Recipe:
 
     Attributes:
         model: local directory or Hub id; `revision` of the latter.
-        trust_remote_code: let transformers run code that lies beside the model's weights.
+        trust_remote_code: let transformers run code that lies beside the model's weights;
+            allow_pickle: read pickled weights where there are no safetensors. A recipe file cannot
+            say either: it may come with the model.
         calibration: sources, `[domain=]path-or-dataset[:weight]`.
         samples, length: calibration sequences, and tokens in each.
         seed: decides which documents are drawn.
@@ -70,6 +74,7 @@ class Recipe:
     model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     calibration: tuple[str, ...] = (DEFAULT_CALIBRATION,)
     samples: int = 512
     length: int = 512
@@ -138,8 +143,9 @@ class Recipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML text."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """The recipe as YAML text, without what a file cannot say."""
+        plain = {k: v for k, v in self.to_dict().items() if k not in TRUST}
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with these settings replaced; a target replaces whichever target was there.
@@ -156,14 +162,30 @@ def load_recipe(path: Path) -> Recipe:
     """Read a YAML recipe.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key (names the nearest) or a bad value.
+        ValueError: no such file, not YAML, an unknown key (names the nearest), a bad value, or
+            one of TRUST.
     """
     raw = read_settings(path)
     try:
         check_keys(raw, str(path))
+        check_trust(raw)
         return Recipe(**raw)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+
+
+def check_trust(raw: Mapping[Any, Any]) -> None:
+    """A file does not allow what only whoever runs it may allow; it may come with the model.
+
+    Raises:
+        ValueError: it tries to.
+    """
+    for name in TRUST:
+        if raw.get(name):
+            raise ValueError(
+                f"{name} is not taken from a file; read the model's files, then allow it with "
+                f"{_flag(name)} on the command line"
+            )
 
 
 def read_settings(path: Path) -> dict[Any, Any]:

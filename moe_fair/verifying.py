@@ -15,10 +15,17 @@ from pathlib import Path
 
 import torch
 
-from moe_fair.core.manifest import CHUNK, FOLDER, check_files
+from moe_fair.core.manifest import (
+    CHUNK,
+    FOLDER,
+    LOADED,
+    MANIFEST,
+    check_files,
+    write_manifest,
+)
 from moe_fair.core.plan import Plan
 from moe_fair.engines.names import destinations
-from moe_fair.engines.shards import Piece, StoredTensor
+from moe_fair.engines.shards import INDEX, Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
@@ -27,7 +34,7 @@ from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
-from moe_fair.vision.written import can_build, check_cuts, check_model
+from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
 
 Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
 
@@ -127,17 +134,42 @@ def verify(
 
 
 def _verify_vision(output: Path, hashes: bool, trusted: bool) -> Verified:
-    checks = [
-        _check("files", lambda: check_files(output, hashes=hashes)),
-        _check("cuts", lambda: check_cuts(output)),
-    ]
-    if checks[1].ok and not trusted and not can_build(output):
+    checks = [_check("files", lambda: check_files(output, hashes=hashes))]
+    if zeros_of(output) is None:
+        checks.append(_check("cuts", lambda: check_cuts(output)))
+    if checks[-1].ok and not trusted and not can_build(output):
         text = "not built: it runs code of its own; --trust-remote-code builds it"
         checks.append(Check("model", None, text))
     elif all(c.ok for c in checks):  # a model that was changed is not built
         build = partial(check_model, output, trust_remote_code=trusted)
         checks.append(_check("model", build))
     return Verified(output, tuple(checks))
+
+
+def list_files(output: Path, original: Checkpoint) -> Verified:
+    """Write the missing manifest of a result, once all but the hashes has been checked.
+
+    Args:
+        original: the model it was pruned from: what is listed is then known to be right.
+
+    Raises:
+        ValueError: as `verify`, or there is a manifest.
+    """
+    if (output / MANIFEST).exists():
+        raise ValueError(
+            f"{output} has its {MANIFEST}, and --write would hide what has changed since; verify "
+            "without --write"
+        )
+    found = verify(output, original)
+    known = {*(p.name for p in Checkpoint(str(output)).shards), INDEX, MODELING_FILE}
+    strange = [p.name for p in output.iterdir() if p.name.endswith(LOADED) and p.name not in known]
+    if strange:
+        text = f"{min(strange)} is not a file that moe_fair writes"
+        return Verified(output, (Check("files", False, text), *found.checks[1:]))
+    if any(c.ok is False for c in found.checks[1:]):
+        return found
+    write_manifest(output)
+    return verify(output, original)
 
 
 def _pruned_from(plan: Plan, original: Checkpoint) -> bool:

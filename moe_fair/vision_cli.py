@@ -10,8 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from moe_fair.core.registry import nearest
-from moe_fair.options import Debug, Device, Json, Output, RecipeFile, Revision, option
-from moe_fair.recipe import coerce, parse_bytes, read_settings
+from moe_fair.options import (
+    AllowPickle,
+    Debug,
+    Device,
+    Json,
+    Output,
+    RecipeFile,
+    Revision,
+    option,
+)
+from moe_fair.recipe import check_trust, coerce, parse_bytes, read_settings
 
 SCORE, TARGET, GRADUAL, TRAIN, MODEL, RUN = (
     "Scores and budget",
@@ -265,7 +274,8 @@ def prune(
     learning_rate: Rate = None, distill: Distill = None,
     weights: Weights = None, image_size: ImageSize = None, mean: Mean = None, std: Std = None,
     batch_size: BatchSize = None, memory: MaxMemory = None, device: Device = None,
-    revision: Revision = None, trust_remote_code: Trust = None, fresh: Fresh = False,
+    revision: Revision = None, trust_remote_code: Trust = None,
+    allow_pickle: AllowPickle = None, fresh: Fresh = False,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Score, plan, cut and fine-tune: a smaller classifier that load_pruned reads."""
@@ -303,7 +313,8 @@ def sparsify(
     shrinkage: Shrinkage = None, samples: Calibration = None, seed: DrawSeed = None,
     weights: Weights = None, image_size: ImageSize = None, mean: Mean = None, std: Std = None,
     batch_size: BatchSize = None, device: Device = None, revision: Revision = None,
-    trust_remote_code: Trust = None, as_json: Json = False, debug: Debug = False,
+    trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Set single weights to zero and repair: the same shapes, which load_pruned reads."""
     given = {k: v for k, v in locals().items() if v is not None}
@@ -331,7 +342,12 @@ def _written(path: Path, kind: type) -> dict[str, Any]:
     """The settings of a recipe file, each of its type."""
     hints = typing.get_type_hints(kind)
     found = {}
-    for name, value in read_settings(path).items():
+    raw = read_settings(path)
+    try:
+        check_trust(raw)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    for name, value in raw.items():
         if name not in hints:
             raise ValueError(f"no setting {name!r}{nearest(str(name), list(hints))} in {path}")
         if name == "memory" and isinstance(value, str):

@@ -22,6 +22,7 @@ ORDER = [
     {"verifying"},
     {"publish"},
     {"recipe", "progress", "options"},
+    {"elastic"},
     {"checks", "collecting", "measuring"},
     {"costing", "repairing", "oracle"},
     {"pipeline"},

@@ -57,7 +57,10 @@ def check_files(output: Path, *, hashes: bool = True) -> str:
     """
     path = output / MANIFEST
     if not path.is_file():
-        raise ValueError(f"no {MANIFEST}: removed, or pruned by an earlier version; prune again")
+        raise ValueError(
+            f"no {MANIFEST}: removed, or pruned by an earlier version; `moe-fair verify {output} "
+            "--against ORIGINAL --write` compares it with the original and writes the list"
+        )
     listed = _read(path)
     for name, entry in listed.items():
         file = output / name

@@ -37,6 +37,15 @@ class Batch:
         )
         return Batch(ids, mask, sequences, self.domain)
 
+    def parts(self, most: int | None) -> list[Batch]:
+        """The batch in parts of at most so many sequences, as padded as it is; None: whole."""
+        if most is None or len(self.mask) <= most:
+            return [self]
+        rows = [slice(i, i + most) for i in range(0, len(self.mask), most)]
+        return [
+            Batch(self.input_ids[r], self.mask[r], self.sequence_ids[r], self.domain) for r in rows
+        ]
+
     @property
     def padded(self) -> bool:
         """Some position is padding."""

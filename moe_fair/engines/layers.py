@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.lack import out_of_memory, return_memory
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 
 OUTSIDE = -1  # embeddings, final norm, head: what no decoder layer owns
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
-_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 class LayeredModel:
@@ -88,6 +87,26 @@ class LayeredModel:
         return len(self.decoder.layers)
 
     @contextmanager
+    def in_step(self, groups: Sequence[int]) -> Iterator[None]:
+        """What is to bring these groups, in this order, as do all who read together.
+
+        Whoever runs out of memory on the way still takes part in the rest of the reading: the
+        others wait for it at every layer.
+
+        Args:
+            groups: indices of layers, or OUTSIDE.
+        """
+        done = self.reader.groups
+        try:
+            yield
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            for group in groups[self.reader.groups - done :]:
+                self.reader.bring(group, self._stored.get(group, []))
+            raise
+
+    @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """The layer with its weights; on leaving they are dropped.
 
@@ -95,12 +114,12 @@ class LayeredModel:
             following: the layer that will be asked for next; its bytes are read into the page
                 cache while this one computes.
         """
-        self._load(index)
         layer = self.decoder.layers[index]
-        self._check(layer, prefix=f"{self._prefix}{index}.")
-        if following is not None:
-            self.reader.ahead(following, self._stored.get(following, []))
         try:
+            self._load(index)
+            self._check(layer, prefix=f"{self._prefix}{index}.")
+            if following is not None:
+                self.reader.ahead(following, self._stored.get(following, []))
             yield layer
         finally:
             _empty(layer)
@@ -108,10 +127,10 @@ class LayeredModel:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Embeddings, final norm and head with their weights; on leaving they are dropped."""
-        self._load(OUTSIDE)
-        self.model.tie_weights()
-        self._check(self.model, skip=self.decoder.layers)
         try:
+            self._load(OUTSIDE)
+            self.model.tie_weights()
+            self._check(self.model, skip=self.decoder.layers)
             yield
         finally:
             _empty(self.model)
@@ -147,7 +166,7 @@ class LayeredModel:
         self._convert(state)
         for p in self.model.parameters():
             p.requires_grad_(False)
-        _return_memory()
+        return_memory()
         self.seconds += time.perf_counter() - started
 
     def _stack_experts(self, state: dict[str, Any]) -> None:
@@ -211,13 +230,6 @@ def _empty(root: nn.Module) -> None:
             if p is not None and not p.is_meta:
                 empty = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
                 module._parameters[name] = emptied.setdefault(id(p), empty)
-
-
-def _return_memory() -> None:
-    """Give freed pages back to the system: glibc keeps them, and a layer's worth adds up."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,11 @@ class LoadedLayers:
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
+
+    @contextmanager
+    def in_step(self, groups: Sequence[int]) -> Iterator[None]:
+        """Nothing is read."""
+        yield
 
     @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:

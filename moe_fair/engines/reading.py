@@ -24,14 +24,16 @@ class Reader:
 
     Attributes:
         bytes: that this process has asked of the checkpoint's files.
+        groups: how many have been brought.
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes = self.groups = 0
         self._thread: threading.Thread | None = None
 
     def bring(self, group: int, tensors: Sequence[StoredTensor]) -> Sequence[StoredTensor]:
         """The tensors as they are to be read now."""
+        self.groups += 1
         self.bytes += sum(t.bytes for t in tensors)
         return tensors
 
@@ -72,6 +74,7 @@ class SharedReader(Reader):
             path = f"/proc/{os.getpid()}/fd/{self._copies[group]}"
         path = self.team.node_told(path)
         assert path is not None
+        self.groups += 1
         self._drop_others(group)  # everybody has come here, so all have done with the last one
         return stored_tensors(Path(path))
 

@@ -99,26 +99,38 @@ def shard_files(folder: Path) -> list[Path]:
         ValueError: there are none, one is missing, or the index points outside the folder.
     """
     index = folder / INDEX
-    names = [SINGLE]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{index}: cannot be read as an index of shards: {e}") from e
+    names = indexed(index) if index.is_file() else [SINGLE]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
         if not _is_file(folder / name):
             pickles = sorted(folder.glob("*.bin"))
             why = (
-                f"; {pickles[0].name} is a pickle, which can run code when read" if pickles else ""
+                f"; {pickles[0].name} is a pickle, which can run code when read: --allow-pickle "
+                "reads its tensors and runs nothing"
+                if pickles
+                else ""
             )
             raise ValueError(
                 f"{folder}: {name} is missing; weights are read from safetensors files only{why}"
             )
+    return [folder / n for n in names]
+
+
+def indexed(index: Path) -> list[str]:
+    """The files that an index names, in the order of their names.
+
+    Raises:
+        ValueError: it is no index, names no file, or one outside its folder.
+    """
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index}: cannot be read as an index of shards: {e}") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{index}: names {name!r}, which lies outside the checkpoint")
     if not names:
         raise ValueError(f"{index}: names no shard")
-    return [folder / n for n in names]
+    return sorted(names)
 
 
 def _is_file(path: Path) -> bool:

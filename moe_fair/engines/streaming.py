@@ -34,7 +34,7 @@ from moe_fair.engines.batch import (
     token_losses,
 )
 from moe_fair.engines.decoder import Decoder
-from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.layers import OUTSIDE, LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 
 LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many bytes
@@ -95,7 +95,12 @@ class StreamingEngine:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
         batches = [b.to(self.layered.device) for b in batches]
         self.seconds = {"reading weights": self.layered.seconds}
-        with _Activations(self.activation_bytes) as kept:
+        layers = range(len(self.layered))
+        back = [OUTSIDE, *reversed(layers)] if backward else []
+        with (
+            self.layered.in_step([OUTSIDE, *layers, *back]),
+            _Activations(self.activation_bytes) as kept,
+        ):
             with self._timed("forward"):
                 calls, hidden = self.embed(batches)
                 hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
@@ -117,12 +122,18 @@ class StreamingEngine:
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Next-token losses of every batch and their weights, [B, L - 1] each."""
         batches = [b.to(self.layered.device) for b in batches]
-        calls, hidden = self.embed(batches)
-        hidden = self._forward(batches, calls, hidden, None, None)
-        with self.layered.outside():
-            for batch, last in zip(batches, hidden, strict=True):
-                losses, weights = zip(*self.losses_of(batch, last), strict=True)
-                yield torch.cat(losses, 1), torch.cat(weights, 1)
+        with self.layered.in_step([OUTSIDE, *range(len(self.layered)), OUTSIDE]):
+            calls, hidden = self.embed(batches)
+            hidden = self._forward(batches, calls, hidden, None, None)
+            with self.layered.outside():
+                yield from self._losses(batches, hidden)
+
+    def _losses(
+        self, batches: Sequence[Batch], hidden: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, last in zip(batches, hidden, strict=True):
+            losses, weights = zip(*self.losses_of(batch, last), strict=True)
+            yield torch.cat(losses, 1), torch.cat(weights, 1)
 
     @torch.no_grad()
     def logits(self, batches: Sequence[Batch]) -> Iterator[Tensor]:

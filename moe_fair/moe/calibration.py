@@ -1,7 +1,8 @@
 """Calibration text: where it comes from, its domains and weights, and its packing into sequences.
 
 A source is written `[domain=]WHERE[:weight]`. WHERE is a local .txt, .jsonl or .parquet file, a
-directory of such files (each its own domain), or a `datasets` id as `id[:config][@split]`.
+directory of such files (each its own domain), or a `datasets` id as `id[:config][@split]`. Lines of
+a .jsonl file may name their domains themselves, in a field `domain`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Source:
         domain: name of the calibration domain; by default the file's or data set's name.
         weight: share of the samples, relative to the other sources.
         config, split: of a data set on the Hub.
+        only: of a file whose lines name their domains, those of this one.
     """
 
     where: str
@@ -44,6 +46,7 @@ class Source:
     weight: float = 1.0
     config: str | None = None
     split: str = "train"
+    only: str | None = None
 
     @property
     def local(self) -> bool:
@@ -82,8 +85,12 @@ def parse_source(spec: str) -> Source:
 def expand(sources: Iterable[Source]) -> list[Source]:
     """Directories become their files, each its own domain unless one was named; files are checked.
 
+    A .jsonl file whose lines name domains becomes one source for each, with equal shares, unless a
+    domain was named for the whole of it.
+
     Raises:
-        ValueError: a missing path, an empty directory or file, or an unknown suffix.
+        ValueError: a missing path, an empty directory or file, an unknown suffix, or a domain that
+            is no text.
     """
     found: list[Source] = []
     for s in sources:
@@ -104,7 +111,45 @@ def expand(sources: Iterable[Source]) -> list[Source]:
             raise ValueError(f"calibration file {s.where} is empty")
     if not found:
         raise ValueError(f"no calibration text given; {LOCAL_FORM}")
-    return found
+    return [part for s in found for part in _by_domain(s)]
+
+
+def _by_domain(source: Source) -> list[Source]:
+    """A source, or one for every domain that its lines name."""
+    path = Path(source.where)
+    if source.domain is not None or not source.local or path.suffix != ".jsonl":
+        return [source]
+    names, named = set(), False
+    for n, line in _lines(path):
+        row = _json_row(line, path, n) if '"domain"' in line else {}
+        names.add(_domain(row, source, n))
+        named |= row.get("domain") is not None
+    if not named:
+        return [source]
+    share = source.weight / len(names)
+    return [replace(source, domain=n, only=n, weight=share) for n in sorted(names)]
+
+
+def _domain(row: dict[str, Any], source: Source, number: int) -> str:
+    """The domain that a line names, or that of its file."""
+    name = row.get("domain")
+    if name is None:
+        return Path(source.where).name.split(".")[0]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(
+            f'{source.where}, line {number}: "domain" is {name!r} and must be a name; or name one '
+            "for the whole file: --calibration name=FILE"
+        )
+    return name
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, numbered from 1."""
+    try:
+        with path.open() as f:
+            yield from ((n, line) for n, line in enumerate(f, 1) if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: cannot be read as calibration text: {e}") from e
 
 
 @dataclass(frozen=True)
@@ -278,10 +323,10 @@ def _local_documents(path: Path, source: Source) -> Iterator[Document]:
             for row in pyarrow.parquet.read_table(path).to_pylist():
                 yield _document(row, source)
         else:
-            with path.open() as f:
-                for n, line in enumerate(f, 1):
-                    if line.strip():
-                        yield _document(_json_row(line, path, n), source)
+            for n, line in _lines(path):
+                row = _json_row(line, path, n)
+                if source.only is None or _domain(row, source, n) == source.only:
+                    yield _document(row, source)
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: cannot be read as calibration text: {e}") from e
 

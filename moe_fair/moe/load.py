@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
+from moe_fair.distributed import team
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import destinations
+from moe_fair.engines.pickles import convert, pickle_files
 from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
@@ -41,20 +43,28 @@ class Checkpoint:
         model: a local directory or a Hub id.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: let transformers run code that lies beside the weights.
+        allow_pickle: where there are no safetensors, read pickled weights; see `engines.pickles`.
+
+    Attributes:
+        home: where its files lie.
 
     Raises:
         ValueError: there is no such model, or its files cannot be used; says why.
     """
 
     def __init__(
-        self, model: str, revision: str | None = None, trust_remote_code: bool = False
+        self,
+        model: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
-        self.model, self.revision = model, revision
-        self.path = _locate(model, revision, SMALL_FILES)
-        if not (self.path / "config.json").is_file():
-            raise ValueError(f"{model}: no config.json in {self.path}; is this a model directory?")
+        self.model, self.revision, self.allow_pickle = model, revision, allow_pickle
+        self.home = _locate(model, revision, SMALL_FILES)
+        if not (self.home / "config.json").is_file():
+            raise ValueError(f"{model}: no config.json in {self.home}; is this a model directory?")
         # the file that our own pruning put there is run without asking; no other code is
-        self.trust_remote_code = trust_remote_code or is_ours(self.path)
+        self.trust_remote_code = trust_remote_code or is_ours(self.home)
         self.config = self._config()
         if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
             raise ValueError(
@@ -64,7 +74,7 @@ class Checkpoint:
 
     def _config(self) -> Any:
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            return AutoConfig.from_pretrained(self.home, trust_remote_code=self.trust_remote_code)
         except (ValueError, OSError, KeyError, StrictDataclassError) as e:
             why = first_line(e.__cause__ or e)
             raise ValueError(f"{self.model}: config.json cannot be used: {why}") from e
@@ -90,13 +100,42 @@ class Checkpoint:
             raise ValueError(f"{self.model}: {e}") from e
 
     @cached_property
+    def path(self) -> Path:
+        """Where its files lie with the weights in safetensors: `home`, if they are not pickled.
+
+        Pickled weights are converted into a temporary directory, once for all processes of a
+        machine; it goes with this object.
+
+        Raises:
+            ValueError: pickles that cannot be read without running them.
+        """
+        if not self.allow_pickle or not self._pickled():
+            return self.home
+        us = team()
+        found = us.node_told(convert(self.home) if us.node_rank == 0 else None)
+        assert found is not None
+        if us.node_rank == 0:
+            weakref.finalize(self, shutil.rmtree, found, True)
+        return found
+
+    def _pickled(self) -> bool:
+        """There are pickles, and no safetensors; downloaded where needed."""
+        local = Path(self.model).is_dir()
+        for pattern in ("*.safetensors", "*.bin"):
+            if not local:
+                _locate(self.model, self.revision, [*SMALL_FILES, pattern])
+            if any(self.home.glob(pattern)):
+                return pattern == "*.bin" and bool(pickle_files(self.home))
+        return False
+
+    @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files that hold the weights, downloaded where needed.
 
         Raises:
             ValueError: there are none.
         """
-        if not Path(self.model).is_dir():
+        if not Path(self.model).is_dir() and not self.allow_pickle:
             _locate(self.model, self.revision, [*SMALL_FILES, "*.safetensors"])
         return shard_files(self.path)
 
@@ -158,7 +197,7 @@ class Checkpoint:
         """
         try:
             return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
+                self.home, trust_remote_code=self.trust_remote_code
             )
         except (ValueError, OSError, KeyError) as e:
             raise ValueError(f"{self.model}: the tokenizer does not load: {first_line(e)}") from e

@@ -8,15 +8,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_fair.engines.pickles import read
 from moe_fair.vision.data import Preprocessing, Transform
 
 # modules whose model functions a checkpoint may name: these are then called unasked
 TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = (
+    "is a pickle, which can run code when read; weights are read from safetensors only: "
+    "--allow-pickle reads its tensors and runs nothing"
+)
 # what these modules call weights to download or unpickle; a checkpoint brings its own
 WEIGHT_KEYWORDS = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path")
 
@@ -53,11 +60,13 @@ def open_source(
     std: tuple[float, ...] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Source:
     """The model that MODEL names.
 
     Args:
         weights: safetensors file of a `module:function` model's weights.
+        allow_pickle: also read pickled weights, their tensors alone; see `engines.pickles`.
         image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
 
     Raises:
@@ -72,12 +81,12 @@ def open_source(
         base = {"kind": "function", **function}
         model = build(base, trusted=True)
         if weights is not None:
-            load_weights(model, weights)
+            load_weights(model, weights, allow_pickle=allow_pickle)
         preprocessing = _preprocessing(first_channels(model), own)
         return Source(model.eval(), base, preprocessing, preprocessing, None, None)
     if weights is not None:
         raise ValueError("--weights belongs to a `module:function` model; others bring theirs")
-    return _transformers(spec, own, revision, trust_remote_code)
+    return _transformers(spec, own, revision, trust_remote_code, allow_pickle)
 
 
 def parse_function(spec: str) -> dict[str, Any] | None:
@@ -147,19 +156,25 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     return model
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> None:
     """Fill a model from a safetensors file, every tensor of it.
 
+    Args:
+        allow_pickle: from a pickled state dict (.bin, .pt, .pth) otherwise.
+
     Raises:
-        ValueError: no such file, or other names or shapes.
+        ValueError: no such file, a pickle that was not allowed, or other names or shapes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not file.is_file():
         raise ValueError(f"no weights at {file}")
+    pickled = file.suffix in PICKLES
+    if pickled and not allow_pickle:
+        raise ValueError(f"{file} {PICKLED}")
     try:
-        model.load_state_dict(load_file(file))
+        model.load_state_dict(read(file) if pickled else load_file(file))
     except (RuntimeError, SafetensorError) as e:
         raise ValueError(f"{file} does not fit the model: {' '.join(str(e).split())[:300]}") from e
 
@@ -191,19 +206,40 @@ def _preprocessing(channels: int, own: Mapping[str, Any]) -> Preprocessing:
 
 
 def _transformers(
-    spec: str, own: Mapping[str, Any], revision: str | None, trust_remote_code: bool
+    spec: str,
+    own: Mapping[str, Any],
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> Source:
     import transformers
 
     try:
-        model = transformers.AutoModelForImageClassification.from_pretrained(
-            spec, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32
+        model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            spec,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            # of pickles transformers reads the tensors alone, too (weights_only)
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, UnpicklingError) as e:
+        if pickles := sorted(Path(spec).glob("*.bin")):
+            if not allow_pickle:
+                raise ValueError(f"{pickles[0]} {PICKLED}") from e
+            read(pickles[0])  # says what it asks for
         raise ValueError(
             f"{spec}: no image classifier there ({' '.join(str(e).split())[:200]}); give a Hub id, "
             "a folder, a pruned checkpoint or module:function"
         ) from e
+    # some conversions left out the counter of batch normalisation, which only training reads
+    missing = sorted(n for n in info["missing_keys"] if not n.endswith("num_batches_tracked"))
+    if missing:
+        raise ValueError(
+            f"{spec}: its files hold no {missing[0]} ({len(missing)} tensors missing), which would "
+            "be random numbers; give an image classifier with its head"
+        )
     config = model.config
     base = {"kind": "transformers", "class": type(model).__name__}
     labels = tuple(config.id2label[i] for i in sorted(config.id2label))

@@ -128,7 +128,7 @@ def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
     if settings.method:
         check_method(source.model, graph.groups, settings.method)
     units = sum(g.size for g in graph.units)
-    say(f"{units:,} units in {len(graph.groups)} groups; {len(graph.whole)} layers left whole")
+    say(f"{units:,} units in {len(graph.groups)} groups; layers left whole: {len(graph.whole)}")
     run = _Run(settings, source, data, dense, sizes.whole, units, work, say)
     # whether the target can be met depends on no score: tried before anything is measured
     blank = Scores("blank", {g.name: torch.arange(g.size).double() for g in graph.units})
@@ -326,6 +326,7 @@ def open_inputs(settings: Settings | SparseSettings) -> tuple[Source, Data]:
         std=settings.std,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
     )
     source.model.to(_device(settings.device))
     data = open_data(settings.data, source.transform)

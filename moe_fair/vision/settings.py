@@ -83,6 +83,7 @@ class Settings:
     std: tuple[float, ...] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:

@@ -1,8 +1,10 @@
-"""Whether a pruned image classifier is what its plans say: the cuts, and the model they lead to."""
+"""Whether a pruned image classifier is what its plans or its result say."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,16 @@ def plans_of(output: Path) -> list[Plan]:
         return [Plan.load(folder / "plan.json")]
     count = len(list(folder.glob("plan-*.json")))
     return [Plan.load(folder / f"plan-{i}.json") for i in range(1, count + 1)]
+
+
+def zeros_of(output: Path) -> dict[str, Any] | None:
+    """What `sparsify` says of its zeros; None where units were cut instead."""
+    file = output / FOLDER / "result.json"
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        return None  # damaged, as its hash says
+    return found if isinstance(found, dict) and "sparsity" in found else None
 
 
 def check_cuts(output: Path) -> str:
@@ -62,9 +74,21 @@ def check_model(output: Path, *, trust_remote_code: bool = False) -> str:
     Returns, raises: as `check_cuts`.
     """
     model = open_pruned(output, trust_remote_code=trust_remote_code).model
-    found, planned = sum(p.numel() for p in model.parameters()), plans_of(output)[-1].after
-    if found != planned.parameters:
-        raise ValueError(f"{found:,} parameters, planned {planned.parameters:,}")
+    found, sparse = sum(p.numel() for p in model.parameters()), zeros_of(output)
+    if sparse is None:
+        planned = plans_of(output)[-1].after.parameters
+    else:
+        planned = sparse["sparsity"]["parameters"]
+        modules = dict(model.named_modules())
+        for layer in sparse["layers"]:
+            weight = modules[layer["name"]].weight
+            assert isinstance(weight, torch.Tensor)
+            if (kept := int(weight.count_nonzero())) != layer["kept"]:
+                raise ValueError(
+                    f"{layer['name']}: {kept:,} weights are left, not {layer['kept']:,}"
+                )
+    if found != planned:
+        raise ValueError(f"{found:,} parameters, planned {planned:,}")
     for name, t in model.state_dict().items():
         if not bool(torch.isfinite(t).all()):
             raise ValueError(f"{name} holds NaN or Inf")

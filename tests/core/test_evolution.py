@@ -60,3 +60,16 @@ def test_where_nothing_can_move_it_ends() -> None:
 
 def fitness_of_two(c: Candidate) -> float:
     return float(-c[0])
+
+
+def test_one_move_of_one_step_changes_two_groups() -> None:
+    seen: list[Candidate] = []
+
+    def measured(c: Candidate) -> float:
+        seen.append(c)
+        return fitness(c)
+
+    evolve((3, 3, 3, 3), LEAST, MOST, measured, evaluations=9, moves=1, largest=1)
+    assert len(seen) == 9
+    for c in seen[1:]:  # all of them children of the start
+        assert sorted(d - 3 for d in c) == [-1, 0, 0, 1]

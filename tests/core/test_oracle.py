@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from moe_fair.core.oracle import Oracle, agreement
+from moe_fair.core.oracle import Oracle, agreement, ranks
 
 
 def test_correlations_are_scipys() -> None:
@@ -29,6 +29,10 @@ def test_a_constant_score_agrees_with_nothing() -> None:
     assert agreement({"a": torch.ones(4)}, oracle).pearson == 0
     with pytest.raises(ValueError, match="different models"):
         agreement({"a": torch.ones(5)}, oracle)
+
+
+def test_ranks_begin_at_0_and_ties_share_their_mean() -> None:
+    assert ranks(torch.tensor([3.0, 1.0, 1.0, 7.0])).tolist() == [2, 0.5, 0.5, 3]
 
 
 def test_it_is_kept_whole(tmp_path: Path) -> None:

@@ -175,3 +175,17 @@ def test_ties_fall_to_the_smaller_share_of_mass() -> None:
     budget = tod.allocate(rank(groups, scores, scores), remove=6)
     assert budget.kept["skewed"] < budget.kept["flat"]
     assert budget.explanation["tolerance_below"] is None
+
+
+@pytest.mark.parametrize("remove", [9, 13, 23])
+def test_what_the_fill_added_is_said(remove: int) -> None:
+    ranked = make(2, [12, 8, 16])
+    met = tod.allocate(ranked, remove=remove)
+    said = met.explanation
+    below = tod.allocate(ranked, tolerance=said["tolerance_below"]).kept
+    above = tod.allocate(ranked, tolerance=said["tolerance_above"]).kept
+    added = {g: n - met.kept[g] for g, n in below.items() if n > met.kept[g]}
+    assert said["added_by_fill"] == added
+    assert added
+    assert said["removed_at_tolerance_below"] == 36 - sum(below.values()) <= remove
+    assert 36 - sum(above.values()) > remove

@@ -228,3 +228,37 @@ def test_push_refuses_what_does_not_verify(out: Path, capsys: pytest.CaptureFixt
         main(["push", str(out), "someone/model", "--dry-run"])
     assert "does not verify and is not uploaded" in capsys.readouterr().err
     assert not (out / "README.md").exists()
+
+
+def test_a_result_of_before_manifests_is_listed_once_it_is_compared(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / MANIFEST).unlink()
+    assert f"`moe-fair verify {out} --against ORIGINAL --write`" in verify(out).wrong
+    run = ["verify", str(out), "--against", str(MODEL), "--write"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*run[:2], "--write"])
+    assert "name the original with --against" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(run)
+    assert verify(out).ok
+    with pytest.raises(SystemExit, match="2"):
+        main(run)
+    assert "--write would hide what has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["expert", "stray"])
+def test_what_is_damaged_is_not_listed(
+    out: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    (out / MANIFEST).unlink()
+    if damage == "expert":
+        name = "model.layers.0.mlp.experts.0.down_proj.weight"
+        change(out / "model.safetensors", name, lambda t: t + 1)
+    else:
+        torch.save({"a": torch.ones(1)}, out / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", str(out), "--against", str(MODEL), "--write"])
+    said = capsys.readouterr().out
+    assert ("experts" if damage == "expert" else "pytorch_model.bin is not a file") in said
+    assert not (out / MANIFEST).exists()

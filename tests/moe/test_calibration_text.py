@@ -46,6 +46,46 @@ def test_a_directory_is_a_domain_a_file(tokenizer: Any) -> None:
     assert counts == [3, 3, 2, 2]
 
 
+def test_lines_name_their_domains(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    rows = [
+        {"text": "one two three " * 30, "domain": "b"},
+        {"text": "four five six " * 40, "domain": "a"},
+        {"text": 'it says "domain" ' * 30},  # of no domain of its own: that of the file
+        {"text": "seven eight " * 40, "domain": "b"},
+        {"text": "nine ten " * 30, "domain": None},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    text = draw([str(file)], tokenizer, samples=7)
+    assert text.domains == ("a", "b", "mixed")
+    assert [sum(d == i for _, d in text.sequences) for i in range(3)] == [3, 2, 2]
+    told = [set(tokenizer.decode(ids).split()) for ids, _ in text.sequences]
+    allowed = [{"four", "five", "six"}, {"one", "two", "three", "seven", "eight"}]
+    for words, (_, d) in zip(told, text.sequences, strict=True):
+        assert d == 2 or len(words & allowed[d]) > 1
+        assert d == 2 or not words & allowed[1 - d]
+    one = draw([f"all={file}"], tokenizer, samples=7)  # a name for the whole file wins
+    assert one.domains == ("all",)
+    assert draw([str(file)], tokenizer, samples=7).digest == text.digest
+    held = windows([Source(str(file))], tokenizer, samples=99, length=16)
+    assert held.domains == text.domains
+
+
+@pytest.mark.parametrize("wrong", [5, "", " ", ["a"], {"a": 1}, True])
+def test_domains_that_are_no_names(tokenizer: Any, tmp_path: Path, wrong: object) -> None:
+    file = tmp_path / "t.jsonl"
+    rows = [{"text": "one two " * 30}, {"text": "three " * 30, "domain": wrong}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r't\.jsonl, line 2: "domain" is .* must be a name'):
+        draw([str(file)], tokenizer)
+
+
+def test_lines_without_domains_are_as_before(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "plain.jsonl"
+    file.write_text(json.dumps({"text": "one two three " * 40, "domain": None}))
+    assert draw([str(file)], tokenizer).domains == ("plain",)
+
+
 def test_weights_share_the_samples(tokenizer: Any) -> None:
     python, rust = CALIBRATION / "python.jsonl", CALIBRATION / "rust-docs.jsonl"
     text = draw([f"a={python}:3", f"b={rust}"], tokenizer, samples=8)

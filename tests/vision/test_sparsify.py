@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from vision.architectures import lively, small
 
 from moe_fair.cli import main
+from moe_fair.core.manifest import write_manifest
+from moe_fair.verifying import verify
 from moe_fair.vision import load_pruned
 from moe_fair.vision.sparse import pipeline
 from moe_fair.vision.sparse.layers import find_layers, zeros
@@ -250,3 +252,20 @@ def test_the_recipe_is_accepted() -> None:
     assert "moe-fair vision sparsify --recipe recipes/vision/digits-sparse.yaml -o" in (
         recipe.read_text()
     )
+
+
+def test_verify_counts_the_zeros(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(NET, "--data", pictures, *QUICK, "--sparsity", 0.8, "-o", out)
+    assert verify(out).ok  # files alone: the model is code of its own
+    found = verify(out, trust_remote_code=True)
+    assert [(c.name, c.ok) for c in found.checks] == [("files", True), ("model", True)]
+    weights = load_file(out / "model.safetensors")
+    [*_, layer] = json.loads((out / "moe_fair" / "result.json").read_text())["layers"]
+    flat = weights[f"{layer['name']}.weight"].flatten()
+    flat[int((flat == 0).nonzero()[0])] = 1.0
+    save_file(weights, out / "model.safetensors")
+    assert "files: model.safetensors has" in verify(out).wrong
+    write_manifest(out)
+    said = f"{layer['name']}: {layer['kept'] + 1:,} weights are left, not {layer['kept']:,}"
+    assert said in verify(out, trust_remote_code=True).wrong

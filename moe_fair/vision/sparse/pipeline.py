@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from moe_fair.core.manifest import write_manifest
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import save_pruned
@@ -106,6 +107,7 @@ def sparsify(
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(folder / FOLDER / "report.html", result)
+    write_manifest(folder)
     settle(folder, output)
     return Sparse(output, result)
 

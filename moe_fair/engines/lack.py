@@ -1,0 +1,39 @@
+"""Running out of memory: telling it from other errors, and giving back what can be given back."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """This says that memory ran out, of a device or of the machine; libraries differ in how."""
+    text = str(e)
+    words = ("allocate memory", "out of memory", "can't start new thread")
+    return (
+        isinstance(e, MemoryError)
+        or type(e).__name__ == "OutOfMemoryError"  # torch's: of CUDA and the like
+        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+        or (isinstance(e, RuntimeError) and any(w in text for w in words))
+    )
+
+
+def release() -> None:
+    """Give back what nothing refers to any more: to the device, and to the system."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return_memory()
+
+
+def return_memory() -> None:
+    """Give freed pages back to the system: glibc keeps them, and a layer's worth adds up."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
