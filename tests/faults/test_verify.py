@@ -167,7 +167,7 @@ def test_a_repaired_tensor_that_is_not_finite(
         (lambda o: (o / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
         (lambda o: (o / "config.json").write_text("{}"), "config.json has 2 bytes"),
         (lambda o: (o / "config.json").write_text("[]"), "code: "),
-        (lambda o: (o / MANIFEST).unlink(), "prune again"),
+        (lambda o: (o / MANIFEST).unlink(), "compares it with the original and writes the list"),
         (lambda o: (o / MANIFEST).write_text("[" * 100_000), "is not a list of files"),
         (lambda o: (o / "moe_fair" / "plan.json").write_text("{"), "is not a moe_fair plan"),
         (lambda o: (o / "model.safetensors").write_bytes(b"x" * 9), "not a whole safetensors"),
