@@ -109,7 +109,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         "--batch-size", "4", "-o", tmp_path / "stats",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "120", *map(str, run)],
+        [sys.executable, "-c", LIMITED, "12", *map(str, run)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
