@@ -155,7 +155,7 @@ class Repairer:
             if self.trains:
                 tuned = tune(
                     layer, block.block, calls, batches, pruned, original, judges,
-                    epochs=epochs_for(sum(int(b.mask.sum()) for b in batches)),
+                    epochs=epochs_for(batches),
                 )  # fmt: skip
                 found = replace(
                     found,

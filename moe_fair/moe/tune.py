@@ -32,6 +32,7 @@ CLIP = 1.0  # the gradient's largest norm, where the loss is 1 for a layer that 
 STEP_TOKENS = 1024  # about so many tokens to a step
 PASSES = 2**20  # tokens that a layer is trained on, over all epochs
 MOST_EPOCHS = 4  # more text is worth more than more epochs (eval/LAB.md)
+COPIED_EPOCHS = 2  # over a text of which there are three copies or more
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,12 @@ class Tuned:
     epoch: int
 
 
-def epochs_for(tokens: int) -> int:
-    """Epochs over a text of so many tokens."""
-    return min(MOST_EPOCHS, max(1, PASSES // max(1, tokens)))
+def epochs_for(batches: Sequence[Batch]) -> int:
+    """Epochs over these batches; copies of a sequence share its id."""
+    ids = torch.cat([b.sequence_ids for b in batches])
+    tokens = sum(int(b.mask.sum()) for b in batches)
+    most = COPIED_EPOCHS if len(ids) > 3 * len(ids.unique()) else MOST_EPOCHS
+    return min(most, max(1, PASSES // max(1, tokens)))
 
 
 def tune(

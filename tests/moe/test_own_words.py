@@ -12,6 +12,7 @@ from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.own_words import MOST, SHARE, TOKENS, copies_for, own_words
 from moe_fair.moe.repair import HELD_OUT, teaching
+from moe_fair.moe.tune import epochs_for
 
 
 def text(rows: int = 6, length: int = 12) -> list[Batch]:
@@ -79,6 +80,15 @@ def test_sequences_that_judge_have_no_copies_that_teach() -> None:
     [left] = teaching(text(rows=2 * HELD_OUT))
     assert left.sequence_ids.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert teaching([Batch(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([4]), 0)]) == []
+
+
+def test_copies_take_the_place_of_epochs() -> None:
+    few = text()
+    assert epochs_for(few) == epochs_for(few * 3) == 4
+    assert epochs_for(few * 4) == 2
+    ids = torch.zeros(1, 2**20, dtype=torch.int64)
+    long = [Batch(ids, torch.ones_like(ids), torch.tensor([i]), 0) for i in range(2)]
+    assert (epochs_for(long[:1]), epochs_for(long)) == (1, 1)
 
 
 def test_more_text_has_fewer_copies() -> None:
