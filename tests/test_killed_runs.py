@@ -38,7 +38,7 @@ def kill_once(output: Path, engine: str, wait_for: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 240
     while not list(output.parent.glob(wait_for)) and child.poll() is None:
         assert time.monotonic() < give_up, f"{wait_for} never appeared"
         time.sleep(0.002)

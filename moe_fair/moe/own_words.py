@@ -25,7 +25,7 @@ from moe_fair.engines.batch import Batch, Engine
 
 SHARE = 0.7  # of the tokens, drawn anew
 TOKENS = 2**18  # of text and copies together: more text has less need of copies
-MOST = 7  # copies
+MOST = 3  # copies: more of them cost time and gain little
 ROWS = 2**24  # elements of one chunk of positions in float64
 
 
