@@ -1,8 +1,9 @@
-"""Shared by all tests: few threads, no network, the reference model and a calibration run of it."""
+"""Shared by all tests: few threads, no network, a calibration run, a command that must fail."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,3 +52,22 @@ def statistics_folder(
     folder = tmp_path_factory.mktemp("calibrated") / "stats"
     moe_fair.calibrate(str(MODEL), folder, **settings)
     return folder
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command; assert exit code 2 and one line; return that line."""
+
+    from moe_fair.cli import main
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2, lines
+        assert lines[-1].startswith("moe-fair: error: "), lines
+        assert len([x for x in lines if x.startswith("moe-fair")]) == 1
+        assert not any("Traceback" in x for x in lines)
+        return lines[-1]
+
+    return run

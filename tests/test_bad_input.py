@@ -28,23 +28,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "load", load)
 
 
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command; assert exit code 2 and one line; return that line."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2, lines
-        assert lines[-1].startswith("moe-fair: error: "), lines
-        assert len([x for x in lines if x.startswith("moe-fair")]) == 1
-        assert not any("Traceback" in x for x in lines)
-        return lines[-1]
-
-    return run
-
-
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("given", "said"),
