@@ -244,13 +244,14 @@ def _oracle(
     row: Row = {**where, "method": "oracle", "ratio": 0}
     if _key(row) in done:
         return
-    x, y = sample(data.train, SAMPLES, where["seed"])
+    x, y = sample(data.train, args.images, where["seed"])
     graph = find_groups(model, x[:2])
     needs = {n for name in CRITERIA for n in criterion(name).needs}
     watch = Watch(seed=where["seed"])
+    few_images = args.oracle_images
     many = collect(model, graph, x, y, needs=needs, watch=watch)
-    few = collect(model, graph, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES], needs=needs, watch=watch)
-    changes = loss_changes(model, graph.groups, x[:ORACLE_IMAGES], y[:ORACLE_IMAGES])
+    few = collect(model, graph, x[:few_images], y[:few_images], needs=needs, watch=watch)
+    changes = loss_changes(model, graph.groups, x[:few_images], y[:few_images])
     mean = {n: c.mean(0) for n, c in changes.items()}
     squared = {n: c.square().mean(0) for n, c in changes.items()}
     for name in CRITERIA:
@@ -344,6 +345,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--oracle", action="store_true")
+    parser.add_argument("--images", type=int, default=SAMPLES, help="scored beside the oracle")
+    parser.add_argument(
+        "--oracle-images", type=int, default=ORACLE_IMAGES, help="of those, seen by the oracle"
+    )
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()

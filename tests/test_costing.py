@@ -9,7 +9,7 @@ import pytest
 import torch
 from masking import masked
 from places import CALIBRATION, MODEL
-from test_bad_input import TEXT, fails, no_model  # noqa: F401  # fixtures
+from test_bad_input import TEXT, no_model  # noqa: F401  # a fixture
 
 import moe_fair
 from moe_fair import pipeline
@@ -127,7 +127,7 @@ def test_curves_of_another_score_are_refused(
     measured: tuple[Statistics, Path],
     statistics_folder: Path,
     tmp_path: Path,
-    fails: Callable[..., str],  # noqa: F811
+    fails: Callable[..., str],
 ) -> None:
     measured[0].save(tmp_path / "stats")
     run = ["--experts", "40", "--allocate", "curves"]
@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_said_before_the_model_loads(
     given: list[str],
     said: str,
     tmp_path: Path,
-    fails: Callable[..., str],  # noqa: F811
+    fails: Callable[..., str],
 ) -> None:
     command, *rest = given
     assert said in fails(command, MODEL, *TEXT, *rest, "-o", tmp_path / "out")

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # about 80 s: fifteen processes
 RUN = [
     sys.executable, "-m", "moe_fair", "prune", str(MODEL), "--experts", "40", "-c",
     str(CALIBRATION), "--samples", "24", "--length", "64", "--batch-size", "2", "--save-every", "2",
+    "--repair", "scale",
 ]  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, engine: str) -> None:
     moments = [
         "killed.calibrating/chunk-00000/*.safetensors",
         "killed.calibrating/chunk-00003/*.safetensors",
+        "killed.calibrating/repair/layer-00002.safetensors",
         "killed.partial/model.safetensors",
     ]
     for moment in moments:

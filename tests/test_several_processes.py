@@ -128,28 +128,35 @@ def test_two_machines(tmp_path: Path, alone: Path) -> None:
     assert "calibrat" not in (tmp_path / "log1").read_text()
 
 
+# choices and rolling passages, an odd number of batches, one too few for both processes
+EVALUATION = [
+    "eval", str(MODEL), "--baseline", str(MODEL), "--include-path", str(ROOT / "eval" / "tasks"),
+    "--tasks", "local_choice_python,local_passages_rust-docs", "--limit", "5",
+    "--batch-size", "4", "--log-samples", "--json", "--agreement", "--heldout", str(HELDOUT),
+    "--heldout-samples", "6", "--length", "32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process finds: its screen in `log`, its files in `one`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run([sys.executable, "-m", "moe_fair", *EVALUATION, "-o", str(folder / "one")], folder / "log")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [torchrun, accelerate])
 def test_evaluation_is_that_of_one_process(
-    launch: Callable[[int], list[str]], tmp_path: Path
+    launch: Callable[[int], list[str]], evaluated: Path, tmp_path: Path
 ) -> None:
-    """Choices and rolling passages, an odd number of batches, one too few for both processes."""
-    few = [
-        "eval", str(MODEL), "--baseline", str(MODEL),
-        "--include-path", str(ROOT / "eval" / "tasks"),
-        "--tasks", "local_choice_python,local_passages_rust-docs", "--limit", "5",
-        "--batch-size", "4", "--log-samples", "--json", "--agreement", "--heldout", str(HELDOUT),
-        "--heldout-samples", "6", "--length", "32",
-    ]  # fmt: skip
-    alone = run(
-        [sys.executable, "-m", "moe_fair", *few, "-o", str(tmp_path / "one")], tmp_path / "a"
-    )
-    shared = run([*launch(2), *few, "-o", str(tmp_path / "two")], tmp_path / "b")
+    alone = (evaluated / "log").read_text()
+    shared = run([*launch(2), *EVALUATION, "-o", str(tmp_path / "two")], tmp_path / "log")
     assert shared.count('"benchmarks"') == 1
     assert shared[shared.index("{") :] == alone[alone.index("{") :]
     one, two = (
-        {p.name.split("-", 5)[-1]: p for p in (tmp_path / side).rglob("*") if p.is_file()}
-        for side in ("one", "two")
+        {p.name.split("-", 5)[-1]: p for p in folder.rglob("*") if p.is_file()}
+        for folder in (evaluated / "one", tmp_path / "two")
     )
     assert one.keys() == two.keys()
     assert len(one) == 8

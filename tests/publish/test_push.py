@@ -47,7 +47,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, kind: str, statistics_folde
     allocate = "uniform" if kind == "uniform" else "tod"
     sharded = partial(write_shards, max_shard_bytes=2_000_000)
     with mock.patch.object(checkpoint, "write_shards", sharded):
-        moe_fair.prune(str(MODEL), folder, statistics=statistics, experts=40, allocate=allocate)
+        moe_fair.prune(
+            str(MODEL), folder, statistics=statistics, experts=40, allocate=allocate, repair="none"
+        )
     return folder
 
 
