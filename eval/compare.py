@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 jobs.append((args, model, seed, wanted))
     # weights and thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
     if jobs and not args.show:
         with context.Pool(min(args.jobs, len(jobs)), maxtasksperchild=1) as pool:
             pool.map(_job, jobs, chunksize=1)
@@ -147,6 +147,7 @@ class Subject:
         self.source: Checkpoint = pipeline.open_model(self.recipe)
         self.text: CalibrationSet = pipeline.calibration_set(self.recipe, self.source, _quiet)
         self.heldout = _windows(self.recipe, self.source)
+        self._partial: Statistics | None = None  # of the text without what plans are tried on
         self.model: nn.Module = self.source.load(self.recipe.dtype, self.recipe.device).eval()
 
     def rows(self, wanted: Sequence[tuple[str, float]]) -> Iterator[Row]:
@@ -158,12 +159,15 @@ class Subject:
             replace(self.recipe, heldout_samples=self.args.agreement_samples), self.source
         )
         batches = few.batches(self.recipe.batch_size)
-        statistics = self.collect([m for m, _ in wanted])
+        statistics = self.collect([m for m, _ in wanted if not self._tries(m)])
         for method, ratio in wanted:
             started = time.perf_counter()
             chosen = self.recipe.with_settings({"ratio": ratio, **settings(method)})
             try:
-                plan, statistics = self._plan(statistics, chosen, method)
+                if self._tries(method):
+                    plan = self._tried(chosen)
+                else:
+                    plan, statistics = self._plan(statistics, chosen, method)
             except ValueError as e:  # a ratio that groups of experts with equal counts cannot meet
                 print(f"{self.name} {ratio:g} {called(method)}: left out: {e}", flush=True)
                 continue
@@ -181,6 +185,7 @@ class Subject:
                 "predicted": plan.explanation.get("predicted_change"), "tokens": self.text.tokens,
                 "heldout_tokens": self.heldout.tokens, "agreement_tokens": near.tokens,
                 "kept": [len(v) for v in plan.kept.values()],
+                "taken": plan.explanation.get("trials", {}).get("taken"),
                 "planning_seconds": round(planned, 1), "seconds": round(seconds, 1),
             }  # fmt: skip
 
@@ -191,24 +196,51 @@ class Subject:
         batches = self.heldout.batches(self.recipe.batch_size)
         return heldout_loss(_engine(model), batches, self.heldout.domains).mean
 
-    def collect(self, methods: Sequence[str]) -> Statistics:
-        """Statistics for all the methods."""
+    def _tries(self, method: str) -> bool:
+        """The method tries its plan against others'."""
+        from moe_fair.trials import held_back
+
+        return bool(held_back(self.recipe.with_settings(settings(method)), self.text))
+
+    def _tried(self, chosen: Recipe) -> Plan:
+        """The plan that `moe-fair prune` takes when it tries several; statistics are kept."""
+        from moe_fair import pipeline
+        from moe_fair.collecting import collect
+        from moe_fair.trials import best_plan, parted
+
+        text, trial = parted(chosen, self.text)
+        assert trial is not None
+        if self._partial is None:
+            self._partial = collect(self.recipe, self.source, text, _quiet)
+            assert self._partial is not None
+        with tempfile.TemporaryDirectory() as work:
+            home = Path(work) / "trials.json"
+            plan = pipeline.plan
+            return best_plan(plan, chosen, self.source, self._partial, trial, home, _quiet)
+
+    def collect(self, methods: Sequence[str]) -> Statistics | None:
+        """Statistics for all the methods, if there are any."""
         from moe_fair.checks import with_needs
         from moe_fair.collecting import collect
 
+        if not methods:
+            return None
         recipes = [with_needs(self.recipe.with_settings(settings(m))) for m in methods]
         extra = {n: any(getattr(r, n) for r in recipes) for n in ("u_score", "gram")}
         found = collect(self.recipe.with_settings(extra), self.source, self.text, _quiet)
         assert found is not None  # there is no other process
         return found
 
-    def _plan(self, statistics: Statistics, chosen: Recipe, method: str) -> tuple[Plan, Statistics]:
+    def _plan(
+        self, statistics: Statistics | None, chosen: Recipe, method: str
+    ) -> tuple[Plan, Statistics]:
         """The plan, and the statistics with whatever had to be measured for it."""
         from moe_fair import checks, pipeline
         from moe_fair.core.allocate import allocator, needs
         from moe_fair.core.cost_curves import holds_curves
         from moe_fair.costing import measure_curves
 
+        assert statistics is not None  # collected for this method
         if _searches(method):
             from evoesap import search
 

@@ -23,9 +23,10 @@ from moe_fair.recipe import Recipe, parse_size
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
 
 
-def with_needs(recipe: Recipe) -> Recipe:
-    """The recipe that also collects what its method needs and is not collected by default."""
-    needed = {n for c in method(recipe)[:2] if c is not None for n in c.needs}
+def with_needs(recipe: Recipe, *others: Recipe) -> Recipe:
+    """The recipe that also collects what its method, and others', need beyond the usual."""
+    both = [c for r in (recipe, *others) for c in method(r)[:2]]
+    needed = {n for c in both if c is not None for n in c.needs}
     extra = {"sketch": "u_score", "gated_gram": "gram"}
     return recipe.with_settings({setting: True for n, setting in extra.items() if n in needed})
 
@@ -40,7 +41,7 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
     chooses its experts itself and only takes its budget from here: uniform, as its paper has it.
     """
-    name = recipe.method or _default(recipe)
+    name = method_name(recipe)
     rule = recipe.allocate
     if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
         given = recipe.removal or (recipe.method if recipe.method in criteria() else None)
@@ -67,8 +68,10 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     return criterion(removal), criterion(protection) if paired else None, rule
 
 
-def _default(recipe: Recipe) -> str:
-    """The method where none is named."""
+def method_name(recipe: Recipe) -> str:
+    """The method that is named, or the default."""
+    if recipe.method is not None:
+        return recipe.method
     if recipe.tolerance is not None:
         return "fair"
     return "frequency" if recipe.reduce == "merge" else "second-order"

@@ -72,6 +72,7 @@ from moe_fair.options import (
     RepoId,
     ReportOutput,
     Revision,
+    Rivals,
     Samples,
     SaveEvery,
     Seed,
@@ -82,6 +83,7 @@ from moe_fair.options import (
     Taylor,
     Tolerance,
     Total,
+    TrialSamples,
     Trust,
     UScore,
     Weights,
@@ -122,7 +124,7 @@ def calibrate(
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, curves: Curves = None,
-    curve_samples: CurveSamples = None,
+    curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
@@ -174,7 +176,8 @@ def prune(
     plan: PlanFile = None, stats: Stats = None,
     experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
     tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
-    protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
+    protection: Protection = None, allocate: Allocate = None, rivals: Rivals = None,
+    trial_samples: TrialSamples = None, weights: Weights = None,
     min_experts: MinExperts = None, multiple_of: MultipleOf = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
@@ -369,6 +372,8 @@ def _settings(given: dict[str, Any]) -> Recipe:
     chosen = {k: v for k, v in given.items() if k in names and v is not None}
     if "weights" in chosen:
         chosen["weights"] = _parse_weights(chosen["weights"])
+    if "rivals" in chosen:
+        chosen["rivals"] = tuple(name.strip() for name in chosen["rivals"].split(","))
     return base.with_settings(chosen)
 
 

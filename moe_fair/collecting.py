@@ -156,9 +156,11 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     run = {
         "model": recipe.model, "revision": recipe.revision, "calibration": list(recipe.calibration),
-        "samples": len(text.sequences), "length": recipe.length, "seed": recipe.seed,
+        "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed,
         "batch_size": recipe.batch_size, "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
+    if text.held_back:
+        run["held_back"] = text.held_back
     return {"calibration": run, "size": asdict(source.size), "model_type": source.config.model_type}
 
 

@@ -10,7 +10,7 @@ from moe_fair.core.cost_curves import attach, depths_to_measure
 from moe_fair.core.ranking import block_order
 from moe_fair.core.units import Statistics
 from moe_fair.measuring import Removals, Sets
-from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.calibration import CalibrationSet, evenly
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint
 from moe_fair.recipe import Recipe
@@ -68,9 +68,6 @@ def measure_curves(
 
 def share(text: CalibrationSet, count: int) -> CalibrationSet:
     """Evenly spaced sequences of the set, every domain in its proportion."""
-    total = len(text.sequences)
-    if count >= total:
+    if count >= len(text.sequences):
         return text
-    by_domain = sorted(range(total), key=lambda i: text.sequences[i][1])
-    chosen = sorted(by_domain[(2 * i + 1) * total // (2 * count)] for i in range(count))
-    return replace(text, sequences=tuple(text.sequences[i] for i in chosen))
+    return replace(text, sequences=tuple(text.sequences[i] for i in evenly(text, count)))

@@ -209,6 +209,23 @@ Allocate = Annotated[
         panel=SCORE,
     ),
 ]
+Rivals = Annotated[
+    str | None,
+    option(
+        "--rivals",
+        text="Methods whose plans are tried against the method's own on held-back calibration "
+        "text, as reap,mone/global; none: none  [default: some where no --method is given]",
+        panel=SCORE,
+    ),
+]
+TrialSamples = Annotated[
+    int | None,
+    option(
+        "--trial-samples",
+        text="Calibration sequences held back for that, at most an eighth of all  [default: 64]",
+        panel=TEXT,
+    ),
+]
 Weights = Annotated[
     str | None,
     option("--weights", text="Domain weights in the scores: python=2,rust-docs=1", panel=SCORE),

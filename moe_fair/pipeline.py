@@ -30,7 +30,14 @@ from moe_fair.core.units import Statistics
 from moe_fair.costing import check_curves, measure_curves
 from moe_fair.distributed import ALONE, Team, is_first, team
 from moe_fair.evaluate import HeldoutLoss
-from moe_fair.moe.calibration import CalibrationSet, expand, parse_source, sample, windows
+from moe_fair.moe.calibration import (
+    CalibrationSet,
+    expand,
+    parse_source,
+    sample,
+    split,
+    windows,
+)
 from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.criteria import criterion
@@ -41,6 +48,7 @@ from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
 from moe_fair.report.sources import FOLDER
+from moe_fair.trials import best_plan, check_rivals, parted, rivals
 from moe_fair.verifying import verify
 
 
@@ -68,7 +76,8 @@ def calibrate(
     if recipe.curves is not None:
         criterion(recipe.curves)
         check_curves(recipe, source)
-    text = us.told(lambda: calibration_set(recipe, source, say))
+    check_rivals(recipe, source)
+    text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
     work = work_folder(output, recipe) if output is not None else None
     statistics = collect(recipe, source, text, say, work, us)
     if recipe.curves is not None and statistics is not None:
@@ -172,7 +181,7 @@ def prune(
     kind = None if merges else repair_kind(recipe, source, say)
     if ready is None:
         statistics = run.measured(statistics)
-    made = us.told(lambda: _decide(recipe, source, output, statistics, ready))
+    made = us.told(lambda: run.decided(statistics, ready))
     if us.first:
         run.write(made, statistics, kind)
     before, after = run.losses(heldout)
@@ -192,6 +201,7 @@ class _Pruning:
         self.work = work_folder(output, recipe)
         self.folder = partial_path(output)
         self._text: CalibrationSet | None = None
+        self._trial: CalibrationSet | None = None
 
     def measured(self, statistics: Statistics | None) -> Statistics | None:
         """Statistics with all that the plan needs; what can be checked before is checked before."""
@@ -203,11 +213,12 @@ class _Pruning:
         costly = _unmeasured(recipe, statistics)
         if costly is not None:
             check_curves(recipe, source)
+        check_rivals(recipe, source)
         if statistics is None:
             self._text = self.us.told(lambda: calibration_set(recipe, source, self.say))
-            statistics = collect(
-                with_needs(recipe), source, self._text, self.say, self.work, self.us
-            )
+            text, self._trial = parted(recipe, self._text, self.say)
+            every = with_needs(recipe, *rivals(recipe).values())
+            statistics = collect(every, source, text, self.say, self.work, self.us)
         if self.us.first and statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
             if costly is not None:
@@ -217,6 +228,28 @@ class _Pruning:
                     recipe, source, text, statistics, costly, home, self.say
                 )
         return statistics
+
+    def decided(self, statistics: Statistics | None, ready: Plan | None) -> Plan:
+        """The plan that was given, or the best of those made; checked against model and disk."""
+        if ready is None:
+            assert statistics is not None
+            ready = self._best(statistics)
+        check_same_model(ready.fingerprint, self.source, "plan was")
+        check_disk(ready.after.bytes, self.output)
+        return ready
+
+    def _best(self, statistics: Statistics) -> Plan:
+        """The method's own plan, or a rival's that loses less on held-back text."""
+        recipe = self.recipe
+        held = statistics.facts["calibration"].get("held_back", 0)
+        if not rivals(recipe) or not held:
+            if rivals(recipe) and self._text is None:
+                self.say("note: no plan is tried: the statistics have seen all of their text")
+            return plan(statistics, recipe)
+        if self._trial is None:
+            _, self._trial = split(self._same_text(statistics.facts["calibration"]), held)
+        home = self.work / "trials.json"
+        return best_plan(plan, recipe, self.source, statistics, self._trial, home, self.say)
 
     def write(self, made: Plan, statistics: Statistics | None, kind: str | None) -> None:
         """The repaired or merged checkpoint, and what explains it, under the temporary name."""
@@ -290,22 +323,6 @@ class _Pruning:
                 recipe = recipe.with_settings({n: about[n] for n in names if n in about})
             self._text = calibration_set(recipe, self.source, self.say)
         return self._text
-
-
-def _decide(
-    recipe: Recipe,
-    source: Checkpoint,
-    output: Path,
-    statistics: Statistics | None,
-    ready: Plan | None,
-) -> Plan:
-    """The plan that was given, or one made from the statistics, checked against model and disk."""
-    if ready is None:
-        assert statistics is not None
-        ready = plan(statistics, recipe)
-    check_same_model(ready.fingerprint, source, "plan was")
-    check_disk(ready.after.bytes, output)
-    return ready
 
 
 def _merges(recipe: Recipe, ready: Plan | None) -> bool:

@@ -58,6 +58,10 @@ class Recipe:
         method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
             with that method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
         removal, protection, allocate: replace the method's own scores or allocator.
+        rivals: methods, `criterion` or `criterion/allocator`, whose plans are tried against the
+            method's own on held-back calibration text; the best is taken. Unset: some where no
+            method is named, else none; `none`: none.
+        trial_samples: calibration sequences held back for it, at most an eighth of all.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
             Exactly one of the five.
@@ -98,6 +102,8 @@ class Recipe:
     removal: str | None = None
     protection: str | None = None
     allocate: str | None = None
+    rivals: tuple[str, ...] | None = None
+    trial_samples: int = 64
     experts: float | None = None
     total: int | None = None
     ratio: float | None = None
@@ -118,7 +124,7 @@ class Recipe:
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
-            ("curve_samples", 1),
+            ("curve_samples", 1), ("trial_samples", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")

@@ -16,6 +16,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -23,6 +24,7 @@ from moe_fair.moe.checkpoint import write_model
 from moe_fair.moe.collect import FORWARD, VECTORS, ExpertCollector
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.surgery import cut
+from moe_fair.moe.trial import trial_losses
 
 DOMAINS = ("a", "b")
 # (experts module, e, x [n, D], weight g [n, 1]) -> f_e(x) [n, D] such that g f_e(x) is what e adds
@@ -287,3 +289,43 @@ def check_generation(
         ]  # fmt: skip
     assert all(t == texts[0] for t in texts), texts
     assert len(texts[0][0]) > prompt.shape[1]
+
+
+def summed(model: Any) -> torch.Tensor:
+    """[N] summed losses of each sequence of `batches()`, written anew."""
+    found = []
+    for b in batches():
+        with torch.no_grad():
+            logits = model(b.input_ids, attention_mask=b.mask, use_cache=False).logits
+        for row, ids, mask in zip(logits.double(), b.input_ids, b.mask, strict=True):
+            n = int(mask.sum())
+            found.append(F.cross_entropy(row[: n - 1], ids[1:n], reduction="sum"))
+    return torch.stack(found)
+
+
+def removals(source: Checkpoint, uniform: bool) -> dict[str, list[int]]:
+    kept = kept_experts(source, uniform)
+    sizes = {b.name: b.num_experts for b in source.blocks}
+    return {n: [e for e in range(sizes[n]) if e not in ids] for n, ids in kept.items()}
+
+
+def check_trial(source: Checkpoint) -> None:
+    """In memory and streamed: the losses of masked models, whatever the router."""
+    model = original(source)
+    plans = [removals(source, True), removals(source, False)]
+    found, counts = trial_losses(StreamingEngine(LoadedLayers(model)), batches(), plans)
+    wanted = [summed(model)]
+    for plan in plans:
+        sizes = {b.name: b.num_experts for b in source.blocks}
+        kept = {n: [e for e in range(sizes[n]) if e not in gone] for n, gone in plan.items()}
+        with masked(model, kept):
+            wanted.append(summed(model))
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-5)
+    assert float((found[1:] - found[0]).abs().min()) > 0
+    assert counts.tolist() == [23, 14, 23, 8, 8]
+    layered = LayeredModel(
+        source.path, source.config, dtype=torch.float32, device=torch.device("cpu")
+    )
+    again, _ = trial_losses(StreamingEngine(layered), batches(), plans)
+    assert torch.equal(again, found)
+    assert torch.equal(summed(model), wanted[0])  # the model is as it was

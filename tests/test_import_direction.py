@@ -24,7 +24,7 @@ ORDER = [
     {"recipe", "progress", "options"},
     {"elastic"},
     {"checks", "collecting", "measuring"},
-    {"costing", "repairing", "oracle"},
+    {"costing", "repairing", "oracle", "trials"},
     {"pipeline"},
     {"evaluating"},
     {"tables", "vision_cli"},

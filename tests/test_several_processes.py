@@ -85,6 +85,7 @@ def same(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_by_accelerate(tmp_path: Path, alone: Path) -> None:
     said = run([*accelerate(2), *SMALL, "-o", str(tmp_path / "out")], tmp_path / "log")
     same(tmp_path / "out", alone)

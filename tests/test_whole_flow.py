@@ -67,6 +67,7 @@ def test_another_seed_draws_other_text(statistics_folder: Path, settings: dict[s
     assert first.kept != second.kept
 
 
+@pytest.mark.slow
 def test_held_out_losses_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     heldout = ["--heldout", HELDOUT, "--heldout-samples", 8]
@@ -117,6 +118,7 @@ def test_a_tolerance_alone_sets_the_depths(statistics_folder: Path) -> None:
         assert all(g.tod is not None and g.tod <= a for g in p.groups)
 
 
+@pytest.mark.slow
 def test_the_recipe_that_was_saved_runs_again(tmp_path: Path) -> None:
     run("prune", MODEL, "--experts", 40, *SMALL, "--repair", "scale", "-o", tmp_path / "a")
     run("prune", "--recipe", tmp_path / "a" / "moe_fair" / "recipe.yaml", "-o", tmp_path / "b")
@@ -135,7 +137,8 @@ def test_nothing_half_written_takes_the_final_name(
         write(*arguments, **more)
         raise OSError("No space left on device")
 
-    prune = ["prune", MODEL, "--stats", statistics_folder, "--experts", 40, "-o", tmp_path / "out"]
+    given = ["--stats", statistics_folder, "--experts", 40, "--repair", "none"]
+    prune = ["prune", MODEL, *given, "-o", tmp_path / "out"]
     with monkeypatch.context() as m:
         m.setattr(pipeline, "write_model", stops)
         with pytest.raises(SystemExit, match="2"):

@@ -160,11 +160,13 @@ class CalibrationSet:
         domains: their names.
         sequences: (token ids, index of the domain), in the order of their sequence ids.
         notes: what the user should know, such as sources with less text than asked for.
+        held_back: how many sequences were taken out of it, see `split`.
     """
 
     domains: tuple[str, ...]
     sequences: tuple[tuple[tuple[int, ...], int], ...]
     notes: tuple[str, ...] = ()
+    held_back: int = 0
 
     @property
     def tokens(self) -> int:
@@ -186,6 +188,23 @@ class CalibrationSet:
                 chosen = ids[start : start + batch_size]
                 batches.append(_batch([self.sequences[i][0] for i in chosen], chosen, domain))
         return batches
+
+
+def evenly(text: CalibrationSet, count: int) -> list[int]:
+    """Numbers of so many evenly spaced sequences, every domain in its proportion."""
+    total = len(text.sequences)
+    by_domain = sorted(range(total), key=lambda i: text.sequences[i][1])
+    return sorted(by_domain[(2 * i + 1) * total // (2 * count)] for i in range(count))
+
+
+def split(text: CalibrationSet, count: int) -> tuple[CalibrationSet, CalibrationSet]:
+    """The text without `count` of its sequences, and those: `evenly` spaced."""
+    taken = set(evenly(text, count))
+    left, held = (
+        tuple(s for i, s in enumerate(text.sequences) if (i in taken) == here)
+        for here in (False, True)
+    )
+    return replace(text, sequences=left, held_back=count), replace(text, sequences=held)
 
 
 def _batch(rows: Sequence[Sequence[int]], ids: Sequence[int], domain: int) -> Batch:

@@ -53,11 +53,30 @@ class Rerouting:
 
     def detach(self) -> None:
         """Leave the router as it was."""
-        del self.router.forward
-        if self.router.forward != self._stock:  # accelerate had put a hook on the instance
-            self.router.forward = self._stock  # type: ignore[assignment]
+        self._restore(self._stock)
         self._logits = self._output = None
         self._call = ((), {})
+
+    def _restore(self, stock: Callable[..., Any] | None) -> None:
+        del self.router.forward
+        if self.router.forward != stock:  # accelerate had put a hook on the instance
+            self.router.forward = stock  # type: ignore[assignment]
+
+    @contextmanager
+    def hiding(self, gone: Sequence[int]) -> Iterator[None]:
+        """Inside, the router runs as if these experts were not there: on logits of -inf."""
+        stock = self.router.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Hide(self.block.num_experts, gone):
+                return stock(*args, **kwargs)
+
+        self.router.forward = forward
+        try:
+            with self._without_bias(gone):
+                yield
+        finally:
+            self._restore(stock)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self._stock is not None
@@ -163,6 +182,26 @@ class _Listen(TorchFunctionMode):
             else:
                 self.number += 1
         return result
+
+
+class _Hide(TorchFunctionMode):
+    """Minus infinity for some experts in the first result of a linear map onto all of them."""
+
+    def __init__(self, size: int, gone: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.gone = size, list(gone)
+        self.done = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.done or not _is_projection(func) or result.dim() < 2:
+            return result
+        if result.shape[-1] != self.size:
+            return result
+        self.done = True
+        hidden = result.clone()
+        hidden[..., self.gone] = -torch.inf
+        return hidden
 
 
 class _Answer(TorchFunctionMode):

@@ -62,6 +62,7 @@ def run(*arguments: object) -> None:
         main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["resident", "streaming"])
 def test_the_result_is_that_of_the_same_weights_in_safetensors(
     pickled: Path, tmp_path: Path, temporary: Path, engine: str
@@ -81,6 +82,7 @@ def test_the_result_is_that_of_the_same_weights_in_safetensors(
     assert list(temporary.iterdir()) == []  # nothing converted stays behind
 
 
+@pytest.mark.slow
 def test_every_command_that_opens_a_model_refuses_and_can_be_allowed(
     fails: Fails,
     pickled: Path,

@@ -50,6 +50,7 @@ def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_gradients_go_through_layers_on_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

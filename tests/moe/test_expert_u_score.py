@@ -129,6 +129,7 @@ def test_the_sketch_is_within_a_percent_on_the_reference_model(
     assert binned > 400
 
 
+@pytest.mark.slow
 def test_prune_collects_what_fair_u_needs(
     tmp_path: Path, statistics_folder: Path, settings: dict[str, object]
 ) -> None:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow import check_counterfactual, check_cut, check_generation, check_naive, check_streaming
+from flow import (
+    check_counterfactual,
+    check_cut,
+    check_generation,
+    check_naive,
+    check_streaming,
+    check_trial,
+)
 from places import EVAL, RECORD, older_than, streamed
 from tiny import fused_families, tiny_model
 from transformers import CONFIG_MAPPING, __version__
@@ -70,6 +77,14 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: s
 @pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
+
+
+def test_trial_losses_are_those_of_masked_models(checkpoint: Checkpoint) -> None:
+    if not streamed(checkpoint.config.model_type):
+        with pytest.raises(ValueError, match="hands the next more than hidden states"):
+            check_trial(checkpoint)
+    else:
+        check_trial(checkpoint)
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])

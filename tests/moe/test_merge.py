@@ -189,6 +189,7 @@ def run(*arguments: object, code: int = 0) -> None:
     assert stop.value.code == code
 
 
+@pytest.mark.slow
 def test_the_command_merges_in_one_go_as_from_a_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def stranger(pruned: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {**json.loads(done.stdout.splitlines()[-1]), "logits": torch.load(resaved / "logits.pt")}
 
 
+@pytest.mark.slow
 def test_it_opens_where_moe_fair_is_not(pruned: Any, stranger: dict[str, Any]) -> None:
     assert sum(stranger["experts"]) == 40 * 6
     assert stranger["experts"] == [len(g.kept) for g in pruned.plan.groups]

@@ -94,6 +94,7 @@ def test_the_command(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_elsewhere_bitwise(pictures: Path, tmp_path: Path) -> None:
     given = {"model": NET, "data": str(pictures), "sparsity": 0.9, "samples": 12}
     done = pipeline.sparsify(SparseSettings.of({**given, "image_size": 32}), tmp_path / "out")

@@ -1,0 +1,230 @@
+"""Plans tried before a cut: which one is taken, and when none is.
+
+That the losses are those of masked models is shown for every family (`flow.check_trial`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow import batches, original, removals
+from places import CALIBRATION, MODEL
+from tiny import tiny_model
+
+import moe_fair
+from moe_fair import pipeline, trials
+from moe_fair.cli import main
+from moe_fair.core.plan import Plan
+from moe_fair.core.units import Statistics
+from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.counterfactual import Rerouting
+from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.trial import trial_losses
+from moe_fair.recipe import Recipe
+
+Fails = Callable[..., str]
+PRUNE = [
+    "prune", str(MODEL), "-c", str(CALIBRATION), "--samples", "64", "--length", "32",
+    "--repair", "none",
+]  # fmt: skip
+
+
+def test_a_router_that_does_not_look_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    source = Checkpoint(str(tmp_path))
+    monkeypatch.setattr(Rerouting, "hiding", lambda *_: __import__("contextlib").nullcontext())
+    engine = StreamingEngine(LoadedLayers(original(source)))
+    with pytest.raises(ValueError, match="so plans cannot be tried; use --rivals none"):
+        trial_losses(engine, batches(), [removals(source, True)])
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([str(a) for a in arguments])
+
+
+def read(out: Path) -> Plan:
+    return Plan.load(out / "moe_fair" / "plan.json")
+
+
+def test_the_best_of_those_tried_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A method that is bad on purpose loses to a rival; both losses are those of real cuts."""
+    out = tmp_path / "out"
+    bad = ["--experts", 20, "--method", "random", "--rivals", "taylor-sq/global,random/uniform"]
+    run(*PRUNE, *bad, "-o", out)
+    shown = capsys.readouterr()
+    assert "held back to try plans on: 8 of 64 sequences" in shown.err
+    assert "calibrating on 56 sequences" in shown.err
+    assert "trying 2 plans on" in shown.err  # the other rival keeps what the method keeps
+    plan = read(out)
+    told = plan.explanation["trials"]
+    assert told["taken"] == "taylor-sq/global"
+    assert told["changes"].keys() == {"random", "taylor-sq/global"}
+    assert plan.removal == "taylor-sq"
+    assert "taylor-sq/global was taken" in shown.out
+    assert "held-back sequences" in (out / "moe_fair" / "report.html").read_text()
+
+    # the text that no score saw, and what a cut model loses on it
+    recipe = Recipe(
+        model=str(MODEL), calibration=(str(CALIBRATION),), samples=64, length=32, method="random",
+        rivals=("taylor-sq/global",),
+    )  # fmt: skip
+    source = pipeline.open_model(recipe)
+    text = pipeline.calibration_set(recipe, source, print)
+    seen, trial = trials.parted(recipe, text)
+    assert trial is not None
+    assert (len(seen.sequences), len(trial.sequences)) == (56, 8)
+    assert set(seen.sequences) | set(trial.sequences) == set(text.sequences)
+    assert set(d for _, d in trial.sequences) == set(range(4))
+    losses = [mean_loss(m, trial) for m in (MODEL, out)]
+    assert losses[0] == pytest.approx(told["loss"], abs=2e-3)
+    assert losses[1] - losses[0] == pytest.approx(told["changes"]["taylor-sq/global"], abs=5e-3)
+
+    # the statistics know what they have not seen: planned again from them, the same is tried
+    again = tmp_path / "again"
+    stats = ["--stats", out / "moe_fair", "-c", CALIBRATION, "--samples", 64, "--length", 32]
+    run("prune", MODEL, *stats, *bad, "--repair", "none", "-o", again)
+    assert read(again).explanation == plan.explanation
+    assert read(again).kept == plan.kept
+
+
+def mean_loss(model: Path, text: CalibrationSet) -> float:
+    from moe_fair.engines.resident import ResidentEngine
+
+    loaded = Checkpoint(str(model)).load("float32")
+    pairs = list(ResidentEngine(loaded).losses(text.batches(8)))
+    return float(sum((x * w).sum() for x, w in pairs) / sum(w.sum() for _, w in pairs))
+
+
+def test_without_a_clear_difference_the_method_stays() -> None:
+    """Better by less than a standard error of the paired difference is no better."""
+    base = torch.full((6,), 10.0, dtype=torch.float64)
+    own = base + 1
+    near = own + torch.tensor([0.5, -0.6, 0.4, -0.5, 0.3, -0.2], dtype=torch.float64)
+    clear = own - torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2, 0.3], dtype=torch.float64)
+    assert taken(base, own, near) == "own"
+    assert taken(base, own, clear) == "rival"
+    difference = near - own
+    n = len(difference)
+    by_hand = float(difference.std(correction=1)) * n**0.5 / 50
+    assert trials._stderr(difference, 50) == pytest.approx(by_hand, rel=1e-12)
+
+
+def taken(*losses: torch.Tensor) -> str:
+    tokens = 60.0
+    own, rival = (
+        trials.Tried(
+            name,
+            None,  # type: ignore[arg-type]
+            trials._change(x, losses[0], tokens),
+            trials._stderr(x - losses[1], tokens),
+        )
+        for name, x in (("own", losses[1]), ("rival", losses[2]))
+    )
+    return trials.best_of([own, rival]).name
+
+
+def test_what_a_killed_run_measured_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_folder: Path
+) -> None:
+    recipe = Recipe(
+        model=str(MODEL), calibration=(str(CALIBRATION),), samples=8, length=32, experts=30
+    )
+    source = pipeline.open_model(recipe)
+    text = pipeline.calibration_set(recipe, source, print)
+    statistics = Statistics.load(statistics_folder)
+    home = tmp_path / "work" / "trials.json"
+    said: list[str] = []
+
+    def best(**settings: Any) -> Plan:
+        chosen = recipe.with_settings(settings)
+        return trials.best_plan(pipeline.plan, chosen, source, statistics, text, home, said.append)
+
+    first = best()
+    assert first.explanation["trials"]["changes"].keys() >= {"second-order", "reap/uniform"}
+    measured = json.loads(home.read_text())
+    with monkeypatch.context() as m:
+        m.setattr(trials, "trial_losses", None)  # would fail
+        assert best() == first
+    home.write_text(home.read_text()[:-40])
+    assert best() == first
+    assert json.loads(home.read_text()) == measured
+    # what weighs more in the scores weighs more here, and what has no weight decides nothing
+    more = best(weights={"python": 20.0}).explanation["trials"]
+    assert more["changes"] != first.explanation["trials"]["changes"]
+    alone = replace(text, sequences=tuple(q for q in text.sequences if q[1] == 1))
+    source_of = recipe.with_settings({"weights": {text.domains[0]: 1.0, text.domains[1]: 0.0}})
+    tried = trials.best_plan(pipeline.plan, source_of, source, statistics, alone, home)
+    assert "trials" not in tried.explanation
+    assert said.count(said[0]) >= 2
+
+
+def test_nothing_is_tried_where_a_method_is_named_or_text_is_short(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = Recipe(model=str(MODEL))
+    assert list(trials.rivals(model)) == list(trials.RIVALS)
+    for named in (
+        {"method": "reap"}, {"removal": "ean"}, {"allocate": "tod"}, {"tolerance": 0.1},
+        {"reduce": "merge"}, {"rivals": ("none",)}, {"taylor": False},
+    ):  # fmt: skip
+        assert not trials.rivals(model.with_settings(named)), named
+    few = [*PRUNE[:5], "63", *PRUNE[6:]]
+    run(*few, "--experts", 40, "-o", tmp_path / "out")
+    assert "63 samples are fewer than 64" in capsys.readouterr().err
+    assert "trials" not in read(tmp_path / "out").explanation
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("raep", "--rivals raep: no method 'raep' (did you mean 'reap'"),
+        ("reap/tdo", "--rivals reap/tdo: no allocator 'tdo' (did you mean 'tod'"),
+        ("reap/curves", "--rivals reap/curves: it needs measured costs"),
+        ("", "--rivals"),
+    ],
+)
+def test_bad_rivals(given: str, said: str, fails: Fails, tmp_path: Path) -> None:
+    assert said in fails(*PRUNE, "--experts", 40, "--rivals", given, "-o", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_streamed_in_one_go(tmp_path: Path) -> None:
+    """The engines try the same plans and take the same one."""
+    plans = []
+    for engine in ("resident", "streaming"):
+        out = tmp_path / engine
+        moe_fair.prune(
+            str(MODEL), out, experts=24, calibration=str(CALIBRATION), samples=64, length=16,
+            repair="none", engine=engine,
+        )  # fmt: skip
+        plans.append(read(out))
+    assert plans[0].explanation == plans[1].explanation
+    assert plans[0].kept == plans[1].kept
+
+
+def test_blocks_without_removals_are_left_alone() -> None:
+    model: Any = tiny_model("qwen2_moe").eval()
+    names = [b.name for b in moe_blocks(model)]
+    found, _ = trial_losses(StreamingEngine(LoadedLayers(model)), batches(), [{}, {names[-1]: [0]}])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def moe_blocks(model: Any) -> list[MoeBlock]:
+    from moe_fair.moe.blocks import find_blocks
+
+    return find_blocks(model)
