@@ -3,8 +3,9 @@
 A score is an estimate, and which estimate is best depends on the model: where experts are balanced
 and alike, those with gradients follow the calibration text too closely (eval/LAB.md). So the loss
 without each plan's experts is measured on calibration sequences that were held back from the
-statistics. A rival's plan is taken where it is better by more than one standard error of the
-difference, paired by sequences.
+statistics. A rival's plan is taken where it is clearly better: by a tenth, and by more than one
+standard error of the difference, paired by sequences. Plans that are about as good before a repair
+need not be after it, and there the method's own were the better ones.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ RIVALS = (
     "frequency",
 )
 LEAST = 8  # sequences: fewer tell plans apart by luck
+MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
 
 
@@ -206,9 +208,10 @@ def try_plans(
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The first, or the best of those that are better by more than a standard error."""
+    """The first, or the best of those that are clearly better."""
     own = tried[0]
-    better = [t for t in tried[1:] if t.change < own.change - t.stderr]
+    margin = MARGIN * abs(own.change)
+    better = [t for t in tried[1:] if t.change < own.change - max(margin, t.stderr)]
     return min([own, *better], key=lambda t: t.change)
 
 

@@ -109,6 +109,7 @@ def test_it_opens_where_moe_fair_is_not(pruned: Any, stranger: dict[str, Any]) -
     assert stranger["config"] == (40 if uniform else 60)
 
 
+@pytest.mark.slow
 def test_its_logits_are_the_masked_original(pruned: Any, stranger: dict[str, Any]) -> None:
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ids = torch.arange(3, 99).view(2, 48)

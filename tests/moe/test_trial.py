@@ -110,12 +110,15 @@ def mean_loss(model: Path, text: CalibrationSet) -> float:
 
 
 def test_without_a_clear_difference_the_method_stays() -> None:
-    """Better by less than a standard error of the paired difference is no better."""
+    """Better by less than a tenth, or a standard error of the paired difference, is no better."""
     base = torch.full((6,), 10.0, dtype=torch.float64)
     own = base + 1
     near = own + torch.tensor([0.5, -0.6, 0.4, -0.5, 0.3, -0.2], dtype=torch.float64)
+    small = own - 0.09
     clear = own - torch.tensor([0.2, 0.3, 0.2, 0.3, 0.2, 0.3], dtype=torch.float64)
     assert taken(base, own, near) == "own"
+    assert taken(base, own, small) == "own"
+    assert taken(base, own, own - 0.11) == "rival"
     assert taken(base, own, clear) == "rival"
     difference = near - own
     n = len(difference)
