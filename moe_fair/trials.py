@@ -36,13 +36,9 @@ from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
 RIVALS = (
-    "taylor-sq/global",
-    "reap/uniform",
-    "reap/tod",
-    "mone/uniform",
-    "mone/global",
-    "frequency",
-)
+    "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
+    "frequency/uniform",
+)  # fmt: skip
 LEAST = 8  # sequences: fewer tell plans apart by luck
 MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
