@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from moe_fair.core.allocate import allocator
@@ -19,6 +18,7 @@ from moe_fair.vision.gradual import (
     Schedule,
     default_units,
 )
+from moe_fair.vision.subject import Subject
 
 TARGETS = ("ratio", "flops", "params", "tolerance")
 # what belongs to one of the two ways of pruning only
@@ -28,13 +28,11 @@ SCORED = (
 GRADUAL = ("units_per_step", "minibatches", "momentum", "probes")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Subject):
     """All settings of `moe-fair vision prune`.
 
-    Attributes:
-        model: Hub id, folder, `module:function`, or a pruned checkpoint.
-        data: `digits`, a folder of class folders, or a data set's id.
+    Attributes (and those of `Subject`):
         ratio, flops, params: share of the channels, multiply-adds or parameters that leaves;
             tolerance: ToD's α instead. Exactly one of the four.
         removal, protection: criteria; allocate: the rule that shares out the budget.
@@ -42,16 +40,12 @@ class Settings:
             units_per_step, minibatches, momentum, probes: of its schedule.
         min_channels: fewest units kept in any group; align: kept counts are multiples of this.
         heads: attention heads are units too.
-        samples, batch_size, directions: of the scores; seed: of everything that is drawn.
+        samples, directions: of the scores.
         memory: bytes for the U-Score's projections.
         steps: prune in so many steps, fine-tuning and scoring again after each.
         finetune_epochs, optimizer, learning_rate, distill: fine-tuning after each step.
-        weights, image_size, mean, std: of a `module:function` model.
-        device: auto, cpu, cuda, ...
     """
 
-    model: str
-    data: str
     ratio: float | None = None
     flops: float | None = None
     params: float | None = None
@@ -68,23 +62,13 @@ class Settings:
     align: int = 1
     heads: bool = False
     samples: int = 640
-    batch_size: int = 64
     directions: int = 128
-    seed: int = 0
     memory: int = 1 << 30
     steps: int = 1
     finetune_epochs: int = 0
     optimizer: str = "sgd"
     learning_rate: float | None = None
     distill: float = 0.0
-    weights: str | None = None
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    device: str = "auto"
 
     def __post_init__(self) -> None:
         given = [t for t in TARGETS if getattr(self, t) is not None]
@@ -96,13 +80,9 @@ class Settings:
         share = getattr(self, given[0])
         if not 0 <= share <= 1 or (share == 1 and given[0] != "tolerance"):
             raise ValueError(f"--{given[0]} {share:g} is not between 0 and 1")
-        for name, least in (
-            ("min_channels", 1), ("align", 1), ("samples", 2), ("batch_size", 1),
-            ("directions", 1), ("seed", 0), ("steps", 1), ("finetune_epochs", 0), ("memory", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)} is below {least}")
+        self.check_least(
+            min_channels=1, align=1, samples=2, directions=1, steps=1, finetune_epochs=0, memory=1
+        )
         self._check_method()
         if not 0 <= self.distill <= 1:
             raise ValueError(f"--distill {self.distill:g} is not between 0 and 1")
@@ -147,10 +127,7 @@ class Settings:
         Raises:
             ValueError: an unknown name (says the nearest), or one that the method does not use.
         """
-        known = [f.name for f in fields(Settings)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"no setting {name!r}{nearest(name, known)}")
+        Settings.check_names(values)
         if values.get("method") is not None:
             for name in SCORED:
                 if name in values:
@@ -163,8 +140,7 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """What was set and is used, for JSON."""
         unused = SCORED if self.method is not None else ()
-        found = {k: v for k, v in asdict(self).items() if v is not None and k not in unused}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+        return {k: v for k, v in super().plain().items() if k not in unused}
 
     def scores(self) -> tuple[Criterion, Criterion | None]:
         """The removal score, and the protection score where the allocator needs one."""
@@ -195,9 +171,6 @@ class Settings:
             batch_size=self.batch_size,
             seed=self.seed,
         )
-
-    def weights_path(self) -> Path | None:
-        return Path(self.weights) if self.weights else None
 
 
 _METHODS = ", ".join(METHODS)
