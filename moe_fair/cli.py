@@ -160,8 +160,12 @@ def plan(
     from moe_fair import pipeline
     from moe_fair.core.units import Statistics
     from moe_fair.tables import plan_table
+    from moe_fair.trials import rivals
 
-    made = pipeline.plan(Statistics.load(statistics), settings)
+    gathered = Statistics.load(statistics)
+    made = pipeline.plan(gathered, settings)
+    if rivals(settings) and gathered.facts["calibration"].get("held_back"):
+        _say("note: not tried against other plans, which takes the model: prune --stats does")
     if output is not None:
         made.save(output)
     if as_json:

@@ -101,6 +101,17 @@ def test_the_best_of_those_tried_is_taken(
     assert read(again).kept == plan.kept
 
 
+def test_a_plan_alone_says_that_it_was_not_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("calibrate", *PRUNE[1:8], "-o", tmp_path / "stats")
+    assert "held back to try plans on: 8 of 64 sequences" in capsys.readouterr().err
+    run("plan", tmp_path / "stats", "--experts", 40)
+    assert "not tried against other plans" in capsys.readouterr().err
+    run("plan", tmp_path / "stats", "--experts", 40, "--method", "reap")
+    assert "not tried" not in capsys.readouterr().err
+
+
 def mean_loss(model: Path, text: CalibrationSet) -> float:
     from moe_fair.engines.resident import ResidentEngine
 
