@@ -241,13 +241,20 @@ class _Pruning:
     def _best(self, statistics: Statistics) -> Plan:
         """The method's own plan, or a rival's that loses less on held-back text."""
         recipe = self.recipe
-        held = statistics.facts["calibration"].get("held_back", 0)
-        if not rivals(recipe) or not held:
-            if rivals(recipe) and self._text is None:
-                self.say("note: no plan is tried: the statistics have seen all of their text")
+        if not rivals(recipe):
             return plan(statistics, recipe)
+        held = statistics.facts["calibration"].get("held_back", 0)
+        if self._trial is None and held:
+            seen, trial = split(self._same_text(statistics.facts["calibration"]), held)
+            if seen.digest == statistics.fingerprint["calibration"]:
+                self._trial = trial
         if self._trial is None:
-            _, self._trial = split(self._same_text(statistics.facts["calibration"]), held)
+            if self._text is None or held:
+                self.say(
+                    "note: no plan is tried against another's: no text is known that the "
+                    "statistics have not seen"
+                )
+            return plan(statistics, recipe)
         home = self.work / "trials.json"
         return best_plan(plan, recipe, self.source, statistics, self._trial, home, self.say)
 

@@ -61,7 +61,8 @@ class Recipe:
         rivals: methods, `criterion` or `criterion/allocator`, whose plans are tried against the
             method's own on held-back calibration text; the best is taken. Unset: some where no
             method is named, else none; `none`: none.
-        trial_samples: calibration sequences held back for it, at most an eighth of all.
+        trial_samples: calibration sequences held back for it, 8 at least, and at most an eighth of
+            all.
         experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
             size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
             Exactly one of the five.
@@ -124,7 +125,7 @@ class Recipe:
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
-            ("curve_samples", 1), ("trial_samples", 1),
+            ("curve_samples", 1), ("trial_samples", 8),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")

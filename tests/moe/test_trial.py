@@ -99,6 +99,11 @@ def test_the_best_of_those_tried_is_taken(
     run("prune", MODEL, *stats, *bad, "--repair", "none", "-o", again)
     assert read(again).explanation == plan.explanation
     assert read(again).kept == plan.kept
+    # of another text nothing is known that was not seen
+    other = ["--stats", out / "moe_fair", "-c", CALIBRATION, "--samples", 72, "--length", 32]
+    run("prune", MODEL, *other, *bad, "--repair", "none", "-o", tmp_path / "other")
+    assert "no text is known that the statistics have not seen" in capsys.readouterr().err
+    assert "trials" not in read(tmp_path / "other").explanation
 
 
 def test_a_plan_alone_says_that_it_was_not_tried(
