@@ -142,6 +142,10 @@ def best_plan(
         ValueError: a rival that was named makes no plan here, or layers do not run one at a time.
     """
     made = [Tried(method_name(recipe), make(statistics, recipe))]
+    if source.unpacking and choose_engine(recipe, source).engine == "streaming":
+        # calibrated over several devices (--device-map); trials run on one
+        say("note: no plan is tried: one device is too small, and packed weights are not streamed")
+        return made[0].plan
     for name, its in rivals(recipe).items():
         try:
             made.append(Tried(name, make(statistics, its)))

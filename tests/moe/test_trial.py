@@ -26,6 +26,7 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.choose import Choice
 from moe_fair.moe.counterfactual import Rerouting
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.trial import trial_losses
@@ -189,6 +190,12 @@ def test_what_a_killed_run_measured_is_found(
     tried = trials.best_plan(pipeline.plan, source_of, source, statistics, alone, home)
     assert "trials" not in tried.explanation
     assert said.count(said[0]) >= 2
+    # packed weights that no single device holds
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, "unpacking", {"quantization_config": None})
+        m.setattr(trials, "choose_engine", lambda *_: Choice("streaming", "no room"))
+        assert "trials" not in best().explanation
+    assert "packed weights are not streamed" in said[-1]
 
 
 def test_nothing_is_tried_where_a_method_is_named_or_text_is_short(
