@@ -198,8 +198,17 @@ def evenly(text: CalibrationSet, count: int) -> list[int]:
 
 
 def split(text: CalibrationSet, count: int) -> tuple[CalibrationSet, CalibrationSet]:
-    """The text without `count` of its sequences, and those: `evenly` spaced."""
-    taken = set(evenly(text, count))
+    """The text without `count` of its sequences, and those: every domain's last, in proportion.
+
+    Documents are packed one behind the other, so the last sequences are of other documents than the
+    first; of neighbouring ones in between that would not be so.
+    """
+    members = [
+        [i for i, (_, d) in enumerate(text.sequences) if d == domain]
+        for domain in range(len(text.domains))
+    ]
+    counts = _shares([len(m) for m in members], count)
+    taken = {i for m, n in zip(members, counts, strict=True) for i in m[len(m) - n :]}
     left, held = (
         tuple(s for i, s in enumerate(text.sequences) if (i in taken) == here)
         for here in (False, True)
