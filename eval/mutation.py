@@ -54,6 +54,7 @@ TESTS = {
     "evolution.py": ("test_evolution.py",),
     "exact_sum.py": ("test_exact_sum.py",),
     "greedy.py": ("test_greedy.py",),
+    "manifest.py": ("test_manifest.py",),
     "oracle.py": ("test_oracle.py", "test_refusals.py"),
     "output.py": ("test_output.py",),
     "registry.py": ("test_registry.py",),

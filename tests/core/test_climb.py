@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from moe_fair.core.allocate import allocators, curves, fisher, global_threshold, tod, uniform
-from moe_fair.core.allocate.climb import climb, feasible_total
+from moe_fair.core.allocate import (
+    allocators,
+    curves,
+    fisher,
+    global_threshold,
+    tod,
+    tod_curves,
+    uniform,
+)
+from moe_fair.core.allocate.climb import climb, feasible_total, nearest_total
 from moe_fair.core.ranking import RankedGroup, block_order, depths, rank
 from moe_fair.core.units import Scores, UnitGroup
 
@@ -57,6 +65,21 @@ def test_the_nearest_totals_are_said() -> None:
     feasible_total(mixed, 5)
     alone = ranked([4, 4], floor=4)
     feasible_total(alone, 0)
+
+
+def test_the_total_nearest_to_a_share() -> None:
+    threes = ranked([9, 9], floor=3, multiple_of=3)  # totals 0, 3, ... 12
+    assert [nearest_total(threes, q) for q in (0.0, 0.08, 0.09, 0.3, 0.5)] == [0, 0, 3, 6, 9]
+    odd = ranked([10, 10], floor=3, multiple_of=3)  # totals 2, 5, ... 14
+    assert [nearest_total(odd, q) for q in (0.0, 0.2, 0.3, 0.5)] == [2, 5, 5, 11]
+
+
+def test_the_price_of_a_step_is_a_units() -> None:
+    """Two units a step: what both cost together, halved; the first step from depth 0."""
+    [pair] = ranked([6], multiple_of=2)
+    pair = replace(pair, costs=np.array([0.0, 1.0, 5.0, 6.0, 12.0, 20.0, 30.0]))
+    assert pair.step == 2
+    assert tod_curves._next_cost(pair).tolist() == [0.0, 0.5, 2.5, 2.5, 3.5, 7.0, 9.0]
 
 
 def test_the_cheapest_next_depth_goes_first() -> None:

@@ -91,6 +91,16 @@ def test_the_ceiling_is_said() -> None:
     assert "0.667" in notes
 
 
+def test_only_layers_at_their_ceiling_are_named() -> None:
+    made = plan(Target(tolerance=0.25))
+    bound = {g.layer for g in made.groups if g.depth and g.depth >= (g.ceiling or 0)}
+    below = {g.layer for g in made.groups if g.depth} - bound
+    assert below, "this case is to have layers of either kind, or of the second"
+    [note] = [n for n in made.notes if "binds" in n] or [""]
+    named = {int(x) for x in note.rpartition("layer")[2].strip("s ").split(", ") if x}
+    assert named == bound
+
+
 def test_a_plan_is_the_same_bytes_again(tmp_path: Path) -> None:
     made = plan(Target(total=31))
     made.save(tmp_path / "plan.json")

@@ -215,7 +215,7 @@ def test_what_a_view_holds() -> None:
     assert view["tokens"].tolist() == s.sums["l0"]["tokens"].sum(0).tolist()
     assert view["weight_sq"].tolist() == [1.0] * 12
     for name, there in (("tokens", True), ("weight_sq", True), ("rows", True), ("sketch", False),
-                        ("taylor", False)):  # fmt: skip
+                        ("taylor", False), ("a", False)):  # fmt: skip
         assert (name in view) is there
     assert "rows" not in replace(s, rows={}).view(GROUPS[0])
     half = s.view(GROUPS[0], {"b": 0.0})
