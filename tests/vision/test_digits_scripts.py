@@ -60,7 +60,7 @@ def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
 
 
 def test_u_score_benchmark_runs_without_the_peer() -> None:
-    said = run("bench_uscore.py", "--images", "20", "--layers", "2", "--memory", "64", "8")
+    said = run("bench_uscore.py", "--images", "40", "--layers", "2", "--memory", "64", "8")
     lines = said.splitlines()
     assert len(lines) == 2
     assert all("s CPU" in x and "MiB" in x for x in lines)
