@@ -69,6 +69,7 @@ def test_costs_are_those_of_masked_models(
         assert abs(found) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on_at_the_missing_layer(
     measured: tuple[Statistics, Path], statistics_folder: Path, recipe: Recipe
 ) -> None:

@@ -119,8 +119,11 @@ def test_headers_say_what_to_type(path: Path) -> None:
     assert layers == real["num_hidden_layers"] - real.get("first_k_dense_replace", 0)
 
 
+# of recipes that differ in their count alone one is run
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if not p.stem.endswith(("-30", "-45"))], ids=lambda p: p.stem
+)
 def test_recipes_run(path: Path, tokenizer: Any, tmp_path: Path) -> None:
     """The whole recipe, with its text and sizes replaced by what is here."""
     recipe = load_recipe(path)

@@ -22,6 +22,7 @@ def run(*arguments: object) -> None:
         main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_one_go_equals_the_stages_byte_for_byte(tmp_path: Path) -> None:
     scale = ["--repair", "scale"]  # the quickest; the default is in the test of held-out losses
     run("prune", MODEL, "--experts", 40, *SMALL, *scale, "-o", tmp_path / "one")

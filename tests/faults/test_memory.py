@@ -156,6 +156,7 @@ def exact() -> Iterator[None]:
     Checkpoint.load = load  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4, 1])
 def test_in_float64_nothing_but_the_last_digits_differ(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, limit: int
@@ -169,6 +170,7 @@ def test_in_float64_nothing_but_the_last_digits_differ(
     close(whole, parts, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["running", "loading"])
 def test_one_layer_at_a_time_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, when: str

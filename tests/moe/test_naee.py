@@ -149,6 +149,7 @@ def test_exhaustive_where_there_are_few_sets_and_equal_counts_in_routing_groups(
         naee.allocate(rank(groups, scores), remove=32)
 
 
+@pytest.mark.slow
 def test_the_command_collects_what_it_needs_or_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

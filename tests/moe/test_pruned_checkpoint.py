@@ -164,6 +164,7 @@ def _config() -> Any:
     return AutoConfig.from_pretrained(MODEL)
 
 
+@pytest.mark.slow
 def test_a_pruned_model_can_be_pruned_again(pruned: Any, tmp_path: Path) -> None:
     settings = {
         "calibration": str(MODEL.parent / "text" / "calibration"),

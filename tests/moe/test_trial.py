@@ -59,6 +59,7 @@ def read(out: Path) -> Plan:
     return Plan.load(out / "moe_fair" / "plan.json")
 
 
+@pytest.mark.slow
 def test_the_best_of_those_tried_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_the_best_of_those_tried_is_taken(
     assert "trials" not in read(tmp_path / "other").explanation
 
 
+@pytest.mark.slow
 def test_a_plan_alone_says_that_it_was_not_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +202,7 @@ def test_what_a_killed_run_measured_is_found(
     assert "packed weights are not streamed" in said[-1]
 
 
+@pytest.mark.slow
 def test_nothing_is_tried_where_a_method_is_named_or_text_is_short(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

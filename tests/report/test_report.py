@@ -191,6 +191,7 @@ def test_pictures_are_whole_and_described(page: Page) -> None:
         assert tag != "img" or len(attributes["alt"] or "") > 20
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_bytes(out: Path, html_text: str) -> None:
     """Also after another plan was drawn, every picture of which is another."""
     path, page = out / "moe_fair" / "plan.json", Page(html_text)
@@ -355,6 +356,7 @@ def test_broken_files(
     assert said in shown[0]
 
 
+@pytest.mark.slow
 def test_formats_and_places(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def report(*more: str) -> object:
         with pytest.raises(SystemExit) as stop:
