@@ -284,7 +284,9 @@ class Statistics:
         if self.tokens.shape != (d,) or self.sequences.shape != (d,):
             raise ValueError(f"counts that are not those of {d} domains")
         for g in self.groups:
-            for name, t in self.sums.get(g.name, {}).items():
+            if g.name not in self.sums:
+                raise ValueError(f"{g.name}: no sums")
+            for name, t in self.sums[g.name].items():
                 if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
                     raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")
             for name, t in self.constants.get(g.name, {}).items():

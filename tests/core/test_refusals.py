@@ -209,6 +209,13 @@ def test_shards_of_other_things_are_not_merged() -> None:
     assert both.facts == {"x": 1}
 
 
+def test_a_group_without_sums_is_refused(tmp_path: Path) -> None:
+    s = statistics([0], 0)
+    replace(s, sums={g.name: s.sums[g.name] for g in GROUPS[1:]}).save(tmp_path)
+    with pytest.raises(ValueError, match="l0: no sums"):
+        Statistics.load(tmp_path)
+
+
 def test_what_a_view_holds() -> None:
     s = statistics([0, 1, 2], 0)
     view = s.view(GROUPS[0])
