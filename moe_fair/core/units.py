@@ -148,7 +148,8 @@ class Statistics:
                 f"no calibration domain {sorted(unknown)[0]!r}; there are {', '.join(self.domains)}"
             )
         w = torch.tensor([(weights or {}).get(d, 1.0) for d in self.domains], dtype=torch.float64)
-        sums = {k: torch.tensordot(w, v, dims=1) for k, v in self.sums[group.name].items()}
+        stored = self.sums.get(group.name, {})  # of scores without data there are none
+        sums = {k: torch.tensordot(w, v, dims=1) for k, v in stored.items()}
         return GroupView(
             group=group,
             sums=sums,
@@ -284,9 +285,9 @@ class Statistics:
         if self.tokens.shape != (d,) or self.sequences.shape != (d,):
             raise ValueError(f"counts that are not those of {d} domains")
         for g in self.groups:
-            if g.name not in self.sums:
-                raise ValueError(f"{g.name}: no sums")
-            for name, t in self.sums[g.name].items():
+            if g.name not in self.sums and g.name not in self.constants:
+                raise ValueError(f"{g.name}: neither sums nor constants")
+            for name, t in self.sums.get(g.name, {}).items():
                 if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
                     raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")
             for name, t in self.constants.get(g.name, {}).items():

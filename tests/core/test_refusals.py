@@ -209,11 +209,17 @@ def test_shards_of_other_things_are_not_merged() -> None:
     assert both.facts == {"x": 1}
 
 
-def test_a_group_without_sums_is_refused(tmp_path: Path) -> None:
+def test_a_group_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
     s = statistics([0], 0)
-    replace(s, sums={g.name: s.sums[g.name] for g in GROUPS[1:]}).save(tmp_path)
-    with pytest.raises(ValueError, match="l0: no sums"):
+    others = {g.name: s.sums[g.name] for g in GROUPS[1:]}
+    replace(s, sums=others, constants={}).save(tmp_path)
+    with pytest.raises(ValueError, match="l0: neither sums nor constants"):
         Statistics.load(tmp_path)
+    # scores without data have constants alone
+    replace(s, sums=others).save(tmp_path)
+    view = Statistics.load(tmp_path).view(GROUPS[0])
+    assert "weight_sq" in view
+    assert "tokens" not in view
 
 
 def test_what_a_view_holds() -> None:
