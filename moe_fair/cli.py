@@ -427,11 +427,13 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.finish()
     except KeyboardInterrupt:
         _say("moe-fair: interrupted")
-        sys.exit(130)
+        code = 130
     except Exception as e:
         if "--debug" in arguments:
             traceback.print_exc()
-        sys.exit(_fail(e, arguments))
+        code = _fail(e, arguments)
+    # out here, where nothing holds the frames of what failed: after a lack of memory, what torch
+    # does when Python ends needs some
     sys.exit(code if isinstance(code, int) else 0)
 
 
