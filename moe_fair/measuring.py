@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_fair.core.output import digest, write_whole
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import weight_dtype
 from moe_fair.moe.load import Checkpoint, pick_device
@@ -81,7 +81,7 @@ class Removals:
             "batch": self.recipe.batch_size, "device": device.type,
             "dtype": str(weight_dtype(self.source, self.recipe.dtype, device)),
         }  # fmt: skip
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return digest(key)
 
     def _read(self, name: str, home: Path) -> None:
         """A layer's changes from an earlier run with the same settings."""
@@ -95,8 +95,5 @@ class Removals:
 
     def _save(self, name: str) -> None:
         home = self._homes[name]
-        home.parent.mkdir(parents=True, exist_ok=True)
-        partial = home.with_name(home.name + ".partial")
         about = {"key": self._key(name), "loss": self.loss, "changes": self.changes[name].tolist()}
-        partial.write_text(json.dumps(about))
-        partial.replace(home)
+        write_whole(home, json.dumps(about))

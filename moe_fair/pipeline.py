@@ -79,7 +79,8 @@ def calibrate(
     check_rivals(recipe, source)
     text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
     work = work_folder(output, recipe) if output is not None else None
-    statistics = collect(recipe, source, text, say, work, us)
+    every = with_needs(recipe, *rivals(recipe).values())
+    statistics = collect(every, source, text, say, work, us)
     if recipe.curves is not None and statistics is not None:
         home = work / "curves" if work else None
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from moe_fair.core.registry import nearest
+from moe_fair.core.registry import check_settings, nearest
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 LARGEST = 10**18  # of any number in a recipe
@@ -226,10 +226,7 @@ def check_keys(settings: Mapping[Any, Any], where: str) -> None:
     Raises:
         ValueError: one is not; names the nearest.
     """
-    known = [f.name for f in fields(Recipe)]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"no setting {key!r}{nearest(str(key), known)} in {where}")
+    check_settings(settings, [f.name for f in fields(Recipe)], f" in {where}")
 
 
 def parse_size(text: str) -> tuple[str, int]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_fair.collecting import Say, choose_engine
+from moe_fair.core.output import digest
 from moe_fair.engines.batch import Batch, Engine
-from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.calibration import CalibrationSet
-from moe_fair.moe.choose import start
+from moe_fair.moe.choose import start_layerwise
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.own_words import copies_for, own_words
 from moe_fair.moe.repair import LayerRepair, Repairer, teaching
@@ -68,7 +66,6 @@ def repair_model(
         "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
         "batch": step_sequences(recipe), "dtype": recipe.dtype, "device": recipe.device,
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = choose_engine(recipe, source)
     also = f" and {copies} copies in the model's own words" if copies else ""
@@ -76,10 +73,8 @@ def repair_model(
     layers = source.config.get_text_config().num_hidden_layers
     passes = 2 + copies if copies else 1  # one of them draws the copies
     with Progress("repairing", text.tokens * layers * passes) as progress:
-        engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
-        if not isinstance(engine, StreamingEngine):
-            engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
-        repairer = Repairer(engine, kept, kind, folder=folder, key=digest)
+        engine = start_layerwise(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
+        repairer = Repairer(engine, kept, kind, folder=folder, key=digest(key))
         try:
             done = repairer.run(repair_text(recipe, source, text, kind, engine))
         except NotLayerwise as e:  # met before anything is changed

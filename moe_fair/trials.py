@@ -10,7 +10,6 @@ need not be after it, and there the method's own were the better ones.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -24,16 +23,16 @@ from torch import Tensor
 from moe_fair.checks import check_plan_settings, method, method_name
 from moe_fair.collecting import Say, choose_engine
 from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.output import digest, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Statistics
-from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.calibration import CalibrationSet, split
-from moe_fair.moe.choose import start
+from moe_fair.moe.choose import start_layerwise
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.trial import trial_losses
 from moe_fair.progress import Progress
-from moe_fair.recipe import Recipe
+from moe_fair.recipe import TARGETS, Recipe
 
 RIVALS = (
     "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
@@ -85,16 +84,17 @@ def _usual(recipe: Recipe) -> bool:
 
 
 def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
-    """Every rival that was named is a method that can meet the target.
+    """Every rival that was named is a method that can meet the target, where there is one.
 
     Raises:
         ValueError: one is not; says which.
     """
+    targeted = any(getattr(recipe, t) is not None for t in TARGETS)  # `calibrate` has none
     for name, its in rivals(recipe).items():
         try:
             if needs(allocator(method(its)[2]), "costs"):
                 raise ValueError("it needs measured costs, which rivals are not given")
-            if recipe.rivals is not None:
+            if recipe.rivals is not None and targeted:
                 check_plan_settings(its, source)
         except ValueError as e:
             raise ValueError(f"--rivals {name}: {e}") from e
@@ -241,9 +241,7 @@ def _losses(
     say(f"trying {len(plans)} plans on {text.tokens:,} tokens, engine: {chosen.engine}")
     layers = source.config.get_text_config().num_hidden_layers
     with Progress("trying", text.tokens * layers) as progress:
-        engine, model = start(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
-        if not isinstance(engine, StreamingEngine):
-            engine = StreamingEngine(LoadedLayers(model), visit=progress.visit)
+        engine = start_layerwise(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
         removed = [
             {g.name: sorted(set(range(g.size)) - set(g.kept)) for g in t.plan.groups} for t in plans
         ]
@@ -253,11 +251,8 @@ def _losses(
             "the loss on held-back calibration text is NaN or Inf; look for a bad weight, or use "
             "--dtype float32 where a type overflows"
         )
-    home.parent.mkdir(parents=True, exist_ok=True)
-    partial = home.with_name(home.name + ".partial")
     measured = {"key": key, "losses": losses.tolist(), "counts": counts.tolist()}
-    partial.write_text(json.dumps(measured))
-    partial.replace(home)
+    write_whole(home, json.dumps(measured))
     return losses, counts
 
 
@@ -280,7 +275,7 @@ def _key(recipe: Recipe, source: Checkpoint, text: CalibrationSet, plans: Sequen
         "model": source.fingerprint, "text": text.digest, "batch": recipe.batch_size,
         "dtype": recipe.dtype, "device": recipe.device, "kept": [t.plan.kept for t in plans],
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return digest(key)
 
 
 def _earlier(home: Path, key: str) -> tuple[Tensor, Tensor] | None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path, PurePosixPath
 
+from moe_fair.core.output import write_whole
+
 FOLDER = "moe_fair"  # inside a pruned checkpoint
 MANIFEST = f"{FOLDER}/manifest.json"
 MANIFEST_FORMAT = "moe_fair.manifest/1"
@@ -28,9 +30,7 @@ def write_manifest(folder: Path) -> Path:
     }
     text = json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n"
     path = folder / MANIFEST
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, text)
     return path
 
 

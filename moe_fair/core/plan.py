@@ -14,6 +14,7 @@ import numpy as np
 from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate.climb import nearest_total
+from moe_fair.core.output import write_whole
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
@@ -145,10 +146,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json())
-        partial.replace(path)
+        write_whole(path, self.to_json())
 
     @staticmethod
     def load(path: Path) -> Plan:

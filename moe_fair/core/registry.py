@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -28,6 +28,17 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     if name in table:
         return table[name]
     raise ValueError(f"no {what} {name!r}{nearest(name, table)}; there are {', '.join(table)}")
+
+
+def check_settings(given: Iterable[Any], known: Collection[str], where: str = "") -> None:
+    """Every given name is a known setting.
+
+    Raises:
+        ValueError: one is not; names the nearest, and `where` it was found.
+    """
+    for name in given:
+        if name not in known:
+            raise ValueError(f"no setting {name!r}{nearest(str(name), known)}{where}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

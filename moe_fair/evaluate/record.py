@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe_fair.core.output import write_whole
 from moe_fair.evaluate.agreement import Agreement, Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.heldout import HeldoutLoss
@@ -74,7 +75,4 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

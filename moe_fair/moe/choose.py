@@ -11,6 +11,7 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.batch import Engine, Visit
 from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
@@ -104,6 +105,16 @@ def start(
         team=team,
     )
     return StreamingEngine(layered, visit=visit), layered.model
+
+
+def start_layerwise(
+    source: Checkpoint, engine: str, dtype: str, device: str, visit: Visit
+) -> StreamingEngine:
+    """What goes through the model a layer at a time, whether it is in memory or streamed."""
+    found, model = start(source, engine, dtype, device, visit)
+    if isinstance(found, StreamingEngine):
+        return found
+    return StreamingEngine(LoadedLayers(model), visit=visit)
 
 
 def weight_dtype(source: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:

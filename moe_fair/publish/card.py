@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moe_fair.core.output import write_whole
 from moe_fair.engines.auto import NAMES
 from moe_fair.report.document import Table
 from moe_fair.report.markdown import fenced, plain, table
@@ -70,9 +71,7 @@ def write_card(output: Path, repo_id: str, base: Base, license: str | None = Non
     if path.is_file() and OURS not in path.read_text(encoding="utf-8"):
         return path.read_text(encoding="utf-8")
     text = make_card(gather(output), repo_id, base, license)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
     return text
 
 

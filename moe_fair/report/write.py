@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_fair import __version__
+from moe_fair.core.output import write_whole
 from moe_fair.report import html, markdown
 from moe_fair.report.content import document
 from moe_fair.report.sources import FOLDER, gather
@@ -41,7 +42,5 @@ def write_report(output: Path, format: str = "html", path: Path | None = None) -
         for figure in made.figures():
             (pictures / f"{figure.name}.png").write_bytes(figure.png)
         text = markdown.render(made, FOOTER, pictures.name)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
     return path

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moe_fair.core.registry import nearest
+from moe_fair.core.registry import check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class Subject:
         Raises:
             ValueError: one is not; says the nearest.
         """
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"no setting {name!r}{nearest(name, known)}")
+        check_settings(values, [f.name for f in fields(cls)])
 
     def check_least(self, **least: int) -> None:
         """No setting is below its least value.

@@ -122,6 +122,16 @@ def test_a_plan_alone_says_that_it_was_not_tried(
     assert "not tried" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_calibrate_collects_for_rivals_without_a_target(tmp_path: Path) -> None:
+    """What named rivals need, and text held back for them; a wrong name is said all the same."""
+    stats = tmp_path / "stats"
+    run("calibrate", *PRUNE[1:8], "--rivals", "fair-u", "-o", stats)
+    found = Statistics.load(stats)
+    assert all("sketch" in found.view(g) for g in found.groups)
+    assert found.facts["calibration"]["held_back"] == 8
+
+
 def mean_loss(model: Path, text: CalibrationSet) -> float:
     from moe_fair.engines.resident import ResidentEngine
 
