@@ -32,7 +32,7 @@ def main() -> None:
     made.set_defaults(models=list(MODELS), output=Path("lab/lab.jsonl"))
     args = made.parse_args()
     if args.methods == compare.METHODS:
-        args.methods = [DEFAULT, "counterfactual-set/global", *(f"{p}/uniform" for p in PEERS)]
+        args.methods = [DEFAULT, "counterfactual-agreed/global", *(f"{p}/uniform" for p in PEERS)]
         if args.repaired:
             args.methods += [f"{p}/uniform+{REPAIR}" for p in PEERS]
     rows = compare.measure(args)

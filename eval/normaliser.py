@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", default="eval/tiny-qwen2-moe", type=lambda p: str(Path(p)))
-    made.add_argument("--method", default="counterfactual-set/global")
+    made.add_argument("--method", default="counterfactual-agreed/global")
     made.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     made.add_argument("--samples", type=int, default=256)
     made.add_argument("--length", type=int, default=256)

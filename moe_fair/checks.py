@@ -35,7 +35,8 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     """Removal score, protection score and allocator that a recipe's method stands for.
 
     `second-order`, the default, takes out what adds least to the loss by the second order of exact
-    counterfactual outputs, wherever it lies (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
+    counterfactual outputs, wherever it lies, and by the first order as far as calibration domains
+    agree on it (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
     routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
     U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
     with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
@@ -52,7 +53,7 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
             )
         return criterion(only), criterion(recipe.protection) if recipe.protection else None, rule
     if name == "second-order":
-        removal, rule = recipe.removal or "counterfactual-set", recipe.allocate or "global"
+        removal, rule = recipe.removal or "counterfactual-agreed", recipe.allocate or "global"
     elif name in PAIRS:
         removal, rule = recipe.removal or PAIRS[name], recipe.allocate or "tod"
     elif name in criteria():
@@ -143,7 +144,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
 def _left_out(recipe: Recipe, statistic: str) -> str | None:
     """The flag by which this statistic is not collected, if it is not."""
     gradient = statistic.startswith("taylor") or statistic in (
-        "rows", "removed_first", "removed_gram",
+        "rows", "removed_first", "removed_first_sq", "removed_gram",
     )  # fmt: skip
     if gradient and not recipe.taylor:
         return "--no-taylor"

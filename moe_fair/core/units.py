@@ -70,8 +70,9 @@ class UnitGroup:
 class GroupView:
     """What a criterion sees of one group: sums over the calibration domains.
 
-    `view["name"]` is the sum over the domains, [N, ...]; `rows` is [S, N], one row of Taylor values
-    per calibration sequence; `row_weights` is [S]; `total_tokens` and `total_sequences` count the
+    `view["name"]` is the sum over the domains, [N, ...]; `by_domain["name"]` is [D, N, ...], not
+    weighted, and `domain_weights` is [D]; `rows` is [S, N], one row of Taylor values per
+    calibration sequence; `row_weights` is [S]; `total_tokens` and `total_sequences` count the
     calibration set, weighted like the sums. `domain_tokens` is [D], 0 for a domain without weight;
     `sketch` holds each unit's outputs per domain.
     """
@@ -83,6 +84,8 @@ class GroupView:
     row_weights: Tensor
     total_tokens: float
     total_sequences: float
+    by_domain: Mapping[str, Tensor]
+    domain_weights: Tensor
     domain_tokens: Tensor
     sketch: Sketch | None = None
 
@@ -158,6 +161,8 @@ class Statistics:
             row_weights=w[self.sequence_domains],
             total_tokens=float(w @ self.tokens),
             total_sequences=float(w @ self.sequences),
+            by_domain=stored,
+            domain_weights=w,
             domain_tokens=self.tokens * (w > 0),
             sketch=self.sketches.get(group.name),
         )

@@ -41,7 +41,6 @@ VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
 TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
 # over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e δ_f ([E, E]), see `counterfactual`
 GRAM = "gated_gram"  # Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E]
-REMOVED = ("removed_error", "removed_first", "removed_gram")
 
 
 class ExpertCollector:
@@ -380,6 +379,8 @@ class _Booking:
         self.sums["removed_first"] = self._over_tokens(delta)
         if self.counted is not None:
             delta = delta * self.batch.mask.flatten().to(delta).unsqueeze(1)
+        per_sequence = delta.view(*self.batch.mask.shape, -1).sum(1)
+        self.sums["removed_first_sq"] = per_sequence.square().sum(0)
         self.sums["removed_gram"] = delta.T @ delta
 
     def commit(self) -> None:

@@ -138,9 +138,12 @@ def test_sums_equal_a_loop_over_experts_and_tokens(kind: str) -> None:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         delta = (without.y - y).double()[real]
         first = (gradient.double()[real] * delta).sum(-1)
+        by_sequence = torch.zeros(len(ids), dtype=torch.float64)
+        by_sequence.index_add_(0, torch.arange(len(ids)).repeat_interleave(mask.sum(1)), first)
         want = {
             "removed_error": delta.square().sum(),
             "removed_first": first.sum(),
+            "removed_first_sq": by_sequence.square().sum(),
         }
         for name, value in want.items():
             scale = float(sums[name].abs().max())

@@ -18,6 +18,7 @@ from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.collect import FORWARD, TAYLOR, VECTORS, ExpertCollector
 from moe_fair.moe.criteria import criteria
+from moe_fair.moe.criteria.counterfactual import agreement
 
 DOMAINS = ("a", "b")
 
@@ -305,11 +306,11 @@ def test_checkpointed_layers_are_booked_once() -> None:
             torch.testing.assert_close(got.sums[group.name][name], value, rtol=1e-6, atol=1e-9)
 
 
-def naive_set_score(c: Tensor) -> Tensor:
+def naive_set_score(c: Tensor, first: list[float]) -> Tensor:
     """Greedy removal with the objective computed anew for every candidate set."""
 
     def cost(s: list[int]) -> float:
-        return 0.5 * sum(max(float(c[e, f]), 0.0) for e in s for f in s)
+        return sum(first[e] for e in s) + 0.5 * sum(max(float(c[e, f]), 0.0) for e in s for f in s)
 
     removed: list[int] = []
     score = torch.zeros(len(c), dtype=torch.float64)
@@ -320,6 +321,52 @@ def naive_set_score(c: Tensor) -> Tensor:
         removed.append(best)
     assert sorted(removed) == list(range(len(c)))
     return score
+
+
+def naive_agreed(s: Statistics, name: str) -> list[float]:
+    """Σ_t δ_e / T, times 1 - s²/m² where that is positive."""
+    sums, shrunk = s.sums[name], []
+    tokens, sequences = s.tokens.tolist(), int(s.sequences.sum())
+    for e in range(s.rows[name].shape[1]):
+        first = sums["removed_first"][:, e].tolist()
+        squares = float(sums["removed_first_sq"][:, e].sum())
+        m = sum(first) / sequences
+        error = [(squares - sequences * m**2) / sequences / (sequences - 1) / m**2]
+        mean = sum(first) / sum(tokens)
+        share = [t / sum(tokens) for t in tokens]
+        spread = sum(p * (f / t - mean) ** 2 for p, f, t in zip(share, first, tokens, strict=True))
+        error.append(spread / (1 / sum(p**2 for p in share) - 1) / mean**2)
+        shrunk.append(mean * max(0.0, 1 - max(error)))
+    return shrunk
+
+
+def test_text_of_one_domain_or_one_sequence_agrees_with_itself_as_far_as_it_can_tell() -> None:
+    """Between sequences where there is one domain; not at all where there is one sequence."""
+    model = model_of()
+    every = batches()
+    one = [b for b in every if b.domain == 0]
+    for text, known in ((one, True), (one[0].parts(1)[:1], False)):
+        s = collect(model, text, counterfactual=True)
+        for group in s.groups:
+            view = s.view(group)
+            share = agreement(view)
+            assert share.isfinite().all()
+            assert bool((share > 0).any()) is known
+            n, first = view.total_sequences, view["removed_first"]
+            if known:
+                variance = (view["removed_first_sq"] - first**2 / n) / (n - 1)
+                wanted = (1 - variance / n / (first / n) ** 2).clamp(min=0)
+                torch.testing.assert_close(share, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_domain_without_weight_does_not_disagree() -> None:
+    model = model_of()
+    s = collect(model, batches(), counterfactual=True)
+    only = collect(model, [b for b in batches() if b.domain == 0], counterfactual=True)
+    for group in s.groups:
+        left = s.view(group, {"b": 0.0})
+        # the sequences of the other domain are gone from the sums as well
+        torch.testing.assert_close(agreement(left), agreement(only.view(group)))
 
 
 def test_every_criterion_is_its_formula() -> None:
@@ -346,7 +393,11 @@ def test_every_criterion_is_its_formula() -> None:
         "counterfactual": total["removed_first"] / 90 + total["removed_gram"].diagonal() / 180,
         "counterfactual-fisher": total["removed_gram"].diagonal() / 180,
     }  # fmt: skip
-    want["counterfactual-set"] = naive_set_score(total["removed_gram"] / 90)
+    shrunk = naive_agreed(s, block.name)
+    assert 0 in shrunk
+    assert any(shrunk)
+    want["counterfactual-set"] = naive_set_score(total["removed_gram"] / 90, [0.0] * len(shrunk))
+    want["counterfactual-agreed"] = naive_set_score(total["removed_gram"] / 90, shrunk)
     for name, criterion in criteria().items():
         # of distributions, and of another option's sums: test_expert_u_score.py, test_naee.py
         if name in ("u-score", "naee"):

@@ -12,13 +12,18 @@ weighing again, Δ_e(t) = y₋ₑ(t) − y(t), ℓ the summed loss of a sequence
                                                 at the few tokens of a calibration set
     counterfactual-set     what ½ Σ_{e,f∈S} C_ef grows by as a set S is taken out greedily, with
                            C_ef = Σ_t δ_e δ_f, and 0 in place of what is negative between two
+    counterfactual-agreed  the same, and Σ_t δ_e as far as the calibration text agrees on it
 
-The last one knows that experts may be spared singly and not together: experts that stand in for one
+The set knows that experts may be spared singly and not together: experts that stand in for one
 another have δ of one sign on the same tokens. Where two δ cancel it gives no credit: deep cuts
-change too much for that to come true. All of them but the first estimate an increase of the loss
-per token, so that layers can be compared.
+change too much for that to come true. The first order would be all that matters, were it known:
+most of it is what the few tokens of a calibration set happen to say. `counterfactual-agreed` takes
+it times max(0, 1 - s²/m²), the positive part of James and Stein's shrinkage, with m its mean and s
+the standard error of m: the larger of that between sequences and that between domains. All
+of them but `reconstruction` estimate an increase of the loss per token, so that layers can be
+compared.
 
-Shape legend: N experts of a layer.
+Shape legend: D calibration domains, N experts of a layer.
 """
 
 from __future__ import annotations
@@ -53,7 +58,42 @@ def second_order(view: GroupView) -> Tensor:
 
 def set_score(view: GroupView) -> Tensor:
     """[N] what each expert adds when its turn comes."""
-    gram = 0.5 * (view["removed_gram"] / view.total_tokens).clamp(min=0)
+    return _added(view, torch.zeros(view.group.size, dtype=torch.float64))
+
+
+def agreed_score(view: GroupView) -> Tensor:
+    """[N] what each expert adds when its turn comes, with the first order that is agreed on."""
+    return _added(view, first_order(view) * agreement(view))
+
+
+def agreement(view: GroupView) -> Tensor:
+    """[N] share of the first order that is no accident of the text: max(0, 1 - s²/m²)."""
+    n = view.total_sequences
+    mean = view["removed_first"] / n
+    if n <= 1:
+        return torch.zeros_like(mean)
+    spread = (view["removed_first_sq"] / n - mean.square()).clamp(min=0) / (n - 1)
+    noise = _relative(spread, mean)
+    seen = view.domain_tokens > 0
+    tokens = view.domain_tokens[seen]
+    share = tokens * view.domain_weights[seen]
+    share = share / share.sum()
+    more = float(1 / share.square().sum()) - 1  # domains beyond one, as many as weigh in
+    if more > 1e-9:
+        means = view.by_domain["removed_first"][seen] / tokens.unsqueeze(1)
+        mean = share @ means
+        noise = torch.maximum(noise, _relative(share @ (means - mean).square() / more, mean))
+    return (1 - noise).clamp(min=0)
+
+
+def _relative(variance: Tensor, mean: Tensor) -> Tensor:
+    """s²/m², 1 where nothing is known."""
+    return torch.where(mean == 0, 1.0, variance / mean.square())
+
+
+def _added(view: GroupView, first: Tensor) -> Tensor:
+    """[N] increase of Σ_{e∈S} first_e + ½ Σ_{e,f∈S} max(0, C_ef) by each when its turn comes."""
+    gram = 0.5 * (view["removed_gram"] / view.total_tokens).clamp(min=0) + torch.diag(first)
     order, added = greedy(gram.numpy(), view.group.blocks)
     score = torch.zeros(len(order), dtype=torch.float64)
     score[order] = torch.tensor(added, dtype=torch.float64)
@@ -69,4 +109,8 @@ criteria = (
     Criterion("counterfactual", ("removed_first", "removed_gram"), "this project", second_order),
     Criterion("counterfactual-fisher", ("removed_gram",), "this project", fisher),
     Criterion("counterfactual-set", ("removed_gram",), "this project", set_score),
+    Criterion(
+        "counterfactual-agreed", ("removed_first", "removed_first_sq", "removed_gram"),
+        "this project", agreed_score,
+    ),
 )  # fmt: skip
