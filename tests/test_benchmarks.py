@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import python
 
 pytestmark = pytest.mark.slow
 
 
 def test_on_a_device(tmp_path: Path) -> None:
-    script = [sys.executable, "eval/bench_device.py", "--json", str(tmp_path / "json")]
+    script = ["eval/bench_device.py", "--json", tmp_path / "json"]
     size = ["--repeats", "1", "--batches", "1", "--batch-size", "2", "--length", "32"]
-    done = subprocess.run([*script, *size], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python(*script, *size, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "json").read_text())
     assert done.stdout.startswith(found.pop("device"))
     assert len(found) == 7

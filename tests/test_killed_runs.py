@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from places import CALIBRATION, MODEL
+from processes import Python, python
 
-pytestmark = pytest.mark.slow  # about 80 s: fifteen processes
+pytestmark = pytest.mark.slow  # fifteen processes
 
 TEXT = [
     "-c", str(CALIBRATION), "--samples", "24", "--length", "64", "--batch-size", "2",
     "--save-every", "2",
 ]  # fmt: skip
-COMMAND = [sys.executable, "-m", "moe_fair"]
+COMMAND = ["-m", "moe_fair"]
 CALIBRATE = [*COMMAND, "calibrate", str(MODEL), *TEXT]
 RUN = [*COMMAND, "prune", str(MODEL), "--experts", "40", *TEXT, "--repair", "scale"]
 
@@ -28,24 +25,19 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def finish(output: Path, engine: str, command: list[str] = RUN) -> str:
-    run = [*command, "--engine", engine, "-o", str(output)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = python(*command, "--engine", engine, "-o", output)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 def kill_once(output: Path, engine: str, wait_for: str, command: list[str] = RUN) -> None:
     """Start, wait until a path matching the pattern appears beside the output, kill -9."""
-    child = subprocess.Popen(
-        [*command, "--engine", engine, "-o", str(output)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = Python([*command, "--engine", engine, "-o", output], Path("/dev/null"))
     give_up = time.monotonic() + 240
     while not list(output.parent.glob(wait_for)) and child.poll() is None:
         assert time.monotonic() < give_up, f"{wait_for} never appeared"
         time.sleep(0.002)
-    os.kill(child.pid, signal.SIGKILL)
+    child.kill()
     child.wait()
 
 
@@ -72,8 +64,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, engine: str) -> None:
 def test_chunks_of_other_settings_are_passed_over(tmp_path: Path) -> None:
     output = tmp_path / "out"
     kill_once(output, "resident", "out.calibrating/chunk-00001/*.safetensors", CALIBRATE)
-    other = [*CALIBRATE, "--seed", "1", "-o", str(output)]
-    done = subprocess.run(other, capture_output=True, text=True)
+    done = python(*CALIBRATE, "--seed", "1", "-o", output)
     assert done.returncode == 0
     assert "going on" not in done.stderr
     damaged = tmp_path / "again"
@@ -83,7 +74,8 @@ def test_chunks_of_other_settings_are_passed_over(tmp_path: Path) -> None:
     assert "going on" in finish(damaged, "resident", CALIBRATE)
     fresh = tmp_path / "fresh"
     kill_once(fresh, "resident", "fresh.calibrating/chunk-00001/*.safetensors", CALIBRATE)
-    done = subprocess.run([*CALIBRATE, "--fresh", "-o", str(fresh)], capture_output=True, text=True)
+    done = python(*CALIBRATE, "--fresh", "-o", fresh)
+    assert done.returncode == 0, done.stderr
     assert "going on" not in done.stderr
     made = "statistics.safetensors"
     assert (damaged / made).read_bytes() == (fresh / made).read_bytes()

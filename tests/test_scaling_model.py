@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from places import ROOT
+from processes import python
 
 TERMS = {
     "parameters", "bytes of one layer, float32", "bytes read", "FLOPs", "boundary activations",
@@ -16,8 +14,8 @@ TERMS = {
 
 @pytest.mark.slow
 def test_every_term_is_what_is_measured() -> None:
-    check = [sys.executable, ROOT / "eval" / "scaling.py", "--check"]
-    done = subprocess.run(check, capture_output=True, text=True, check=True)
+    done = python(ROOT / "eval" / "scaling.py", "--check")
+    assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
     found = {(model, term): float(ratio) for model, term, _, _, ratio in rows}
     for kind in ("small qwen3_moe", "small deepseek_v3"):
@@ -27,6 +25,5 @@ def test_every_term_is_what_is_measured() -> None:
 
 
 def test_the_tables_are_those_of_the_script() -> None:
-    script = [sys.executable, ROOT / "eval" / "scaling.py"]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    done = python(ROOT / "eval" / "scaling.py")
     assert done.stdout.strip() in (ROOT / "eval" / "SCALING.md").read_text()

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from places import CALIBRATION, HELDOUT, MODEL, ROOT
+from processes import Python, port
 
 from moe_fair.cli import main
 from moe_fair.core.units import STATISTICS_FILE
@@ -38,12 +38,6 @@ ACCELERATE = [
 ]  # fmt: skip
 
 
-def port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def accelerate(n: int, *more: str) -> list[str]:
     """The command of one machine; on a machine without GPUs it starts CPU processes."""
     machines = [] if "--num_machines" in more else ["--num_machines", "1"]
@@ -63,7 +57,28 @@ def start(command: list[str], log: Path, **extra: str) -> subprocess.Popen[bytes
 
 
 def run(command: list[str], log: Path) -> str:
+    """A launcher to its end; what all its processes said."""
     assert start(command, log).wait(timeout=400) == 0, log.read_text()
+    return log.read_text()
+
+
+def moe_fair(log: Path, *command: str, **extra: str) -> Python:
+    """One process without a launcher."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    return Python(["-m", "moe_fair", *command], log, env=environment)
+
+
+def by_hand(tmp_path: Path, world: int, where: str, rank: int, *command: str) -> Python:
+    """One of several processes without a launcher, as a scheduler starts it."""
+    return moe_fair(
+        tmp_path / f"log{rank}", *command, RANK=str(rank), WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=where,
+    )  # fmt: skip
+
+
+def run_alone(log: Path, *command: str) -> str:
+    """One process to its end; what it said."""
+    assert moe_fair(log, *command).wait(timeout=400) == 0, log.read_text()
     return log.read_text()
 
 
@@ -99,16 +114,19 @@ def test_three_streaming_by_torchrun_read_the_weights_once(tmp_path: Path, alone
     streaming = [*SMALL, "--engine", "streaming", "-o"]
     said = run([*torchrun(3), *streaming, str(tmp_path / "out")], tmp_path / "log")
     same(tmp_path / "out", alone)
-    single = [sys.executable, "-m", "moe_fair", *streaming, str(tmp_path / "one")]
-    read = [re.findall(r"; ([\d,]+) bytes", s) for s in (said, run(single, tmp_path / "log"))]
+    single = run_alone(tmp_path / "log", *streaming, str(tmp_path / "one"))
+    read = [re.findall(r"; ([\d,]+) bytes", s) for s in (said, single)]
     assert read[0] == read[1]
     assert int(read[0][0].replace(",", "")) > 2 * (MODEL / "model.safetensors").stat().st_size
 
 
 @pytest.mark.slow
 def test_four_are_more_than_a_chunk_has_batches(tmp_path: Path, alone: Path) -> None:
-    said = run([*torchrun(4), *SMALL, "-o", str(tmp_path / "out")], tmp_path / "log")
+    where, out = port(), ["-o", str(tmp_path / "out")]
+    every = [by_hand(tmp_path, 4, where, rank, *SMALL, *out) for rank in range(4)]
+    assert [p.wait(timeout=400) for p in every] == [0, 0, 0, 0]
     same(tmp_path / "out", alone)
+    said = (tmp_path / "log0").read_text()
     assert "3 of 4 processes share the batches; a chunk has no more than 3" in said
 
 
@@ -141,7 +159,7 @@ EVALUATION = [
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process finds: its screen in `log`, its files in `one`."""
     folder = tmp_path_factory.mktemp("evaluated")
-    run([sys.executable, "-m", "moe_fair", *EVALUATION, "-o", str(folder / "one")], folder / "log")
+    run_alone(folder / "log", *EVALUATION, "-o", str(folder / "one"))
     return folder
 
 
@@ -170,21 +188,13 @@ def ours(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith("moe-fair: error")]
 
 
-def by_hand(tmp_path: Path, rank: int, where: str, *command: str) -> subprocess.Popen[bytes]:
-    """One process without a launcher, as a scheduler starts it."""
-    return start(
-        [sys.executable, "-m", "moe_fair", *command], tmp_path / f"log{rank}",
-        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=where,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the second process must miss its device")
 def test_one_process_fails(tmp_path: Path) -> None:
     where, out = port(), ["-o", str(tmp_path / "out")]
     both = [
-        by_hand(tmp_path, 0, where, *LONG, *out),
-        by_hand(tmp_path, 1, where, *LONG, *out, "--device", "cuda"),
+        by_hand(tmp_path, 2, where, 0, *LONG, *out),
+        by_hand(tmp_path, 2, where, 1, *LONG, *out, "--device", "cuda"),
     ]
     assert all(p.wait(timeout=120) != 0 for p in both)
     [line] = ours(tmp_path / "log0") + ours(tmp_path / "log1")
@@ -197,7 +207,7 @@ def test_one_process_fails(tmp_path: Path) -> None:
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
     where = port()
     wrong = [*SMALL, "--experts", "3", "-o", str(tmp_path / "out")]
-    both = [by_hand(tmp_path, rank, where, *wrong) for rank in (0, 1)]
+    both = [by_hand(tmp_path, 2, where, rank, *wrong) for rank in (0, 1)]
     assert all(p.wait(timeout=120) != 0 for p in both)
     [line] = ours(tmp_path / "log0") + ours(tmp_path / "log1")
     assert line.endswith("the router picks top 4; choose 4 to 60 per layer")
@@ -234,8 +244,7 @@ def test_a_killed_process_ends_the_run_and_the_rerun_goes_on(tmp_path: Path) -> 
     assert f"process 0 of 3 on {socket.gethostname()} was killed" in line
     assert not out.exists()
     done = len(list(work.glob(f"*/{STATISTICS_FILE}")))
-    rerun: list[Any] = [sys.executable, "-m", "moe_fair", *LONG, "-o", str(out)]
-    assert f"going on: {done} of 21 chunks" in run(rerun, tmp_path / "log")
+    assert f"going on: {done} of 21 chunks" in run_alone(tmp_path / "log", *LONG, "-o", str(out))
 
 
 @pytest.mark.slow

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from places import ROOT
+from processes import python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow  # about 20 s: two trainings
@@ -23,8 +22,8 @@ SMALL = {
 def train(tmp_path: Path, name: str) -> Path:
     texts = [f"--text={d}={tmp_path / d}" for d in ("numbers", "letters")]
     flags = [str(x) for pair in SMALL.items() for x in pair]
-    command = [sys.executable, ROOT / "eval" / "train_tiny_moe.py", "-o", tmp_path / name]
-    subprocess.run([*map(str, command), *flags, *texts], check=True, capture_output=True)
+    script = ROOT / "eval" / "train_tiny_moe.py"
+    python(script, "-o", tmp_path / name, *flags, *texts).check_returncode()
     return tmp_path / name
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from places import HELDOUT, MODEL, ROOT
+from processes import python
 
 import moe_fair
 from moe_fair.cli import main
@@ -56,11 +55,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def by_hand(model: Path, output: Path, *more: str) -> dict[str, Any]:
     """The results of the `lm_eval` command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu",
-         "--model_args", f"pretrained={model},trust_remote_code=True", "--tasks", "local",
-         "--include_path", str(TASKS), "--batch_size", "8", "--output_path", str(output), *more],
-        capture_output=True, text=True,
+    done = python(
+        "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu",
+        "--model_args", f"pretrained={model},trust_remote_code=True", "--tasks", "local",
+        "--include_path", TASKS, "--batch_size", "8", "--output_path", output, *more,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from places import CALIBRATION, HELDOUT, MODEL, ROOT
-from test_several_processes import start, torchrun
+from places import CALIBRATION, HELDOUT, MODEL
+from processes import Python, port
 from tiny import tiny_model
 
 from moe_fair import pipeline
@@ -309,7 +309,6 @@ def test_a_machine_with_less_memory(tmp_path: Path) -> None:
 # the second process alone has memory for but two sequences at a time
 SECOND = """
 import os, sys
-sys.path[:0] = [{tests!r}, {faults!r}]
 if os.environ["RANK"] == "1":
     import pytest
     from test_memory import cuda, lack
@@ -324,19 +323,19 @@ main(sys.argv[1:])
 def test_one_process_of_two_makes_do_for_itself(
     tmp_path: Path, recipe: Make, undisturbed: Statistics, engine: str
 ) -> None:
-    script = tmp_path / "run.py"
-    tests = ROOT / "tests"
-    script.write_text(SECOND.format(tests=str(tests), faults=str(tests / "faults")))
     settings = recipe()
     text = [a for c in settings.calibration for a in ("-c", c)]
     run = [
         "calibrate", str(settings.model), *text, "--samples", "16", "--length", "12", "--dtype",
         "float32", "--engine", engine, "-o", str(tmp_path / "out"),
     ]  # fmt: skip
-    command = [*torchrun(2)[:-2], str(script), *run]
-    log = tmp_path / "log"
-    assert start(command, log).wait(timeout=400) == 0, log.read_text()
-    said = log.read_text()
+    both, where = [], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2"}
+    where |= {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    for rank in ("0", "1"):
+        log = tmp_path / f"log{rank}"
+        both.append(Python(["-c", SECOND, *run], log, env=where | {"RANK": rank}))
+    assert [p.wait(timeout=400) for p in both] == [0, 0], (tmp_path / "log1").read_text()
+    said = "".join((tmp_path / f"log{rank}").read_text() for rank in (0, 1))
     lines = [x for x in said.splitlines() if "out of memory" in x]
     assert len(lines) == 2
     assert "again with 4 sequences" in lines[0]

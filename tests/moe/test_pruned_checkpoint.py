@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from masking import masked
 from places import MODEL
+from processes import python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fair
@@ -85,11 +84,7 @@ def stranger(pruned: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     resaved = tmp_path_factory.mktemp("resaved")
     here = str(Path(moe_fair.__file__).parent.parent)
     kind = "uniform" if pruned.plan.uniform else "unequal"
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(pruned.output), here, kind, str(resaved)],
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", STRANGER, pruned.output, here, kind, resaved)
     assert done.returncode == 0, done.stderr[-2000:]
     return {**json.loads(done.stdout.splitlines()[-1]), "logits": torch.load(resaved / "logits.pt")}
 

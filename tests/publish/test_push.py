@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hub import READS, WRITES, Hub, serving
 from places import MODEL
+from processes import Python, python
 
 import moe_fair
 from moe_fair.engines.shards import write_shards
@@ -83,21 +83,15 @@ def push(
     hub: Hub, out: Path, *more: str, token: str | None = WRITES
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fair", "push", str(out), NAME, *more],
-        capture_output=True, text=True, env=environment(hub, out.parent / "home", token),
-        timeout=120,
-    )  # fmt: skip
+    home = environment(hub, out.parent / "home", token)
+    return python("-m", "moe_fair", "push", out, NAME, *more, env=home, timeout=120)
 
 
 def logits(hub: Hub, home: Path, name: str, kind: str, revision: str = "") -> torch.Tensor:
     """What a user gets who knows nothing but the name."""
-    done = subprocess.run(
-        # another number of threads adds up in another order
-        [sys.executable, "-c", LOAD, name, str(home / "logits"), revision, kind,
-         str(torch.get_num_threads())],
-        capture_output=True, text=True, env=environment(hub, home / "home"), cwd=home,
-    )  # fmt: skip
+    # another number of threads adds up in another order
+    given = [name, home / "logits", revision, kind, torch.get_num_threads()]
+    done = python("-c", LOAD, *given, env=environment(hub, home / "home"), cwd=home)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(home / "logits")
 
@@ -131,20 +125,18 @@ def test_what_is_pushed_loads_by_its_name(hub: Hub, out: Path, kind: str, tmp_pa
 def interrupted(hub: Hub, out: Path, how: str) -> str:
     """Push until the server breaks; kill the client, or see what it says."""
     hub.breaks = how
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moe_fair", "push", str(out), NAME],
-        env=environment(hub, out.parent / "home"), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    with process:
-        try:
-            assert hub.broke.wait(60)
-            if how == "drop":
-                assert process.wait(200) == 2
-        finally:
-            process.kill()
-        hub.breaks = ""
-        assert process.stderr is not None
-        return process.stderr.read()
+    log = out.parent / "log"
+    home = environment(hub, out.parent / "home")
+    process = Python(["-m", "moe_fair", "push", out, NAME], log, env=home)
+    try:
+        assert hub.broke.wait(60)
+        if how == "drop":
+            assert process.wait(200) == 2
+    finally:
+        process.kill()
+        process.wait()
+    hub.breaks = ""
+    return log.read_text()
 
 
 @pytest.mark.slow

@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vision.architectures import ARCHITECTURES, images, lively
@@ -141,10 +140,7 @@ def test_loads_in_a_fresh_process_bitwise_equal(saved: dict[str, Path]) -> None:
     tests = Path(__file__).parent.parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
     threads = str(torch.get_num_threads())  # another number adds up in another order
-    command = [sys.executable, "-c", LOAD, threads, *map(str, saved.values())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
-    )
+    done = python("-c", LOAD, threads, *saved.values(), env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-2000:]
     for name, folder in saved.items():
         expected = load_file(folder / "expected.safetensors")["logits"]

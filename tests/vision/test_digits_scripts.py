@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import python
 
 pytestmark = pytest.mark.slow  # about a minute
 
 
 def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "eval" / script), *map(str, arguments)]
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=paths, check=False)
+    done = python(ROOT / "eval" / script, *arguments, env=paths)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from places import ROOT
+from processes import python
 from safetensors.torch import load_file, save_file
 from vision.architectures import lively, small
 
@@ -59,10 +58,8 @@ def digest(model: torch.nn.Module) -> str:
 def elsewhere(code: str) -> str:
     """What a fresh process prints; it sees this file as `made`."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_sparsify as made\n{code}"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+    here = {**os.environ, "PYTHONPATH": paths}
+    done = python("-c", f"import test_sparsify as made\n{code}", env=here)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

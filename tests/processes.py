@@ -1,0 +1,136 @@
+"""Python processes of their own that need not import torch again: forked from one that has.
+
+Starting Python, torch and what torch brings along takes longer than most commands that are tested.
+A process made here is real in every other way: its own pid to kill, environment, working folder,
+files for what it prints. Nothing that reads the environment when it is imported is there before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+# none of them reads a variable of ours, of huggingface_hub or of transformers
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor", "torch._dynamo", "scipy.stats", "matplotlib.pyplot"]
+)
+
+
+class Python:
+    """`python COMMAND`, running: `-m module ...`, `-c code ...` or `script ...`."""
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        stdout: Path,
+        stderr: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        """Start it; standard error goes where standard output goes unless it has a file."""
+        given = [str(c) for c in command]
+        for file in {stdout, stderr or stdout}:
+            file.write_bytes(b"")
+        environment = dict(os.environ if env is None else env)
+        arguments = (given, stdout, stderr or stdout, environment, cwd or Path.cwd())
+        self._process = _context.Process(target=_child, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, -9 for one killed by that signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+
+def python(
+    *command: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` to its end, with what it printed."""
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        running = Python(command, out, err, env, cwd)
+        try:
+            code = running.wait(timeout)
+        finally:
+            running.kill()
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def port() -> str:
+    """A free one on this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _child(command: list[str], stdout: Path, stderr: Path, env: dict[str, str], cwd: Path) -> None:
+    for descriptor, file in ((1, stdout), (2, stderr)):
+        opened = os.open(file, os.O_WRONLY | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if "OMP_NUM_THREADS" in env:  # torch read another one
+        import torch
+
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    sys.path[:0] = ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    code: Any = 1
+    try:
+        _run(command)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
+
+
+def _run(command: list[str]) -> None:
+    first, *rest = command
+    if first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name="__main__")
