@@ -324,7 +324,7 @@ def naive_set_score(c: Tensor, first: list[float]) -> Tensor:
 
 
 def naive_agreed(s: Statistics, name: str) -> list[float]:
-    """Σ_t δ_e / T, times 1 - s²/m² where that is positive."""
+    """Σ_t δ_e / T, times 1 - 2 s²/m² where that is positive."""
     sums, shrunk = s.sums[name], []
     tokens, sequences = s.tokens.tolist(), int(s.sequences.sum())
     for e in range(s.rows[name].shape[1]):
@@ -336,7 +336,7 @@ def naive_agreed(s: Statistics, name: str) -> list[float]:
         share = [t / sum(tokens) for t in tokens]
         spread = sum(p * (f / t - mean) ** 2 for p, f, t in zip(share, first, tokens, strict=True))
         error.append(spread / (1 / sum(p**2 for p in share) - 1) / mean**2)
-        shrunk.append(mean * max(0.0, 1 - max(error)))
+        shrunk.append(mean * max(0.0, 1 - 2 * max(error)))
     return shrunk
 
 
@@ -355,7 +355,7 @@ def test_text_of_one_domain_or_one_sequence_agrees_with_itself_as_far_as_it_can_
             n, first = view.total_sequences, view["removed_first"]
             if known:
                 variance = (view["removed_first_sq"] - first**2 / n) / (n - 1)
-                wanted = (1 - variance / n / (first / n) ** 2).clamp(min=0)
+                wanted = (1 - 2 * variance / n / (first / n) ** 2).clamp(min=0)
                 torch.testing.assert_close(share, wanted, rtol=1e-9, atol=1e-12)
 
 

@@ -18,10 +18,10 @@ The set knows that experts may be spared singly and not together: experts that s
 another have δ of one sign on the same tokens. Where two δ cancel it gives no credit: deep cuts
 change too much for that to come true. The first order would be all that matters, were it known:
 most of it is what the few tokens of a calibration set happen to say. `counterfactual-agreed` takes
-it times max(0, 1 - s²/m²), the positive part of James and Stein's shrinkage, with m its mean and s
-the standard error of m: the larger of that between sequences and that between domains. All
-of them but `reconstruction` estimate an increase of the loss per token, so that layers can be
-compared.
+it times max(0, 1 - 2 s²/m²), a shrinkage of James and Stein's form, with m its mean and s the
+standard error of m: the larger of that between sequences and that between domains. The 2 is that of
+Akaike's and Mallows' criteria; with 1, little text does harm (eval/LAB.md). All of them but
+`reconstruction` estimate an increase of the loss per token, so that layers can be compared.
 
 Shape legend: D calibration domains, N experts of a layer.
 """
@@ -34,6 +34,8 @@ from torch import Tensor
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.greedy import greedy
 from moe_fair.core.units import GroupView
+
+DOUBT = 2.0  # m² must exceed so many s² for the first order to count
 
 
 def reconstruction(view: GroupView) -> Tensor:
@@ -67,7 +69,7 @@ def agreed_score(view: GroupView) -> Tensor:
 
 
 def agreement(view: GroupView) -> Tensor:
-    """[N] share of the first order that is no accident of the text: max(0, 1 - s²/m²)."""
+    """[N] share of the first order that is no accident of the text: max(0, 1 - 2 s²/m²)."""
     n = view.total_sequences
     mean = view["removed_first"] / n
     if n <= 1:
@@ -83,7 +85,7 @@ def agreement(view: GroupView) -> Tensor:
         means = view.by_domain["removed_first"][seen] / tokens.unsqueeze(1)
         mean = share @ means
         noise = torch.maximum(noise, _relative(share @ (means - mean).square() / more, mean))
-    return (1 - noise).clamp(min=0)
+    return (1 - DOUBT * noise).clamp(min=0)
 
 
 def _relative(variance: Tensor, mean: Tensor) -> Tensor:
