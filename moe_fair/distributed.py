@@ -283,6 +283,8 @@ class _Watch(threading.Thread):
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._troubles = 0
         self._claimed = False
+        self._left = False
+        self._pulses = threading.Lock()  # nobody's last pulse is overwritten by one before it
         self._signals, writer = os.pipe()
         os.set_blocking(writer, False)
         if threading.current_thread() is threading.main_thread():
@@ -309,7 +311,8 @@ class _Watch(threading.Thread):
 
     def leave(self) -> None:
         """This process ends by itself: the others need not ask who killed it."""
-        with suppress(RuntimeError):
+        with self._pulses, suppress(RuntimeError):
+            self._left = True
             self._mine().set(f"pulse/{self.rank}", "done")
 
     def _mine(self) -> Store:
@@ -357,8 +360,10 @@ class _Watch(threading.Thread):
                 self._end_failed()
                 self._end(f"process {self.describe(r)} was killed", 1)
         self._end_failed()
-        self._pulse += 1
-        self._own.set(f"pulse/{self.rank}", str(self._pulse))
+        with self._pulses:
+            if not self._left:
+                self._pulse += 1
+                self._own.set(f"pulse/{self.rank}", str(self._pulse))
         now = time.monotonic()
         heard: dict[str, float] = {}
         for r, m in enumerate(self.members):

@@ -7,6 +7,7 @@ files for what it prints. Nothing that reads the environment when it is imported
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -117,6 +118,7 @@ def _child(command: list[str], stdout: Path, stderr: Path, env: dict[str, str], 
             code = 1
     except BaseException:
         traceback.print_exc()
+    atexit._run_exitfuncs()  # multiprocessing leaves them out
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code or 0)

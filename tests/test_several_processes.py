@@ -76,6 +76,15 @@ def by_hand(tmp_path: Path, world: int, where: str, rank: int, *command: str) ->
     )  # fmt: skip
 
 
+def together(tmp_path: Path, world: int, *command: str) -> str:
+    """Several processes to their end; what the first said."""
+    where = port()
+    every = [by_hand(tmp_path, world, where, rank, *command) for rank in range(world)]
+    logs = [tmp_path / f"log{rank}" for rank in range(world)]
+    assert [p.wait(timeout=400) for p in every] == [0] * world, [x.read_text() for x in logs]
+    return logs[0].read_text()
+
+
 def run_alone(log: Path, *command: str) -> str:
     """One process to its end; what it said."""
     assert moe_fair(log, *command).wait(timeout=400) == 0, log.read_text()
@@ -110,9 +119,9 @@ def test_two_by_accelerate(tmp_path: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_streaming_by_torchrun_read_the_weights_once(tmp_path: Path, alone: Path) -> None:
+def test_three_streaming_read_the_weights_once(tmp_path: Path, alone: Path) -> None:
     streaming = [*SMALL, "--engine", "streaming", "-o"]
-    said = run([*torchrun(3), *streaming, str(tmp_path / "out")], tmp_path / "log")
+    said = together(tmp_path, 3, *streaming, str(tmp_path / "out"))
     same(tmp_path / "out", alone)
     single = run_alone(tmp_path / "log", *streaming, str(tmp_path / "one"))
     read = [re.findall(r"; ([\d,]+) bytes", s) for s in (said, single)]
@@ -122,11 +131,8 @@ def test_three_streaming_by_torchrun_read_the_weights_once(tmp_path: Path, alone
 
 @pytest.mark.slow
 def test_four_are_more_than_a_chunk_has_batches(tmp_path: Path, alone: Path) -> None:
-    where, out = port(), ["-o", str(tmp_path / "out")]
-    every = [by_hand(tmp_path, 4, where, rank, *SMALL, *out) for rank in range(4)]
-    assert [p.wait(timeout=400) for p in every] == [0, 0, 0, 0]
+    said = together(tmp_path, 4, *SMALL, "-o", str(tmp_path / "out"))
     same(tmp_path / "out", alone)
-    said = (tmp_path / "log0").read_text()
     assert "3 of 4 processes share the batches; a chunk has no more than 3" in said
 
 
@@ -166,7 +172,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_evaluation_is_that_of_one_process(evaluated: Path, tmp_path: Path) -> None:
     alone = (evaluated / "log").read_text()
-    shared = run([*accelerate(2), *EVALUATION, "-o", str(tmp_path / "two")], tmp_path / "log")
+    shared = together(tmp_path, 2, *EVALUATION, "-o", str(tmp_path / "two"))
     assert shared.count('"benchmarks"') == 1
     assert shared[shared.index("{") :] == alone[alone.index("{") :]
     one, two = (

@@ -71,7 +71,7 @@ def test_the_numbers_of_the_lm_eval_command(
     out: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
     """Original and pruned, choice and rolling, to the last digit."""
-    few = "--limit", "6"
+    few = "--limit", "3"
     shown = json.loads(run("eval", out, "--baseline", MODEL, *LOCAL, *few, "--json"))
     folder = out / "moe_fair"
     for side, model in (("original", MODEL), ("pruned", out)):
