@@ -17,9 +17,11 @@ import pytest
 import torch
 from places import CALIBRATION, HELDOUT, MODEL, ROOT
 from processes import Python, port
+from torch.distributed import TCPStore
 
 from moe_fair.cli import main
 from moe_fair.core.units import STATISTICS_FILE
+from moe_fair.distributed import _Watch
 
 # six batches in two chunks; the last batch of a domain is a short one
 SMALL = [
@@ -217,6 +219,17 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
     assert all(p.wait(timeout=120) != 0 for p in both)
     [line] = ours(tmp_path / "log0") + ours(tmp_path / "log1")
     assert line.endswith("the router picks top 4; choose 4 to 60 per layer")
+
+
+def test_a_process_that_has_left_is_not_taken_for_killed() -> None:
+    """Its watch looks once more after it has said that it leaves, and does not unsay it."""
+    store = TCPStore("127.0.0.1", int(port()), is_master=True, wait_for_workers=False)
+    watch = _Watch(store, 0, [{"pid": os.getpid(), "host": "here", "node": "here"}])
+    watch.start()
+    watch.leave()
+    watch._look()
+    assert store.get("pulse/0") == b"done"
+    watch.stop()
 
 
 def rank_of(process: psutil.Process) -> str | None:
