@@ -15,9 +15,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from transformers import AutoModelForCausalLM
 
 from moe_fair.core.registry import nearest
 from moe_fair.distributed import ALONE, Team, unlaunched
+from moe_fair.engines.auto import auto_class
 from moe_fair.evaluate.shared_model import SharedModel
 from moe_fair.moe.load import Checkpoint, first_line, pick_device, pick_dtype
 
@@ -129,10 +131,10 @@ def run(source: Checkpoint, benchmark: Benchmark, team: Team = ALONE) -> dict[st
     try:
         with _quiet_git(), unlaunched():
             model: Any = "hf"
-            if team.size > 1:
-                model = SharedModel(
-                    team, **model_args, batch_size=benchmark.batch_size, device=str(device)
-                )
+            auto = auto_class(source.config)
+            if team.size > 1 or auto is not AutoModelForCausalLM:
+                size = {"batch_size": benchmark.batch_size, "device": str(device)}
+                model = SharedModel(team, auto, **model_args, **size)
             found = lm_eval.simple_evaluate(
                 model=model,
                 model_args=model_args,

@@ -1,4 +1,4 @@
-"""A model of lm-eval whose forward passes several processes share.
+"""A model of lm-eval whose forward passes several processes share, of any auto class.
 
 Every process asks all questions and scores all answers, as one alone would; only the batches in
 between are dealt out. They hold the very requests that they hold in one process, so that padding,
@@ -25,11 +25,14 @@ class SharedModel(HFLM):
 
     Args:
         team: the processes that ask the same questions at the same time.
+        auto_class: what loads the model; stock `hf` knows `AutoModelForCausalLM` alone, and of a
+            multimodal model the language model is asked.
         given: as HFLM takes it.
     """
 
-    def __init__(self, team: Team, **given: Any) -> None:
+    def __init__(self, team: Team, auto_class: Any, **given: Any) -> None:
         self._team = team
+        self.AUTO_MODEL_CLASS = auto_class
         self._largest: int | None = None
         super().__init__(**given)
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 from places import HELDOUT, MODEL, ROOT
 from processes import python
+from tiny import tiny_model
+from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import moe_fair
 from moe_fair.cli import main
@@ -110,6 +113,32 @@ def test_a_table_of_two_models(out: Path, run: Callable[..., str]) -> None:
     original, after = (float(x) for x in row.split()[4:6])
     assert after == pytest.approx(sum(i["acc"] for i in items) / 6, abs=1e-4)
     assert float(row.split()[6]) == pytest.approx(after - original, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_of_a_multimodal_model_the_language_model_is_asked(
+    tmp_path: Path, run: Callable[..., str]
+) -> None:
+    """lm-eval's `hf` knows causal models alone; what is scored is the loss of the text."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["qwen3_vl_moe"]
+    model = tiny_model("qwen3_vl_moe", vocab_size=len(tokenizer), architectures=[name]).eval()
+    model.config.text_config.max_position_embeddings = 4096  # every text is one window
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = "local_passages_rust-docs"
+    given = "--tasks", task, "--include-path", TASKS, "--limit", 2, "--log-samples"
+    run("eval", tmp_path / "model", *given, "-o", tmp_path / "found")
+    (samples,) = (tmp_path / "found").rglob("*.samples_*.jsonl")
+    items = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(items) == 2
+    for item in items:
+        ids = tokenizer(item["target"], return_tensors="pt", add_special_tokens=False).input_ids
+        ids = torch.cat([torch.tensor([[tokenizer.eos_token_id]]), ids], 1)
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, :-1]).logits
+        want = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+        assert float(item["filtered_resps"][0]) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_nothing_is_written_into_other_models(tmp_path: Path, run: Callable[..., str]) -> None:
