@@ -360,8 +360,12 @@ def test_text_of_one_domain_or_one_sequence_agrees_with_itself_as_far_as_it_can_
 
 
 def test_a_domain_without_weight_does_not_disagree() -> None:
+    """And twice the weight for all is none for any."""
     model = model_of()
     s = collect(model, batches(), counterfactual=True)
+    for group in s.groups:
+        plain, small = (agreement(s.view(group, {"a": w, "b": w})) for w in (1.0, 0.01))
+        torch.testing.assert_close(plain, small, rtol=1e-9, atol=1e-12)
     only = collect(model, [b for b in batches() if b.domain == 0], counterfactual=True)
     for group in s.groups:
         left = s.view(group, {"b": 0.0})

@@ -36,6 +36,7 @@ from moe_fair.core.greedy import greedy
 from moe_fair.core.units import GroupView
 
 DOUBT = 2.0  # m² must exceed so many s² for the first order to count
+LEAST = 1e-6  # of observations beyond the first: below it a spread says nothing
 
 
 def reconstruction(view: GroupView) -> Tensor:
@@ -70,22 +71,27 @@ def agreed_score(view: GroupView) -> Tensor:
 
 def agreement(view: GroupView) -> Tensor:
     """[N] share of the first order that is no accident of the text: max(0, 1 - 2 s²/m²)."""
-    n = view.total_sequences
-    mean = view["removed_first"] / n
-    if n <= 1:
+    mean = view["removed_first"] / view.total_sequences
+    more = _effective(view.row_weights) - 1
+    if more < LEAST:
         return torch.zeros_like(mean)
-    spread = (view["removed_first_sq"] / n - mean.square()).clamp(min=0) / (n - 1)
-    noise = _relative(spread, mean)
+    spread = (view["removed_first_sq"] / view.total_sequences - mean.square()).clamp(min=0)
+    noise = _relative(spread / more, mean)
     seen = view.domain_tokens > 0
     tokens = view.domain_tokens[seen]
     share = tokens * view.domain_weights[seen]
     share = share / share.sum()
-    more = float(1 / share.square().sum()) - 1  # domains beyond one, as many as weigh in
-    if more > 1e-9:
+    more = _effective(share) - 1
+    if more >= LEAST:
         means = view.by_domain["removed_first"][seen] / tokens.unsqueeze(1)
         mean = share @ means
         noise = torch.maximum(noise, _relative(share @ (means - mean).square() / more, mean))
     return (1 - DOUBT * noise).clamp(min=0)
+
+
+def _effective(weights: Tensor) -> float:
+    """Number of equal weights that average as well as these."""
+    return float(weights.sum() ** 2 / weights.square().sum())
 
 
 def _relative(variance: Tensor, mean: Tensor) -> Tensor:
