@@ -12,6 +12,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from places import MODEL
+from transformers import AutoModelForCausalLM
 
 from moe_fair.distributed import Team
 from moe_fair.evaluate.shared_model import SharedModel
@@ -86,7 +87,7 @@ def models() -> tuple[HFLM, list[SharedModel]]:
     }  # fmt: skip
     first = Threads(0, 2)
     team = [first, Threads(1, 2, box=first.box, barrier=first.barrier)]
-    return HFLM(**given), [SharedModel(member, **given) for member in team]
+    return HFLM(**given), [SharedModel(m, AutoModelForCausalLM, **given) for m in team]
 
 
 @pytest.mark.parametrize("ask", [choices, rolling, written])
