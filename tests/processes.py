@@ -46,8 +46,6 @@ class Python:
         arguments = (given, stdout, stderr or stdout, environment, cwd or Path.cwd())
         self._process = _context.Process(target=_child, args=arguments)
         self._process.start()
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
 
     def poll(self) -> int | None:
         """The exit code, -9 for one killed by that signal; None while it runs."""
@@ -85,6 +83,30 @@ def python(
         finally:
             running.kill()
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+LIMITED = """
+import resource, sys
+import moe_fair.pipeline, moe_fair.tables, moe_fair.report.write  # what is imported counts, too
+from moe_fair.cli import main
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+main(sys.argv[2:])
+"""
+
+
+def limited(
+    megabytes: int, *command: object, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """`moe-fair COMMAND` with so much more memory than the imports take, as by `ulimit -v`.
+
+    Not forked: how memory is allocated is decided when a process starts.
+    """
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(megabytes), *map(str, command)],
+        capture_output=True, text=True, check=False, env={**env, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def port() -> str:

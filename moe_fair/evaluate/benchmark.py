@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import AutoModelForCausalLM
 
+from moe_fair.core.output import partial_path
 from moe_fair.core.registry import nearest
 from moe_fair.distributed import ALONE, Team, unlaunched
 from moe_fair.engines.auto import auto_class
@@ -193,7 +194,7 @@ def _line(item: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, lines: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as f:
         f.writelines(line + "\n" for line in lines)
     partial.replace(path)

@@ -164,7 +164,7 @@ def _step(run: _Run, source: Source, step: int) -> tuple[Source, dict[str, Any]]
     record["top1"] = top1(model, run.data.test, settings.batch_size)
     say(f"{said}top-1 {record['top1_cut']:.2%} after the cut, {record['top1']:.2%} at its end")
     done = replace(cut_source, model=model)
-    partial = fresh(home.with_name(home.name + ".partial"))
+    partial = fresh(partial_path(home))
     save_pruned(model, done, done.history, partial)
     if (home / "cut" / "scored").exists():
         shutil.copytree(home / "cut" / "scored", partial / "scored")
@@ -229,7 +229,7 @@ def _cut(
         "left_whole": graph.whole,
         **removed,
     }
-    partial = fresh(home.with_name(home.name + ".partial"))
+    partial = fresh(partial_path(home))
     save_pruned(model, done, done.history, partial)
     if statistics is not None:
         statistics.save(partial / "scored")

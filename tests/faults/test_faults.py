@@ -13,13 +13,13 @@ import pickle
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from places import CALIBRATION, MODEL
+from processes import limited
 from safetensors.torch import load_file, save_file
 
 import moe_fair
@@ -90,17 +90,6 @@ def test_a_disk_that_is_full_while_statistics_are_saved(
     assert sorted(p.name for p in small_disk.iterdir()) == ["stats"]
 
 
-LIMITED = """
-import resource, sys
-import moe_fair.pipeline, moe_fair.tables, moe_fair.report.write  # what is imported counts, too
-from moe_fair.cli import main
-pages = int(open("/proc/self/statm").read().split()[0])
-most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
-main(sys.argv[2:])
-"""
-
-
 @pytest.mark.slow
 def test_too_little_memory(tmp_path: Path) -> None:
     """The limit of `ulimit -v`, so near to what the imports take that nothing smaller helps."""
@@ -109,12 +98,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         "--batch-size", "4", "-o", tmp_path / "stats",
     ]  # fmt: skip
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "20", *map(str, run)],
-        capture_output=True,
-        text=True,
-        env=kept | {"OMP_NUM_THREADS": "1"},  # with freed memory given back, as users have it
-    )
+    done = limited(20, *run, env=kept)  # freed memory is given back, as users have it
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "moe-fair: error: out of memory" in done.stderr.splitlines()[-1]

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from places import CALIBRATION, HELDOUT, MODEL
-from processes import Python, port
+from processes import Python, limited, port
 from tiny import tiny_model
 
 from moe_fair import pipeline
@@ -271,32 +269,13 @@ def test_a_killed_run_goes_on_and_other_batch_sizes_do_not_mix(
     close(replace(undisturbed, fingerprint=found.fingerprint), found, FLOAT32)
 
 
-LIMITED = """
-import resource, sys
-import moe_fair.pipeline, moe_fair.tables, moe_fair.report.write  # what is imported counts, too
-from moe_fair.cli import main
-pages = int(open("/proc/self/statm").read().split()[0])
-most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
-main(sys.argv[2:])
-"""
-
-
-def limited(megabytes: int, *run: object) -> subprocess.CompletedProcess[str]:
-    """The command with so much more memory than the imports take, as by `ulimit -v`."""
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(megabytes), *map(str, run)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_machine_with_less_memory(tmp_path: Path) -> None:
     run = [
         "calibrate", MODEL, "-c", CALIBRATION / "python.jsonl", "--samples", 16, "--length", 512,
         "--batch-size", 16, "--no-counterfactual", "-o",
     ]  # fmt: skip
-    done = limited(1100, *run, tmp_path / "less")
+    done = limited(1100, *run, tmp_path / "less", env=os.environ)
     assert done.returncode == 0, done.stderr
     lines = [x for x in done.stderr.splitlines() if "out of memory" in x]
     assert lines

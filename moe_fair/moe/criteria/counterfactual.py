@@ -84,7 +84,7 @@ def agreement(view: GroupView) -> Tensor:
     more = _effective(share) - 1
     if more >= LEAST:
         means = view.by_domain["removed_first"][seen] / tokens.unsqueeze(1)
-        mean = share @ means
+        mean = first_order(view)
         noise = torch.maximum(noise, _relative(share @ (means - mean).square() / more, mean))
     return (1 - DOUBT * noise).clamp(min=0)
 
