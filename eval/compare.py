@@ -238,7 +238,7 @@ class Subject:
         from moe_fair import checks, pipeline
         from moe_fair.core.allocate import allocator, needs
         from moe_fair.core.cost_curves import holds_curves
-        from moe_fair.costing import measure_curves
+        from moe_fair.costing import holds_alone, measure_alone, measure_curves
 
         assert statistics is not None  # collected for this method
         if _searches(method):
@@ -246,6 +246,8 @@ class Subject:
 
             return search(chosen, statistics, evaluations=self.args.evaluations), statistics
         removal, _, rule = checks.method(chosen)
+        if checks.with_needs(chosen).alone and not holds_alone(statistics):
+            statistics = measure_alone(chosen, self.source, self.text, statistics, None, _quiet)
         if needs(allocator(rule), "costs") and not holds_curves(statistics, removal.name, None):
             with tempfile.TemporaryDirectory() as work:
                 statistics = measure_curves(

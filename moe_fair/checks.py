@@ -25,9 +25,11 @@ PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
 
 def with_needs(recipe: Recipe, *others: Recipe) -> Recipe:
     """The recipe that also collects what its method, and others', need beyond the usual."""
-    both = [c for r in (recipe, *others) for c in method(r)[:2]]
-    needed = {n for c in both if c is not None for n in c.needs}
-    extra = {"sketch": "u_score", "gated_gram": "gram"}
+    used = [c for r in (recipe, *others) for c in method(r)[:2]]
+    if recipe.curves is not None:
+        used.append(criterion(recipe.curves))
+    needed = {n for c in used if c is not None for n in c.needs}
+    extra = {"sketch": "u_score", "gated_gram": "gram", "alone_change": "alone"}
     return recipe.with_settings({setting: True for n, setting in extra.items() if n in needed})
 
 

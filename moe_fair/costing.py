@@ -1,11 +1,12 @@
-"""Measuring what each layer's depth costs: loss changes on a share of the calibration text."""
+"""Measuring what removals cost, of experts alone and of a layer's first so many: loss changes on a
+share of the calibration text."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from moe_fair.collecting import Say, choose_engine
+from moe_fair.collecting import Say, choose_engine, collect
 from moe_fair.core.cost_curves import attach, depths_to_measure
 from moe_fair.core.ranking import block_order
 from moe_fair.core.units import Statistics
@@ -15,19 +16,26 @@ from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint
 from moe_fair.recipe import Recipe
 
+CURVE_COSTS = "cost curves", "an --allocate that needs no measured costs (uniform, global, tod)"
+ALONE_COSTS = "removals of single experts", "a criterion that needs none (counterfactual)"
+MEASURED = "alone_change", "alone_first", "alone_fisher", "alone_tokens"  # names in the statistics
 
-def check_curves(recipe: Recipe, source: Checkpoint) -> None:
-    """Cost curves can be measured here.
+
+def check_costs(recipe: Recipe, source: Checkpoint, what: tuple[str, str]) -> None:
+    """Costs can be measured here.
+
+    Args:
+        what: CURVE_COSTS or ALONE_COSTS: what is measured, and what does without.
 
     Raises:
         ValueError: the model would be streamed; says why and what to do.
     """
     chosen = choose_engine(recipe, source)
     if chosen.engine == "streaming":
+        measured, instead = what
         raise ValueError(
-            f"cost curves run the whole model in memory, and the engine is streaming ({chosen.why})"
-            "; use --engine resident (with --max-memory where there is room), or an --allocate "
-            "that needs no measured costs (uniform, global, tod)"
+            f"{measured} run the whole model in memory, and the engine is streaming ({chosen.why})"
+            f"; use --engine resident (with --max-memory where there is room), or {instead}"
         )
 
 
@@ -48,7 +56,7 @@ def measure_curves(
         work: where each layer's measurements are kept until the result is safe; a run that was
             killed goes on at the next layer.
     """
-    check_curves(recipe, source)
+    check_costs(recipe, source, CURVE_COSTS)
     scores = criterion(removal)(statistics, recipe.weights)
     wanted: Sets = {}
     for g in statistics.groups:
@@ -64,6 +72,56 @@ def measure_curves(
         statistics, removals.changes, removal, recipe.weights,
         sequences=len(part.sequences), tokens=part.tokens,
     )  # fmt: skip
+
+
+def measure_alone(
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    statistics: Statistics,
+    work: Path | None = None,
+    say: Say = lambda _: None,
+) -> Statistics:
+    """The statistics with the measured loss change of every expert removed alone.
+
+    Added are, per calibration domain and expert and summed over the tokens of the share,
+    `alone_change`, the change of the loss in nats, and on the same tokens `alone_first`, Σ δ, and
+    `alone_fisher`, Σ ½ δ² (see `moe.criteria.counterfactual`); `alone_tokens` counts them.
+
+    Args:
+        text: the calibration set, of which `recipe.curve_samples` sequences are measured.
+        work: where each layer's measurements are kept until the result is safe; a run that was
+            killed goes on at the next layer.
+    """
+    check_costs(recipe, source, ALONE_COSTS)
+    part = share(text, recipe.curve_samples)
+    wanted = {g.name: [[e] for e in range(g.size)] for g in statistics.groups}
+    removals = Removals(recipe, source, part, wanted, work / "layers" if work else None)
+    before = f"; {removals.earlier} layers were done before" if removals.earlier else ""
+    say(f"measuring each expert's removal alone on {part.tokens:,} tokens{before}")
+    only = recipe.with_settings(
+        {"taylor": True, "counterfactual": True, "u_score": False, "gram": False}
+    )
+    near = collect(only, source, part, work=work)
+    assert near is not None  # the other processes take no part
+    removals.measure("removing experts")
+    sums = {
+        g.name: {
+            **statistics.sums[g.name],
+            "alone_change": removals.by_domain(g.name),
+            "alone_first": near.sums[g.name]["removed_first"],
+            "alone_fisher": 0.5 * near.sums[g.name]["removed_gram"].diagonal(dim1=1, dim2=2),
+            "alone_tokens": near.tokens.unsqueeze(1).expand(-1, g.size).contiguous(),
+        }
+        for g in statistics.groups
+    }
+    facts = {"sequences": len(part.sequences), "tokens": part.tokens}
+    return replace(statistics, sums=sums, facts={**statistics.facts, "alone": facts})
+
+
+def holds_alone(statistics: Statistics) -> bool:
+    """The statistics hold what `measure_alone` adds."""
+    return all(n in statistics.sums.get(g.name, {}) for g in statistics.groups for n in MEASURED)
 
 
 def share(text: CalibrationSet, count: int) -> CalibrationSet:

@@ -18,10 +18,13 @@ from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
 Sets = dict[str, list[list[int]]]
+LAYOUT = "batches"  # of the numbers in a layer's file
 
 
 class Removals:
     """The loss change when each of some sets of experts leaves its layer; see `RemovalLosses`.
+
+    Shape legend: D calibration domains, J batches, R sets of a layer.
 
     Args:
         recipe: how the model is run: batch_size, dtype, device.
@@ -30,7 +33,8 @@ class Removals:
         work: where each layer's changes are kept; a run that was killed goes on at the next layer.
 
     Attributes:
-        changes: block name -> [R] float64, as far as they are known.
+        by_batch: block name -> [J, R] float64, changes of each batch's summed loss, as far as they
+            are known.
         earlier: how many layers a killed run has left.
         loss: of the whole model, in nats; NaN before anything is known.
         tokens: how many predictions are measured.
@@ -47,13 +51,25 @@ class Removals:
         self.recipe, self.source, self.text, self.sets = recipe, source, text, sets
         self.batches = text.batches(recipe.batch_size)
         self.tokens = sum(int(b.mask[:, 1:].sum()) for b in self.batches)
-        self.changes: dict[str, Tensor] = {}
+        self.by_batch: dict[str, Tensor] = {}
         self.loss = math.nan
         layers = {b.name: b.layer for b in source.blocks}
         self._homes = {n: work / f"layer-{layers[n]:05d}.json" for n in sets} if work else {}
         for name, home in self._homes.items():
             self._read(name, home)
-        self.earlier = len(self.changes)
+        self.earlier = len(self.by_batch)
+
+    @property
+    def changes(self) -> dict[str, Tensor]:
+        """Block name -> [R] float64, changes of the mean loss."""
+        return {n: c.sum(0) / self.tokens for n, c in self.by_batch.items()}
+
+    def by_domain(self, name: str) -> Tensor:
+        """[D, R] float64, changes of each domain's summed loss, for one block."""
+        domains = torch.tensor([b.domain for b in self.batches])
+        found = self.by_batch[name]
+        empty = found.new_zeros(len(self.text.domains), found.shape[1])
+        return empty.index_add(0, domains, found)
 
     def measure(self, what: str) -> None:
         """Whatever is not known yet.
@@ -61,7 +77,7 @@ class Removals:
         Args:
             what: said in front of the progress bar.
         """
-        missing = {n: s for n, s in self.sets.items() if n not in self.changes}
+        missing = {n: s for n, s in self.sets.items() if n not in self.by_batch}
         if not missing:
             return
         depth = self.source.config.get_text_config().num_hidden_layers
@@ -69,7 +85,7 @@ class Removals:
             model = self.source.load(self.recipe.dtype, self.recipe.device)
             losses = RemovalLosses(model, self.batches, progress.visit)
             for name, change in losses.measure(missing):
-                self.changes[name], self.loss = change, losses.loss
+                self.by_batch[name], self.loss = change, losses.loss
                 if name in self._homes:
                     self._save(name)
 
@@ -78,7 +94,7 @@ class Removals:
         device = pick_device(self.recipe.device)
         key = {
             "model": self.source.fingerprint, "text": self.text.digest, "sets": self.sets[name],
-            "batch": self.recipe.batch_size, "device": device.type,
+            "batch": self.recipe.batch_size, "device": device.type, "layout": LAYOUT,
             "dtype": str(weight_dtype(self.source, self.recipe.dtype, device)),
         }  # fmt: skip
         return digest(key)
@@ -88,12 +104,12 @@ class Removals:
         try:
             found = json.loads(home.read_text())
             if found["key"] == self._key(name):
-                self.changes[name] = torch.tensor(found["changes"], dtype=torch.float64)
+                self.by_batch[name] = torch.tensor(found["changes"], dtype=torch.float64)
                 self.loss = float(found["loss"])
         except (OSError, ValueError, KeyError, TypeError):
             return  # not there, or damaged: measured again
 
     def _save(self, name: str) -> None:
         home = self._homes[name]
-        about = {"key": self._key(name), "loss": self.loss, "changes": self.changes[name].tolist()}
+        about = {"key": self._key(name), "loss": self.loss, "changes": self.by_batch[name].tolist()}
         write_whole(home, json.dumps(about))

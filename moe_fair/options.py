@@ -149,6 +149,15 @@ Gram = Annotated[
         panel=TEXT,
     ),
 ]
+Alone = Annotated[
+    bool | None,
+    option(
+        "--alone/--no-alone",
+        text="Also measure the loss with each expert removed alone, for --method "
+        "counterfactual-measured  [default: --no-alone; prune measures what its method needs]",
+        panel=TEXT,
+    ),
+]
 Curves = Annotated[
     str | None,
     option(
@@ -162,7 +171,7 @@ CurveSamples = Annotated[
     int | None,
     option(
         "--curve-samples",
-        text="Calibration sequences on which cost curves are measured  [default: 16]",
+        text="Calibration sequences on which --alone and cost curves are measured  [default: 16]",
         panel=TEXT,
     ),
 ]

@@ -45,7 +45,7 @@ def measure_oracle(
     removals = Removals(recipe, source, text, singles, work)
     if removals.earlier:
         say(f"going on: {removals.earlier} of {len(singles)} layers were done before")
-    left = sum(len(s) for n, s in singles.items() if n not in removals.changes)
+    left = sum(len(s) for n, s in singles.items() if n not in removals.by_batch)
     say(f"oracle: {left} removals on {removals.tokens:,} tokens")
     removals.measure("removing")
     return Oracle(

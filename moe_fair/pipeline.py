@@ -27,7 +27,14 @@ from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
-from moe_fair.costing import check_curves, measure_curves
+from moe_fair.costing import (
+    ALONE_COSTS,
+    CURVE_COSTS,
+    check_costs,
+    holds_alone,
+    measure_alone,
+    measure_curves,
+)
 from moe_fair.distributed import ALONE, Team, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import (
@@ -40,7 +47,6 @@ from moe_fair.moe.calibration import (
 )
 from moe_fair.moe.checkpoint import count_path, write_model
 from moe_fair.moe.choose import PACKED
-from moe_fair.moe.criteria import criterion
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.merge import check_mergeable, merging, write_merged
 from moe_fair.moe.repair import LayerRepair
@@ -73,14 +79,18 @@ def calibrate(
     if output is not None and us.first:
         check_output(output)
     source = open_model(recipe)
+    every = with_needs(recipe, *rivals(recipe).values())
     if recipe.curves is not None:
-        criterion(recipe.curves)
-        check_curves(recipe, source)
+        check_costs(recipe, source, CURVE_COSTS)
+    if every.alone:
+        check_costs(recipe, source, ALONE_COSTS)
     check_rivals(recipe, source)
     text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
     work = work_folder(output, recipe) if output is not None else None
-    every = with_needs(recipe, *rivals(recipe).values())
     statistics = collect(every, source, text, say, work, us)
+    if every.alone and statistics is not None:
+        home = work / "alone" if work else None
+        statistics = measure_alone(recipe, source, text, statistics, home, say)
     if recipe.curves is not None and statistics is not None:
         home = work / "curves" if work else None
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
@@ -211,19 +221,26 @@ class _Pruning:
         if self.us.first:
             check_disk(size, self.output)
         self.say(f"disk: about {size / 1e9:.2f} GB for the result")
+        every = with_needs(recipe, *rivals(recipe).values())
+        alone = every.alone and (statistics is None or not holds_alone(statistics))
         costly = _unmeasured(recipe, statistics)
         if costly is not None:
-            check_curves(recipe, source)
+            check_costs(recipe, source, CURVE_COSTS)
+        if alone:
+            check_costs(recipe, source, ALONE_COSTS)
         check_rivals(recipe, source)
         if statistics is None:
             self._text = self.us.told(lambda: calibration_set(recipe, source, self.say))
             text, self._trial = parted(recipe, self._text, self.say)
-            every = with_needs(recipe, *rivals(recipe).values())
             statistics = collect(every, source, text, self.say, self.work, self.us)
         if self.us.first and statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
-            if costly is not None:
+            if alone or costly is not None:
                 text = self._same_text(statistics.facts["calibration"])
+            if alone:
+                home = self.work / "alone"
+                statistics = measure_alone(recipe, source, text, statistics, home, self.say)
+            if costly is not None:
                 home = self.work / "curves"
                 statistics = measure_curves(
                     recipe, source, text, statistics, costly, home, self.say

@@ -53,8 +53,9 @@ class Recipe:
         counterfactual: also collect what each expert's removal would change in its layer.
         u_score: also keep the distributions of each expert's outputs per calibration domain.
         gram: also collect the products of what any two experts of a layer add to its output.
-        curves: removal score in whose order `calibrate` also measures cost curves; curve_samples:
-            calibration sequences they are measured on.
+        alone: also measure the loss with each expert removed alone.
+        curves: removal score in whose order `calibrate` also measures cost curves.
+        curve_samples: calibration sequences on which these two are measured.
         method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
             with that method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
         removal, protection, allocate: replace the method's own scores or allocator.
@@ -97,6 +98,7 @@ class Recipe:
     counterfactual: bool = True
     u_score: bool = False
     gram: bool = False
+    alone: bool = False
     curves: str | None = None
     curve_samples: int = 16
     method: str | None = None

@@ -151,6 +151,10 @@ def test_curves_of_another_score_are_refused(
         (["calibrate", "--curves", "raep"], "did you mean 'reap'"),
         (["calibrate", "--curves", "reap", "--curve-samples", "0"], "--curve-samples 0 is below 1"),
         (["prune", "--experts", "40", "--allocate", "fisher", "--no-taylor"], "--no-taylor"),
+        (["calibrate", "--alone", "--engine", "streaming"],
+         "removals of single experts run the whole model in memory, and the engine is streaming"),
+        (["prune", "--experts", "40", "--method", "counterfactual-measured", "--max-memory", "1MB"],
+         "or a criterion that needs none (counterfactual)"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )  # fmt: skip

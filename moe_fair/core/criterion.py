@@ -47,7 +47,7 @@ class Criterion:
                 raise ValueError(
                     f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics "
                     "do not hold; --no-taylor and --no-counterfactual leave some out, --u-score "
-                    "adds the sketch and --gram gated_gram: calibrate again"
+                    "adds the sketch, --gram gated_gram, --alone measured removals: calibrate again"
                 )
             score = self.score(view).to(torch.float64)
             assert score.shape == (group.size,), (self.name, score.shape, group.size)

@@ -5,7 +5,7 @@ without every wanted set is known from one pass of the experts (`counterfactual`
 continues through the layers that follow. A loop over whole models with masked routers gives the
 same numbers and takes more than twice as long.
 
-Shape legend: B sequences, L tokens, T = B·L, K top-k, R removals, D model.
+Shape legend: J batches, B sequences, L tokens, T = B·L, K top-k, R removals, D model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from moe_fair.moe.watch import Watch
 
 # out + Δ stands for the layer run again where the two agree to this, relative to the output
 ADDITIVE = 1e-5
+# weights of a router that agree to this, relative to each, are the same but for rounding
+SAME = 1e-6
 
 Sets = Sequence[Sequence[int]]
 
@@ -52,7 +54,7 @@ class RemovalLosses:
 
     @torch.no_grad()
     def measure(self, sets: Mapping[str, Sets]) -> Iterator[tuple[str, Tensor]]:
-        """For each MoE layer, in order, [R] float64 changes of the mean loss in nats.
+        """For each MoE layer, in order, [J, R] float64 changes of each batch's summed loss in nats.
 
         Args:
             sets: group name -> the sets of experts to remove; layers that are not named are passed.
@@ -68,7 +70,7 @@ class RemovalLosses:
         for i, layer in enumerate(layers):
             block = self.blocks.get(i)
             wanted = sets.get(block.name) if block else None
-            change = torch.zeros(len(wanted or ()), dtype=torch.float64)
+            change = torch.zeros(len(self.batches), len(wanted or ()), dtype=torch.float64)
             for j, batch in enumerate(self.visit("removing", i, self.batches)):
                 if block is None or not wanted:
                     hidden[j] = calls[j][i].run(layer, hidden[j])
@@ -77,10 +79,10 @@ class RemovalLosses:
                 for r, variant in variants:
                     for call, later in zip(calls[j][i + 1 :], layers[i + 1 :], strict=True):
                         variant = call.run(later, variant)
-                    change[r] += self._loss(batch, variant) - before[j]
+                    change[j, r] = self._loss(batch, variant) - before[j]
                 hidden[j] = out
             if block is not None and wanted:
-                yield block.name, change / self.tokens
+                yield block.name, change
 
     def _loss(self, batch: Batch, last: Tensor) -> float:
         """Summed next-token loss."""
@@ -93,7 +95,9 @@ def _without(
 ) -> tuple[Tensor, Iterator[tuple[int, Tensor]]]:
     """The layer's output [B, L, D]; number and output of each set that changes it.
 
-    A set that no token of the batch is routed to changes nothing, here and in all later layers.
+    Where every token keeps its experts and their weights nothing changes, here and in all later
+    layers. That no token is routed to a set is not enough: without renormalisation of the top k
+    its share of the softmax goes to the others.
     """
     tap, rerouting = Watch(block), Rerouting(block)
     rerouting.attach()
@@ -103,8 +107,9 @@ def _without(
         ids, weights = rerouting.routes(tap.index, tap.weights, sets)
     finally:
         rerouting.detach()
-    used = set(tap.index[batch.mask.flatten().bool()].unique().tolist())
-    touched = [r for r, s in enumerate(sets) if not used.isdisjoint(s)]
+    real = batch.mask.flatten().bool()
+    moved = ((weights - weights[:1]).abs() > SAME * weights[:1].abs()) | (ids != ids[:1])
+    touched = moved[1:, real].flatten(1).any(1).nonzero().flatten().tolist()
 
     def again(r: int) -> Tensor:
         with tap.answering(ids[r + 1], weights[r + 1].to(tap.weights.dtype)):

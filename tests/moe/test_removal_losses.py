@@ -33,10 +33,10 @@ def batches() -> list[Batch]:
     ]
 
 
-def loss(model: Any) -> float:
+def loss(model: Any, text: list[Batch] | None = None) -> float:
     """Mean next-token loss over the batches, written anew."""
     total, count = 0.0, 0
-    for b in batches():
+    for b in batches() if text is None else text:
         with torch.no_grad():
             logits = model(b.input_ids, attention_mask=b.mask).logits
         for row, ids, mask in zip(logits.double(), b.input_ids, b.mask, strict=True):
@@ -47,22 +47,29 @@ def loss(model: Any) -> float:
     return total / count
 
 
-def test_experts_without_tokens_change_nothing() -> None:
-    model: Any = tiny_model("qwen2_moe").eval()
+@pytest.mark.parametrize(("kind", "still"), [("mixtral", True), ("qwen2_moe", False)])
+def test_experts_without_tokens_change_what_the_router_makes_of_their_share(
+    kind: str, still: bool
+) -> None:
+    """Nothing where the top k are renormalised; elsewhere their share goes to the others."""
+    model: Any = tiny_model(kind).eval()
     [block, *_] = find_blocks(model)
     every = {block.name: [[e] for e in range(block.num_experts)]}
     ids = torch.tensor([[5, 9, 77], [64, 3, 3]])
     batch = Batch(ids, torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.arange(2), 0)
     seen: set[int] = set()
-    block.experts.register_forward_pre_hook(
+    hook = block.experts.register_forward_pre_hook(
         lambda _, given: seen.update(given[1][batch.mask.flatten().bool()].flatten().tolist())
     )
-    with torch.no_grad():
-        model(ids, attention_mask=batch.mask)
-    used = set(seen)
-    [(_, change)] = RemovalLosses(model, [batch]).measure(every)
-    assert 0 < len(used) < block.num_experts
-    assert {e for e, c in enumerate(change.tolist()) if c != 0} == used
+    whole = loss(model, [batch])
+    hook.remove()
+    [(_, [change])] = RemovalLosses(model, [batch]).measure(every)
+    unused = set(range(block.num_experts)) - seen
+    assert unused
+    assert {float(change[e]) == 0 for e in unused} == {still}
+    for e in range(block.num_experts):
+        with masked(model, {block.name: [i for i in range(block.num_experts) if i != e]}):
+            assert float(change[e]) / 3 == pytest.approx(loss(model, [batch]) - whole, abs=2e-6)
 
 
 # top-k of a softmax; renormalised; groups and bias; biases of the router; a residual multiplier
@@ -73,7 +80,7 @@ def test_removals_equal_masked_models(kind: str) -> None:
     per_group = [[0], [3], [1, 2]]
     sets = {b.name: per_group for b in blocks}
     losses = RemovalLosses(model, batches())
-    found = dict(losses.measure(sets))
+    found = {n: c.sum(0) / losses.tokens for n, c in losses.measure(sets)}
     base = loss(model)
     assert losses.loss == pytest.approx(base, abs=1e-6)
     assert losses.tokens == 23 + 14 + 23 + 8 + 8

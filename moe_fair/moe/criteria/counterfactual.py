@@ -13,6 +13,7 @@ weighing again, Δ_e(t) = y₋ₑ(t) − y(t), ℓ the summed loss of a sequence
     counterfactual-set     what ½ Σ_{e,f∈S} C_ef grows by as a set S is taken out greedily, with
                            C_ef = Σ_t δ_e δ_f, and 0 in place of what is negative between two
     counterfactual-agreed  the same, and Σ_t δ_e as far as the calibration text agrees on it
+    counterfactual-measured  of each expert alone: the loss change measured on a share of the text
 
 The set knows that experts may be spared singly and not together: experts that stand in for one
 another have δ of one sign on the same tokens. Where two δ cancel it gives no credit: deep cuts
@@ -22,6 +23,14 @@ it times max(0, 1 - 2 s²/m²), a shrinkage of James and Stein's form, with m it
 standard error of m: the larger of that between sequences and that between domains. The 2 is that of
 Akaike's and Mallows' criteria; with 1, little text does harm (eval/LAB.md). All of them but
 `reconstruction` estimate an increase of the loss per token, so that layers can be compared.
+
+Where an expert's removal changes much, no expansion around the whole model holds: in a first layer
+without shared experts ½ δ² can be a quarter of the truth. `counterfactual-measured` removes every
+expert alone on a small share S of the calibration text and measures κ, what the loss rises by
+beyond the first order there: that is known, and an accident of S. A layer's Σ κ over its Σ ½ δ² on
+S scales ½ δ² of the whole text to a prior; κ is shrunk toward it as far as its own spread between
+domains asks for, in James and Stein's way, and the first order of the whole text, as far as it is
+agreed on, is added.
 
 Shape legend: D calibration domains, N experts of a layer.
 """
@@ -67,6 +76,39 @@ def set_score(view: GroupView) -> Tensor:
 def agreed_score(view: GroupView) -> Tensor:
     """[N] what each expert adds when its turn comes, with the first order that is agreed on."""
     return _added(view, first_order(view) * agreement(view))
+
+
+def measured_score(view: GroupView) -> Tensor:
+    """[N] loss change by each expert's removal alone, measured where it is known well."""
+    known, spread = _beyond_first(view)
+    of_share = view["alone_fisher"] / view["alone_tokens"]
+    scale = max(0.0, float(known.sum()) / max(float(of_share.sum()), 1e-300))
+    prior = scale * fisher(view)
+    apart = float((known - prior).square().sum())
+    trust = 0.5  # as much as the prior's
+    if spread is not None:
+        trust = max(0.0, 1 - spread / apart) if apart > 0 else 0.0
+    return prior + trust * (known - prior) + first_order(view) * agreement(view)
+
+
+def _beyond_first(view: GroupView) -> tuple[Tensor, float | None]:
+    """[N] κ, the measured change less the first order on the same tokens; Σ of its variances.
+
+    The latter is None with one domain, which says nothing of a spread between several.
+    """
+    beyond = view["alone_change"] - view["alone_first"]
+    known = beyond / view["alone_tokens"]
+    tokens = view.by_domain["alone_tokens"][:, 0]
+    seen = (tokens > 0) & (view.domain_weights > 0)
+    tokens = tokens[seen]
+    share = tokens * view.domain_weights[seen]
+    share = share / share.sum()
+    more = _effective(share) - 1
+    parts = view.by_domain["alone_change"][seen] - view.by_domain["alone_first"][seen]
+    apart = parts / tokens.unsqueeze(1) - known
+    if more < LEAST:
+        return known, None
+    return known, float((share @ apart.square()).sum() / more)
 
 
 def agreement(view: GroupView) -> Tensor:
@@ -120,5 +162,11 @@ criteria = (
     Criterion(
         "counterfactual-agreed", ("removed_first", "removed_first_sq", "removed_gram"),
         "this project", agreed_score,
+    ),
+    Criterion(
+        "counterfactual-measured",
+        ("alone_change", "alone_first", "alone_fisher", "alone_tokens", "removed_first",
+         "removed_first_sq", "removed_gram"),
+        "this project", measured_score,
     ),
 )  # fmt: skip
