@@ -19,6 +19,7 @@ from moe_fair.cli import main
 from moe_fair.core.units import GroupView, Statistics, UnitGroup
 from moe_fair.costing import holds_alone, measure_alone, share
 from moe_fair.moe.criteria import criterion
+from moe_fair.moe.criteria.counterfactual import agreement
 from moe_fair.recipe import Recipe
 
 SCORE = "counterfactual-measured"
@@ -149,11 +150,8 @@ def test_the_score_is_its_formula(seed: int, domains: int) -> None:
     """Expert by expert in plain Python."""
     view = view_of(seed, domains)
     by = {k: v.tolist() for k, v in view.by_domain.items()}
-    tokens, share_tokens = (
-        [t[0] * 4 for t in by["alone_tokens"]],
-        [t[0] for t in by["alone_tokens"]],
-    )
-    n, m = sum(tokens), sum(share_tokens)
+    share_tokens = [t[0] for t in by["alone_tokens"]]
+    n, m = 4 * sum(share_tokens), sum(share_tokens)
     size = view.group.size
     known = [
         sum(by["alone_change"][d][e] - by["alone_first"][d][e] for d in range(domains)) / m
@@ -161,44 +159,23 @@ def test_the_score_is_its_formula(seed: int, domains: int) -> None:
     ]
     near = [sum(by["alone_fisher"][d][e] for d in range(domains)) / m for e in range(size)]
     half = [sum(by["removed_gram"][d][e][e] for d in range(domains)) / 2 / n for e in range(size)]
-    prior = [sum(known) / sum(near) * h for h in half]
-    trust = 0.5
-    if domains > 1:
-        parts = [t / m for t in share_tokens]
-        spread = 0.0
-        for e in range(size):
-            for d in range(domains):
-                own = (by["alone_change"][d][e] - by["alone_first"][d][e]) / share_tokens[d]
-                spread += parts[d] * (own - known[e]) ** 2
-        spread /= 1 / sum(p**2 for p in parts) - 1
-        apart = sum((k - p) ** 2 for k, p in zip(known, prior, strict=True))
-        trust = max(0.0, 1 - spread / apart)
-    agreed = criterion("counterfactual-first").score(view)
-    from moe_fair.moe.criteria.counterfactual import agreement
-
+    scaled = [sum(known) / sum(near) * h for h in half]
+    first = [sum(by["removed_first"][d][e] for d in range(domains)) / n for e in range(size)]
     wanted = [
-        p + trust * (k - p) + float(f * a)
-        for k, p, f, a in zip(known, prior, agreed, agreement(view), strict=True)
+        (k + s) / 2 + f * float(a)
+        for k, s, f, a in zip(known, scaled, first, agreement(view), strict=True)
     ]
     got = criterion(SCORE).score(view)
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_measurements_that_domains_do_not_share_are_not_believed() -> None:
-    """All of them where the domains say the same, none where each says something else."""
-    size, tokens = 6, torch.tensor([[25.0], [50.0], [75.0]], dtype=torch.float64)
-    nothing = torch.zeros(3, size, dtype=torch.float64)
-    truth = torch.tensor([5.0, 1, 0, 2, 9, 3], dtype=torch.float64)
-    alike = view_of(4, 3, alone_change=tokens * truth, alone_first=nothing, removed_first=nothing)
-    torch.testing.assert_close(criterion(SCORE).score(alike), truth)
-    noise = torch.randn(3, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    noise[2] = -(noise[0] + 2 * noise[1]) / 3  # of all domains together there is none
-    wild = view_of(
-        4, 3, alone_change=tokens * (truth + 100 * noise), alone_first=nothing,
-        removed_first=nothing,
-    )  # fmt: skip
-    score, half = criterion(SCORE).score(wild), criterion("counterfactual-fisher").score(wild)
-    torch.testing.assert_close(score / half, (score / half)[0].expand(size))  # the prior alone
+def test_a_layer_that_gains_by_every_removal_expects_nothing() -> None:
+    """δ² scaled below 0 would turn its order round."""
+    tokens = torch.tensor([[25.0], [50.0]], dtype=torch.float64)
+    truth = torch.tensor([-5.0, -1, 0, -2, -9, -3], dtype=torch.float64)
+    nothing = torch.zeros(2, 6, dtype=torch.float64)
+    view = view_of(4, 2, alone_change=tokens * truth, alone_first=nothing, removed_first=nothing)
+    torch.testing.assert_close(criterion(SCORE).score(view), truth / 2)
 
 
 def test_the_commands_measure_what_the_score_needs(
