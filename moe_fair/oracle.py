@@ -49,7 +49,7 @@ def measure_oracle(
     say(f"oracle: {left} removals on {removals.tokens:,} tokens")
     removals.measure("removing")
     return Oracle(
-        changes={n: removals.changes[n] for n in singles},
+        changes=removals.changes,
         loss=removals.loss,
         tokens=removals.tokens,
         fingerprint={**source.fingerprint, "calibration": text.digest},
