@@ -79,12 +79,12 @@ def calibrate(
     if output is not None and us.first:
         check_output(output)
     source = open_model(recipe)
+    check_rivals(recipe, source)
     every = with_needs(recipe, *rivals(recipe).values())
     if recipe.curves is not None:
         check_costs(recipe, source, CURVE_COSTS)
     if every.alone:
         check_costs(recipe, source, ALONE_COSTS)
-    check_rivals(recipe, source)
     text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
     work = work_folder(output, recipe) if output is not None else None
     statistics = collect(every, source, text, say, work, us)
@@ -221,6 +221,7 @@ class _Pruning:
         if self.us.first:
             check_disk(size, self.output)
         self.say(f"disk: about {size / 1e9:.2f} GB for the result")
+        check_rivals(recipe, source)
         every = with_needs(recipe, *rivals(recipe).values())
         alone = every.alone and (statistics is None or not holds_alone(statistics))
         costly = _unmeasured(recipe, statistics)
@@ -228,7 +229,6 @@ class _Pruning:
             check_costs(recipe, source, CURVE_COSTS)
         if alone:
             check_costs(recipe, source, ALONE_COSTS)
-        check_rivals(recipe, source)
         if statistics is None:
             self._text = self.us.told(lambda: calibration_set(recipe, source, self.say))
             text, self._trial = parted(recipe, self._text, self.say)
