@@ -63,11 +63,7 @@ def measure_curves(
         order = block_order(scores.values[g.name].numpy(), g.blocks).tolist()
         wanted[g.name] = [order[:m] for m in depths_to_measure(g)]
     part = share(text, recipe.curve_samples)
-    removals = Removals(recipe, source, part, wanted, work)
-    about = f"cost curves of {removal} on {len(part.sequences)} sequences, {part.tokens:,} tokens"
-    before = f"; {removals.earlier} layers were done before" if removals.earlier else ""
-    say(f"measuring {about}{before}")
-    removals.measure("measuring costs")
+    removals = _measured(recipe, source, part, wanted, work, f"cost curves of {removal}", say)
     return attach(
         statistics, removals.changes, removal, recipe.weights,
         sequences=len(part.sequences), tokens=part.tokens,
@@ -96,15 +92,13 @@ def measure_alone(
     check_costs(recipe, source, ALONE_COSTS)
     part = share(text, recipe.curve_samples)
     wanted = {g.name: [[e] for e in range(g.size)] for g in statistics.groups}
-    removals = Removals(recipe, source, part, wanted, work / "layers" if work else None)
-    before = f"; {removals.earlier} layers were done before" if removals.earlier else ""
-    say(f"measuring each expert's removal alone on {part.tokens:,} tokens{before}")
+    layers = work / "layers" if work else None
+    removals = _measured(recipe, source, part, wanted, layers, "each expert's removal alone", say)
     only = recipe.with_settings(
         {"taylor": True, "counterfactual": True, "u_score": False, "gram": False}
     )
     near = collect(only, source, part, work=work)
     assert near is not None  # the other processes take no part
-    removals.measure("removing experts")
     sums = {
         g.name: {
             **statistics.sums[g.name],
@@ -122,6 +116,23 @@ def measure_alone(
 def holds_alone(statistics: Statistics) -> bool:
     """The statistics hold what `measure_alone` adds."""
     return all(n in statistics.sums.get(g.name, {}) for g in statistics.groups for n in MEASURED)
+
+
+def _measured(
+    recipe: Recipe,
+    source: Checkpoint,
+    part: CalibrationSet,
+    wanted: Sets,
+    work: Path | None,
+    what: str,
+    say: Say,
+) -> Removals:
+    """The loss changes of the wanted removals, those that a killed run has left included."""
+    removals = Removals(recipe, source, part, wanted, work)
+    before = f"; {removals.earlier} layers were done before" if removals.earlier else ""
+    say(f"measuring {what} on {len(part.sequences)} sequences, {part.tokens:,} tokens{before}")
+    removals.measure("measuring costs")
+    return removals
 
 
 def share(text: CalibrationSet, count: int) -> CalibrationSet:

@@ -61,8 +61,9 @@ class Removals:
 
     @property
     def changes(self) -> dict[str, Tensor]:
-        """Block name -> [R] float64, changes of the mean loss."""
-        return {n: c.sum(0) / self.tokens for n, c in self.by_batch.items()}
+        """Block name -> [R] float64, changes of the mean loss, whichever were known before."""
+        known = [n for n in self.sets if n in self.by_batch]
+        return {n: self.by_batch[n].sum(0) / self.tokens for n in known}
 
     def by_domain(self, name: str) -> Tensor:
         """[D, R] float64, changes of each domain's summed loss, for one block."""

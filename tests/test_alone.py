@@ -18,11 +18,14 @@ from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.units import GroupView, Statistics, UnitGroup
 from moe_fair.costing import holds_alone, measure_alone, share
+from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.criteria.counterfactual import agreement
+from moe_fair.moe.load import Checkpoint
 from moe_fair.recipe import Recipe
 
 SCORE = "counterfactual-measured"
+Opened = tuple[Checkpoint, CalibrationSet]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +47,27 @@ def base(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def opened(recipe: Recipe) -> Opened:
+    source = pipeline.open_model(recipe)
+    return source, pipeline.calibration_set(recipe, source, print)
+
+
+@pytest.fixture(scope="module")
 def measured(
-    tmp_path_factory: pytest.TempPathFactory, base: Path, recipe: Recipe
+    tmp_path_factory: pytest.TempPathFactory, base: Path, recipe: Recipe, opened: Opened
 ) -> tuple[Statistics, Path]:
     """Every expert alone, and the folder in which each layer's measurements lie."""
     work = tmp_path_factory.mktemp("alone")
-    source = pipeline.open_model(recipe)
-    text = pipeline.calibration_set(recipe, source, print)
+    source, text = opened
     return measure_alone(recipe, source, text, Statistics.load(base), work), work
 
 
 def test_changes_are_those_of_masked_models(
-    measured: tuple[Statistics, Path], recipe: Recipe
+    measured: tuple[Statistics, Path], opened: Opened
 ) -> None:
     statistics, _ = measured
-    source = pipeline.open_model(recipe)
-    part = share(pipeline.calibration_set(recipe, source, print), 4)
+    source, text = opened
+    part = share(text, 4)
     model = source.load("float32", "cpu").eval()
 
     def losses() -> Tensor:
@@ -82,12 +90,12 @@ def test_changes_are_those_of_masked_models(
 
 
 def test_the_share_brings_its_own_first_and_second_order(
-    measured: tuple[Statistics, Path], recipe: Recipe
+    measured: tuple[Statistics, Path], recipe: Recipe, opened: Opened
 ) -> None:
     """What is compared on the share was gathered on the share."""
     statistics, _ = measured
-    source = pipeline.open_model(recipe)
-    part = share(pipeline.calibration_set(recipe, source, print), 4)
+    source, text = opened
+    part = share(text, 4)
     own = pipeline.collect(recipe, source, part)
     assert own is not None
     for g in statistics.groups:
@@ -101,15 +109,14 @@ def test_the_share_brings_its_own_first_and_second_order(
 
 
 def test_a_killed_measurement_goes_on_at_the_missing_layer(
-    measured: tuple[Statistics, Path], base: Path, recipe: Recipe
+    measured: tuple[Statistics, Path], base: Path, recipe: Recipe, opened: Opened
 ) -> None:
     statistics, work = measured
     files = sorted((work / "layers").iterdir())
     assert len(files) == len(statistics.groups)
     files[0].unlink()
     said: list[str] = []
-    source = pipeline.open_model(recipe)
-    text = pipeline.calibration_set(recipe, source, print)
+    source, text = opened
     again = measure_alone(recipe, source, text, Statistics.load(base), work, said.append)
     assert f"{len(files) - 1} layers were done before" in said[0]
     for g in statistics.groups:

@@ -3,7 +3,7 @@
 The model walks forward a layer at a time over all batches. At each MoE layer the routed output
 without every wanted set is known from one pass of the experts (`counterfactual`), and each of these
 continues through the layers that follow. A loop over whole models with masked routers gives the
-same numbers and takes more than twice as long.
+same numbers and takes nearly twice as long.
 
 Shape legend: J batches, B sequences, L tokens, T = B·L, K top-k, R removals, D model.
 """
