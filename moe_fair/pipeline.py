@@ -45,11 +45,13 @@ from moe_fair.moe.calibration import (
     split,
     windows,
 )
-from moe_fair.moe.checkpoint import count_path, write_model
+from moe_fair.moe.checkpoint import check_writable, count_path, write_model
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.merge import check_mergeable, merging, write_merged
+from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.repair import LayerRepair
+from moe_fair.moe.side_files import in_a_line
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
@@ -190,6 +192,7 @@ def prune(
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
+    check_writable(source, unequal=method(recipe)[2] != "uniform" or ready is not None)
     if ready is None:
         statistics = run.measured(statistics)
     made = us.told(lambda: run.decided(statistics, ready))
@@ -295,8 +298,17 @@ class _Pruning:
         if made.merges:
             changed = fresh(self.work / "merged")
             write_merged(self.source, made, changed)
-        write_model(self.source, made.kept, self.folder, repaired=changed)
+        try:
+            beside = write_model(self.source, made.kept, self.folder, repaired=changed)
+        except UnknownLayoutError as e:  # what headers could not tell before
+            if made.merges:
+                raise
+            self.say(f"note: not repaired: {e}")
+            repairs = []
+            beside = write_model(self.source, made.kept, self.folder)
         self.say(f"written in {time.perf_counter() - started:.1f} s")
+        if (left := in_a_line(beside)) is not None:
+            self.say(left)
         made.save(notes / "plan.json")
         (notes / "recipe.yaml").write_text(self.recipe.to_yaml())
         if repairs:
@@ -316,7 +328,7 @@ class _Pruning:
         together = all(us.gather((self.folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
-            pruned = Checkpoint(str(self.folder))
+            pruned = Checkpoint(str(self.folder), trust_remote_code=self.recipe.trust_remote_code)
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
 
@@ -330,7 +342,12 @@ class _Pruning:
 
         write_report(self.folder)
         write_manifest(self.folder)
-        found = verify(self.folder, self.source, hashes=False)
+        found = verify(
+            self.folder,
+            self.source,
+            hashes=False,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
         if not found.ok:
             raise RuntimeError(
                 f"the result does not verify and stays in {self.folder}: {found.wrong}"
@@ -398,7 +415,8 @@ def open_model(recipe: Recipe) -> Checkpoint:
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
     check_device_map(recipe, source)
-    assert source.groups  # finds the experts in model and files, or says what was looked for
+    assert source.blocks  # known from the config alone: before weights are downloaded
+    assert source.groups  # finds the experts in the files as well, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.length > limit:

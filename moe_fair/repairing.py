@@ -12,7 +12,9 @@ from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import start_layerwise
 from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.overlay import check_layouts
 from moe_fair.moe.own_words import copies_for, own_words
+from moe_fair.moe.quantised import packed
 from moe_fair.moe.repair import LayerRepair, Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.tune import STEP_TOKENS
@@ -32,10 +34,11 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
         return None
     rule = repair(recipe.repair or DEFAULT)
     try:
-        if getattr(source.config, "quantization_config", None) is not None:
+        if packed(source.config):
             raise ValueError("quantised weights cannot be repaired; use --repair none")
         for block in source.blocks:
             check_repairable(rule, block.experts)
+        check_layouts(source)
     except ValueError as e:
         if recipe.repair is not None:
             raise

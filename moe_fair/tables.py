@@ -13,10 +13,10 @@ from rich.text import Text
 
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import Plan
-from moe_fair.engines.auto import auto_class
+from moe_fair.engines.auto import auto_name
+from moe_fair.engines.stock import read_config
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
-from moe_fair.moe.load import Checkpoint
 from moe_fair.pipeline import FOLDER, Pruned
 from moe_fair.report import document
 from moe_fair.report.numbers import (
@@ -96,11 +96,11 @@ def pruned_summary(done: Pruned) -> None:
     if done.before and done.after:
         console.print()
         _print(console, heldout_table(done.before, done.after))
-    result = Checkpoint(str(done.output))
-    remote = ", trust_remote_code=True" if result.trust_remote_code else ""
+    result = read_config(done.output)
+    remote = ", trust_remote_code=True" if result.get("moe_fair") else ""
     console.print(
         f"\n{done.output}: load it with "
-        f'{auto_class(result.config).__name__}.from_pretrained("{done.output}"{remote})\n'
+        f'{auto_name(result)}.from_pretrained("{done.output}"{remote})\n'
         f"report: {done.output / FOLDER / 'report.html'}",
         soft_wrap=True,
     )

@@ -32,6 +32,7 @@ from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
+from moe_fair.moe.side_files import reader_code
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
@@ -90,7 +91,8 @@ def verify(
         original: the model it was pruned from, to compare every expert with.
         hashes: read every file again for its sha256; `prune`, which has just written the list,
             does not.
-        trust_remote_code: build an image classifier whose model function is not a known library's.
+        trust_remote_code: build an image classifier whose model function is not a known library's;
+            load a tokenizer that is code.
 
     Raises:
         ValueError: `output` is no pruned checkpoint, or `original` not the one it was pruned from.
@@ -118,10 +120,10 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
-    checks.append(_check("code", lambda: _code(output)))
+    checks.append(_check("code", lambda: _code(output, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
-    made, found = plan, Checkpoint(str(output))
+    made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
     checks.append(_check("tensors", lambda: _tensors(made, found)))
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, found)))
@@ -160,8 +162,10 @@ def list_files(output: Path, original: Checkpoint) -> Verified:
             f"{output} has its {MANIFEST}, and --write would hide what has changed since; verify "
             "without --write"
         )
-    found = verify(output, original)
-    known = {*(p.name for p in Checkpoint(str(output)).shards), INDEX, MODELING_FILE}
+    trusted = original.trust_remote_code
+    found = verify(output, original, trust_remote_code=trusted)
+    shards = Checkpoint(str(output), trust_remote_code=trusted).shards
+    known = {*(p.name for p in shards), INDEX, MODELING_FILE, *reader_code(output)}
     strange = [p.name for p in output.iterdir() if p.name.endswith(LOADED) and p.name not in known]
     if strange:
         text = f"{min(strange)} is not a file that moe_fair writes"
@@ -169,7 +173,7 @@ def list_files(output: Path, original: Checkpoint) -> Verified:
     if any(c.ok is False for c in found.checks[1:]):
         return found
     write_manifest(output)
-    return verify(output, original)
+    return verify(output, original, trust_remote_code=trusted)
 
 
 def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
@@ -184,17 +188,22 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, " ".join(str(e).split()))
 
 
-def _code(output: Path) -> str:
-    """No code but our own comes with the checkpoint, and its config can be used."""
+def _code(output: Path, trusted: bool) -> str:
+    """No code but our own and its tokenizer's comes with it, and its config can be used."""
     config = json.loads((output / "config.json").read_text())
-    others = sorted(p.name for p in output.glob("*.py") if p.name != MODELING_FILE)
+    readers = reader_code(output)
+    known = {MODELING_FILE, *readers}
+    others = sorted(
+        n for p in output.rglob("*.py") if (n := p.relative_to(output).as_posix()) not in known
+    )
     if others:
         raise _Wrong(f"{others[0]} is not a file that moe_fair writes")
-    brought = config.get("auto_map") is not None or (output / MODELING_FILE).exists()
-    if brought and not is_ours(output):
+    brought = config.get("moe_fair") is not None or (output / MODELING_FILE).exists()
+    if brought and not is_ours(output, readers):
         raise _Wrong(f"{MODELING_FILE} or what names it is not as this version writes it")
-    Checkpoint(str(output)).blocks  # noqa: B018  # the structure that the config stands for
-    return f"{MODELING_FILE} is unchanged" if brought else "none, the stock format"
+    Checkpoint(str(output), trust_remote_code=trusted or brought).blocks  # noqa: B018
+    text = f"{MODELING_FILE} is unchanged" if brought else "none, the stock format"
+    return text + (f"; {', '.join(sorted(readers))} of the tokenizer" if readers else "")
 
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:

@@ -6,15 +6,18 @@ one fused tensor; transformers' conversion mapping knows both. This is the one p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ConversionOps,
+    Interleave,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     rename_source_key,
 )
@@ -29,11 +32,39 @@ class Destination:
         part, parts: for one expert's matrix of a fused tensor that is a plain stack of experts
             (with gate and up side by side): which part of its expert's rows this is, of how many.
             None where the conversion is another one, or none.
+        operations: what loading does to a tensor that is converted by itself.
+        one: it is, or is only renamed; not so where several become one, or one becomes several.
     """
 
     name: str
     part: int | None = None
     parts: int = 1
+    operations: tuple[ConversionOps, ...] = ()
+    one: bool = True
+
+    def stored(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of the model as the checkpoint keeps it: the inverse of what loading does.
+
+        Args:
+            shape: as it is stored.
+
+        Raises:
+            ValueError: loading does what has no known inverse.
+        """
+        for op in reversed(self.operations):
+            if isinstance(op, Transpose):
+                if not op.check_dims or tuple(tensor.shape) != tuple(shape):
+                    tensor = tensor.transpose(op.dim0, op.dim1)
+            elif isinstance(op, Interleave):
+                [tensor] = op.reverse_op.convert({"": tensor}, [""], [""]).values()
+            else:
+                raise ValueError(f"{self.name}: no inverse of {type(op).__name__} is known")
+        if not self.one or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{self.name} {list(tensor.shape)}: the checkpoint keeps it as {list(shape)}, in a "
+                "layout that new values cannot be written in"
+            )
+        return tensor.contiguous()
 
 
 def destinations(skeleton: nn.Module) -> Callable[[str], Destination]:
@@ -41,6 +72,11 @@ def destinations(skeleton: nn.Module) -> Callable[[str], Destination]:
     transforms = get_model_conversion_mapping(skeleton)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    single = {
+        c.source_patterns[0]: tuple(c.operations)
+        for c in converters
+        if len(c.source_patterns) == len(c.target_patterns) == 1
+    }
     stacked = {
         pattern: (i, len(c.source_patterns))
         for c in converters
@@ -57,7 +93,10 @@ def destinations(skeleton: nn.Module) -> Callable[[str], Destination]:
         if renamed not in state and stored in state:
             renamed, pattern = stored, None
         part, parts = stacked.get(pattern, (None, 1))
-        return Destination(renamed, part, parts)
+        if part is not None:
+            return Destination(renamed, part, parts)
+        one = pattern is None or pattern in single
+        return Destination(renamed, operations=single.get(pattern, ()), one=one)
 
     return find
 

@@ -7,15 +7,19 @@ written as well. Everything goes to a temporary sibling first and is renamed at 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import write_shards
+from moe_fair.engines.stock import stock_type
 from moe_fair.moe.blocks import COUNTERS, rows_of
+from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.file_surgery import cut_tensors
 from moe_fair.moe.load import Checkpoint, first_line
 from moe_fair.moe.overlay import with_repairs
@@ -23,17 +27,11 @@ from moe_fair.moe.own_code import (
     MODELING_CLASS,
     MODELING_FILE,
     REFERENCE,
-    is_ours,
     modeling_source,
 )
+from moe_fair.moe.quantised import packed
+from moe_fair.moe.side_files import READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
-
-# files that come along as they are
-COMPANIONS = (
-    "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "*.tiktoken", "chat_template*", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def write_model(
@@ -42,8 +40,8 @@ def write_model(
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
     repaired: Path | None = None,
-) -> None:
-    """Write the pruned weights, config, modeling file and companions into `folder`.
+) -> SideFiles:
+    """Write the pruned weights, config, modeling file and side files into `folder`.
 
     Bytes are copied from shard to shard; memory does not depend on the model's size.
 
@@ -51,6 +49,9 @@ def write_model(
         kept: block name -> ids that stay.
         advance: told the number of bytes after each copy.
         repaired: folder of repaired layers whose tensors replace the original ones.
+
+    Returns:
+        what lay beside the original's weights and went along, and what did not.
 
     Raises:
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
@@ -63,9 +64,28 @@ def write_model(
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
     write_shards(tensors, folder, advance=advance)
-    for pattern in COMPANIONS:
-        for file in source.path.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    beside = side_files(source.home, packed(source.config))
+    for name in beside.kept:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.home / name, folder / name)
+    return beside
+
+
+def check_writable(source: Checkpoint, unequal: bool) -> None:
+    """A result can be described to transformers, whatever the plan will be.
+
+    Args:
+        unequal: the plan may keep other numbers in some layers than in others.
+
+    Raises:
+        ValueError: neither the stock class nor ours would have the shapes of the result.
+    """
+    fewer = {b.name: list(range(b.num_experts - b.n_group)) for b in source.blocks}
+    some = {b.name: list(range(b.num_experts)) for b in source.blocks}
+    some |= {b.name: fewer[b.name] for b in source.blocks[:1]}
+    for kept in (fewer, some) if unequal else (fewer,):
+        with tempfile.TemporaryDirectory(prefix="moe_fair-config-") as folder:
+            _write_config(source, kept, Path(folder))
 
 
 def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
@@ -76,12 +96,16 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
     """
     counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     shapes = _shapes(source, kept)
+    config = _own_config(source, kept)
     if len(set(counts.values())) == 1:
-        _save(_stock_config(source, next(iter(counts.values()))), folder)
+        _save(_stock_config(config, source, next(iter(counts.values()))), folder)
         if not _misfit(folder, shapes):
             return
     (folder / MODELING_FILE).write_text(modeling_source(_stock_class(source)))
-    config = _unequal_config(source, counts)
+    config["auto_map"] = {
+        **config.get("auto_map", {}), auto_class(source.config).__name__: REFERENCE
+    }  # fmt: skip
+    config["moe_fair"] = _unequal_settings(source, counts)
     _save(_with_layers(config, source, counts), folder)
     if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
         _save(config, folder)
@@ -112,7 +136,7 @@ def _shapes(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, 
 def _misfit(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What transformers would build otherwise from this folder's config; nothing where all fits."""
     try:
-        state = Checkpoint(str(folder)).skeleton.state_dict()
+        state = Checkpoint(str(folder)).skeleton.state_dict()  # the modeling file is ours
     except (ValueError, RuntimeError) as e:
         return first_line(e)
     built = {n: tuple(t.shape) for n, t in state.items()}
@@ -126,19 +150,29 @@ def _stock_class(source: Checkpoint) -> type:
     return next(c for c in type(source.skeleton).__mro__ if c.__name__ != MODELING_CLASS)
 
 
-def _own_config(source: Checkpoint) -> dict[str, Any]:
-    """The source's config as text, without what an earlier pruning wrote."""
-    config: dict[str, Any] = json.loads((source.path / "config.json").read_text())
-    if config.get("auto_map") is not None and is_ours(source.path):
-        del config["auto_map"]
-    config["architectures"] = [_stock_class(source).__name__]
+def _own_config(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The source's config for the stock class, without what an earlier pruning wrote.
+
+    What names code of a model goes, since the stock class has served; what names that of readers
+    stays, and their files go along. Lists that name experts name those that stay.
+    """
+    config = copy.deepcopy(source.published)
     home, key = _home(config), count_path(source.config)[-1]
+    for part in (config, home):
+        named = part.pop("auto_map", None)
+        readers = {k: v for k, v in (named or {}).items() if k in READER_CLASSES}
+        if readers:
+            part["auto_map"] = readers
+    config["model_type"] = stock_type(config)
+    config["architectures"] = config.get("architectures") or [_stock_class(source).__name__]
+    if config["architectures"] == [MODELING_CLASS]:  # as an earlier version wrote it
+        config["architectures"] = [_stock_class(source).__name__]
     if config.pop("moe_fair", None) is not None and all(
         layer.keys() == {key} for layer in home.get("per_layer_config", {}).values()
     ):
         for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
             home.pop(name, None)
-    return config
+    return renumbered(config, source.parts, source.blocks, kept)
 
 
 def _home(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,29 +181,27 @@ def _home(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
-    config = _own_config(source)
+def _stock_config(config: dict[str, Any], source: Checkpoint, count: int) -> dict[str, Any]:
+    """The config with the new number wherever it says how many routed experts there are."""
+    config = copy.deepcopy(config)
     *folders, key = count_path(source.config)
     home = _home(config)
     for folder in folders:
         home = home.setdefault(folder, {})
-    names = {
-        old for old, new in source.config.get_text_config().attribute_map.items() if new == key
-    }
-    home.update(dict.fromkeys({key} | (names & home.keys()), count))
+    old = source.blocks[0].num_experts
+    aliases = source.config.get_text_config().attribute_map
+    names = {key} | {a for a, to in aliases.items() if to == key and a in home}
+    names |= {n for n in COUNTERS if home.get(n) == old}
+    home.update(dict.fromkeys(names, count))
     return config
 
 
-def _unequal_config(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
-    auto = auto_class(source.config).__name__
-    return _own_config(source) | {
-        "architectures": [MODELING_CLASS],
-        "auto_map": {auto: REFERENCE},
-        "moe_fair": {
-            "experts": dict(counts),
-            "tensors": {b.path(m, t): dim for b in source.blocks for m, t, dim in b.tensors()},
-            "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
-        },
+def _unequal_settings(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What our modeling file reads in the config."""
+    return {
+        "experts": dict(counts),
+        "tensors": {b.path(m, t): dim for b in source.blocks for m, t, dim in b.tensors()},
+        "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
     }
 
 

@@ -101,7 +101,7 @@ def start(
         source.config,
         dtype=weight_dtype(source, dtype, where),
         device=where,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.brings_model,
         team=team,
     )
     return StreamingEngine(layered, visit=visit), layered.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -24,14 +25,17 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import destinations
 from moe_fair.engines.pickles import convert, pickle_files
 from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
+from moe_fair.engines.stock import read_config, stock_config
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
+from moe_fair.moe.folder_kind import check_folder, other_weights
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
-from moe_fair.moe.quantised import unpacking
+from moe_fair.moe.quantised import check_admitted, unpacking
+from moe_fair.moe.side_files import COPIES, WEIGHTS, needs_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+ADVICE = 400  # characters of what a library says
 SAMPLED = 64  # pages of a large shard that enter its digest
 PAGE = 65536
 
@@ -42,11 +46,14 @@ class Checkpoint:
     Args:
         model: a local directory or a Hub id.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: run the tokenizer's code that lies beside the weights, and our modeling
+            file though it was changed. A model's own class is never run: the stock class serves.
         allow_pickle: where there are no safetensors, read pickled weights; see `engines.pickles`.
 
     Attributes:
         home: where its files lie.
+        published: its `config.json` as it lies there.
+        brings_model: the model's class is our own modeling file, which lies beside the weights.
 
     Raises:
         ValueError: there is no such model, or its files cannot be used; says why.
@@ -60,32 +67,44 @@ class Checkpoint:
         allow_pickle: bool = False,
     ) -> None:
         self.model, self.revision, self.allow_pickle = model, revision, allow_pickle
-        self.home = _locate(model, revision, SMALL_FILES)
-        if not (self.home / "config.json").is_file():
-            raise ValueError(f"{model}: no config.json in {self.home}; is this a model directory?")
-        # the file that our own pruning put there is run without asking; no other code is
-        self.trust_remote_code = trust_remote_code or is_ours(self.home)
-        self.config = self._config()
-        if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
+        self.home = _locate(model, revision)
+        try:
+            check_folder(self.home)
+            self.published = read_config(self.home)
+        except ValueError as e:
+            raise ValueError(f"{model}: {e}") from e
+        self.trust_remote_code = trust_remote_code
+        # the file that our own pruning put there is run without asking; no other model's code is
+        self.brings_model = self.published.get("moe_fair") is not None
+        if self.brings_model and not (trust_remote_code or is_ours(self.home)):
             raise ValueError(
                 f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
                 "of moe_fair writes it; read it, then allow it with --trust-remote-code"
             )
+        self.config = self._config()
 
     def _config(self) -> Any:
         try:
-            return AutoConfig.from_pretrained(self.home, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError, StrictDataclassError) as e:
-            why = first_line(e.__cause__ or e)
+            if self.brings_model:
+                return AutoConfig.from_pretrained(self.home, trust_remote_code=True)
+            return stock_config(self.home)
+        except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as e:
+            why = advice(e.__cause__ or e)
             raise ValueError(f"{self.model}: config.json cannot be used: {why}") from e
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model on the meta device: structure without weights."""
         with torch.device("meta"):
-            return auto_class(self.config).from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
+            try:
+                return auto_class(self.config).from_config(
+                    self.config, trust_remote_code=self.brings_model
+                )
+            except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
+                raise ValueError(
+                    f"{self.model}: transformers cannot build the model that config.json "
+                    f"describes: {type(e).__name__}: {advice(e)}"
+                ) from e
 
     @cached_property
     def blocks(self) -> list[MoeBlock]:
@@ -123,7 +142,7 @@ class Checkpoint:
         local = Path(self.model).is_dir()
         for pattern in ("*.safetensors", "*.bin"):
             if not local:
-                _locate(self.model, self.revision, [*SMALL_FILES, pattern])
+                _locate(self.model, self.revision, pattern)
             if any(self.home.glob(pattern)):
                 return pattern == "*.bin" and bool(pickle_files(self.home))
         return False
@@ -136,8 +155,12 @@ class Checkpoint:
             ValueError: there are none.
         """
         if not Path(self.model).is_dir() and not self.allow_pickle:
-            _locate(self.model, self.revision, [*SMALL_FILES, "*.safetensors"])
-        return shard_files(self.path)
+            _locate(self.model, self.revision, "*.safetensors")
+        try:
+            return shard_files(self.path)
+        except ValueError as e:
+            found = other_weights(self.home)
+            raise ValueError(f"{self.model}: {found}" if found else str(e)) from e
 
     @cached_property
     def tensors(self) -> list[StoredTensor]:
@@ -158,12 +181,18 @@ class Checkpoint:
         """Stored name -> what it is, for the tensors that a cut changes.
 
         Raises:
-            ValueError: the checkpoint's layout of experts is unknown.
+            ValueError: the checkpoint's layout of experts is unknown, or its weights are packed
+                and its config does not say so.
         """
         find = destinations(self.skeleton)
-        return classify(
-            self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks
-        )
+        names = {t.name: find(t.name).name for t in self.tensors}
+        state = self.skeleton.state_dict()
+        places = {n: place for n, place in names.items() if place in state}
+        try:
+            check_admitted(self.home, self.config, self.tensors, places)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
+        return classify(self.tensors, names, self.blocks)
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
@@ -195,12 +224,18 @@ class Checkpoint:
         Raises:
             ValueError: it has none that loads.
         """
+        code = needs_code(self.home)
         try:
             return AutoTokenizer.from_pretrained(
-                self.home, trust_remote_code=self.trust_remote_code
+                self.home, config=self.config, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, OSError, KeyError) as e:
-            raise ValueError(f"{self.model}: the tokenizer does not load: {first_line(e)}") from e
+        except Exception as e:  # code of its own, and parsers of many kinds, raise what they like
+            if code is not None and not self.trust_remote_code:
+                raise ValueError(
+                    f"{self.model}: its tokenizer is code that lies beside the weights "
+                    f"({code}.py); read it, then allow it with --trust-remote-code"
+                ) from e
+            raise ValueError(f"{self.model}: the tokenizer does not load: {advice(e)}") from e
 
     def load(self, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
         """The model with its weights.
@@ -218,8 +253,9 @@ class Checkpoint:
         kind = pick_dtype(dtype, where)
         model, info = auto_class(self.config).from_pretrained(
             self.path,
+            config=copy.deepcopy(self.config),
             dtype=kind,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.brings_model,
             use_safetensors=True,
             output_loading_info=True,
             **self.unpacking,
@@ -229,10 +265,13 @@ class Checkpoint:
         return model.to(where)
 
     def _of_one_dtype(self, model: Any, dtype: torch.dtype | str) -> None:
-        """Before 5.23 transformers leaves what it unpacked in bfloat16, whatever it was asked."""
-        if self.unpacking and isinstance(dtype, torch.dtype):
-            for block in find_blocks(model):
-                block.experts.to(dtype)
+        """transformers leaves what it unpacked in bfloat16, whatever it was asked for."""
+        if not self.unpacking:
+            return
+        wanted = dtype if isinstance(dtype, torch.dtype) else model.dtype
+        for p in model.parameters():
+            if p.is_floating_point() and p.dtype not in (wanted, torch.float32):
+                p.data = p.data.to(wanted)
 
     def _check_whole(self, info: dict[str, Any]) -> None:
         """Nothing was made up: transformers fills what is missing with random numbers."""
@@ -263,10 +302,11 @@ class Checkpoint:
         folder = tempfile.mkdtemp(prefix="moe_fair-offload-")
         model, info = auto_class(self.config).from_pretrained(
             self.path,
+            config=copy.deepcopy(self.config),
             dtype=dtype,
             device_map=places,
             offload_folder=folder,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.brings_model,
             use_safetensors=True,
             **self.unpacking,
             output_loading_info=True,
@@ -314,12 +354,23 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
+def advice(e: BaseException) -> str:
+    """An exception's text in one line, whole: what a library advises stands behind its first."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= ADVICE else text[: ADVICE - 2].rstrip() + " …"
+
+
 def first_line(e: BaseException) -> str:
     """The first line of an exception's text."""
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
-def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
+def _locate(model: str, revision: str | None, weights: str | None = None) -> Path:
+    """The folder of a model; from the Hub with every file beside the weights.
+
+    Args:
+        weights: a pattern of root-level weights to bring too; None: none yet.
+    """
     if Path(model).is_dir():
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
@@ -329,8 +380,11 @@ def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # `*` matches `/` here: a copy in a folder, as `original/`, is not fetched with the weights
+    left = [*(p for p in WEIGHTS if p != weights), *(f"{c}/*" for c in COPIES)]
+    left = [p for p in left if p != "*.index.json"] + ["*/*.safetensors", "*/*.bin"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=left))
     except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as e:
         raise ValueError(
             f"{model}: no such local directory, and the Hub did not give it ({type(e).__name__}); "

@@ -37,7 +37,8 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.choose import weight_dtype
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.overlay import ORIGINAL, original_tensors
+from moe_fair.moe.overlay import ORIGINAL, check_layouts, original_tensors
+from moe_fair.moe.quantised import packed
 
 # kept id -> id of each expert of the cluster -> its weight
 Shares = Mapping[int, Mapping[int, float]]
@@ -105,13 +106,14 @@ def check_mergeable(source: Checkpoint) -> None:
     """The weights can be averaged.
 
     Raises:
-        ValueError: they are quantised.
+        ValueError: they are quantised, or stored in a layout that new values cannot be written in.
     """
-    if source.unpacking or getattr(source.config, "quantization_config", None) is not None:
+    if packed(source.config):
         raise ValueError(
             f"{source.model}: quantised weights cannot be merged; merge the original and quantise "
             "the result, or use --reduce prune"
         )
+    check_layouts(source)
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
         source.config,
         dtype=torch.promote_types(stored, torch.float32),
         device=cpu,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.brings_model,
     )
     blocks = {b.name: b for b in find_blocks(layered.model)}
     for group in plan.groups:

@@ -8,7 +8,7 @@ not those has another layout, and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_fair.core.output import fresh
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
@@ -42,24 +43,52 @@ def original_tensors(block: MoeBlock, expert: int) -> dict[str, Tensor]:
     return found
 
 
+class UnknownLayoutError(ValueError):
+    """The checkpoint keeps a tensor in a layout that new values cannot be written in."""
+
+
+def check_layouts(source: Checkpoint) -> None:
+    """What repairs or merging change can be written as the checkpoint keeps it, by its headers.
+
+    Raises:
+        UnknownLayoutError: some tensor cannot.
+    """
+    find = destinations(source.skeleton)
+    homes = tuple(f"{b.name}." for b in source.blocks)
+    state = source.skeleton.state_dict()
+    for t in source.tensors:
+        where = find(t.name)
+        if where.name not in state or not where.name.startswith(homes):
+            continue
+        if t.dtype not in TYPES:
+            raise UnknownLayoutError(f"{t.name} is {t.dtype}, in which no new values are written")
+        if where.part is None:
+            try:
+                where.stored(state[where.name], t.shape)
+            except ValueError as e:
+                raise UnknownLayoutError(f"{e}; use --repair none and --reduce prune") from e
+
+
 def with_repairs(
     source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path
 ) -> Iterator[StoredTensor]:
     """The tensors of the pruned checkpoint, with those that the repairs in `folder` changed.
 
     Raises:
-        ValueError: a repaired tensor whose layout in the checkpoint is unknown.
+        UnknownLayoutError: a changed tensor whose layout in the checkpoint is unknown.
     """
     find = destinations(source.skeleton)
-    types = {find(t.name).name: t.dtype for t in source.tensors}
+    stored = {find(t.name).name: t for t in source.tensors}
     new: dict[str, StoredTensor] = {}
     originals: dict[str, Tensor] = {}
+    written = fresh(folder / "stored")
     for file in sorted(folder.glob("layer-*.safetensors")):
-        _store_as(file, types)
         with safe_open(file, framework="pt") as f:
             names = [n for n in f.keys() if n.startswith(ORIGINAL)]  # noqa: SIM118
             originals |= {n.removeprefix(ORIGINAL): f.get_tensor(n) for n in names}
-        new |= {t.name: t for t in stored_tensors(file) if not t.name.startswith(ORIGINAL)}
+        changed = _as_stored(file, stored, find)
+        save_file(changed, written / file.name)
+        new |= {t.name: t for t in stored_tensors(written / file.name)}
     for t in source.tensors:
         where, part = find(t.name), source.parts.get(t.name)
         for cut in cut_tensors([t], source.parts, kept):
@@ -87,7 +116,7 @@ def _range(
             (Piece(piece.file, piece.start + size * (where.part or 0), size),),
         )  # fmt: skip
     if (new.dtype, new.shape, new.bytes) != (cut.dtype, cut.shape, cut.bytes):
-        raise ValueError(_unknown(cut.name))
+        raise UnknownLayoutError(_unknown(cut.name))
     return new.renamed(cut.name)
 
 
@@ -105,9 +134,11 @@ def _check_layout(
             stored = f.get_tensor(t.name)
     if where.part is not None and where.parts > 1:
         original = original[0].chunk(where.parts)[where.part]  # of one expert's rows
+    if where.part is None and where.operations:
+        original = where.stored(original, stored.shape)
     stored = stored.reshape(-1).to(original.dtype)
     if stored.numel() != original.numel() or not torch.equal(stored, original.reshape(-1)):
-        raise ValueError(_unknown(t.name))
+        raise UnknownLayoutError(_unknown(t.name))
 
 
 def _unknown(name: str) -> str:
@@ -117,16 +148,26 @@ def _unknown(name: str) -> str:
     )
 
 
-def _store_as(file: Path, types: Mapping[str, str]) -> None:
-    """Rewrite one layer's file in the data types of the checkpoint."""
+def _as_stored(
+    file: Path, stored: Mapping[str, StoredTensor], find: Callable[[str], Destination]
+) -> dict[str, Tensor]:
+    """One layer's new tensors by their names in the model, as the checkpoint keeps such tensors."""
+    found = {}
     with safe_open(file, framework="pt") as f:
-        tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
-        about = f.metadata()
-    cast = {
-        n: t if n.startswith(ORIGINAL) else t.to(TYPES.get(types[n], t.dtype))
-        for n, t in tensors.items()
-    }
-    if any(cast[n].dtype != t.dtype for n, t in tensors.items()):
-        partial = file.with_suffix(".partial")
-        save_file(cast, partial, about)
-        partial.rename(file)
+        for name in f.keys():  # noqa: SIM118
+            if name.startswith(ORIGINAL):
+                continue
+            t = stored[name]
+            tensor, where = f.get_tensor(name), find(t.name)
+            tensor = tensor.to(TYPES.get(t.dtype, tensor.dtype))
+            if where.part is None:
+                tensor = where.stored(tensor, _cut_shape(t, tensor, where))
+            found[name] = tensor
+    return found
+
+
+def _cut_shape(t: StoredTensor, tensor: Tensor, where: Destination) -> tuple[int, ...]:
+    """The shape in which the checkpoint would keep a tensor with fewer experts."""
+    if len(t.shape) == len(tensor.shape) and not where.operations:
+        return tuple(tensor.shape)
+    return (len(tensor), *t.shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("modeling_pruned.py")
@@ -22,17 +23,25 @@ def modeling_source(stock: type) -> str:
     return text
 
 
-def is_ours(folder: Path) -> bool:
+def is_ours(folder: Path, readers: Collection[str] = ()) -> bool:
     """The only code that a checkpoint brings is our modeling file, letter for letter.
+
+    Args:
+        readers: code files of its tokenizer that are looked at elsewhere: those that name them and
+            the entries of `auto_map` that lead to them are passed over.
 
     Only the line that imports the stock class may differ, and only within transformers. A tokenizer
     or adapter that names code or a base model of its own makes the checkpoint somebody else's.
     """
     config = json.loads((folder / "config.json").read_text())
     brought = config.get("auto_map")
-    if not isinstance(brought, dict) or set(brought.values()) != {REFERENCE}:
+    if not isinstance(brought, dict):
         return False
-    if (folder / "adapter_config.json").exists() or any(map(_names_code, folder.glob("*.json"))):
+    modules = {Path(r).with_suffix("").as_posix().replace("/", ".") for r in readers}
+    others = {v for v in brought.values() if str(v).rpartition(".")[0] not in modules}
+    if others != {REFERENCE} or (folder / "adapter_config.json").exists():
+        return False
+    if not readers and any(map(_names_code, folder.glob("*.json"))):
         return False
     file = folder / MODELING_FILE
     if not file.is_file():

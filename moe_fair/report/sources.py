@@ -87,7 +87,7 @@ def gather(output: Path) -> Sources:
     return Sources(
         plan=Plan.load(folder / "plan.json"),
         auto=auto_name(config),
-        brings_code="auto_map" in config,
+        brings_code=config.get("moe_fair") is not None,
         sees=any((output / name).is_file() for name in PROCESSORS),
         recipe=recipe.read_text() if recipe.is_file() else "",
         routing=_routing(folder / STATISTICS_FILE),
