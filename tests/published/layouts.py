@@ -789,6 +789,7 @@ def _layouts() -> list[Layout]:
                 "text_config": QWEN_MOE
                 | {
                     "model_type": "qwen3_vl_moe_text",
+                    "moe_intermediate_size": 40,  # no square, which says nothing of its layout
                     "head_dim": 16,
                     "dtype": "bfloat16",
                     "rope_scaling": {
