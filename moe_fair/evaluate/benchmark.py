@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from moe_fair.distributed import ALONE, Team, unlaunched
 from moe_fair.engines.auto import auto_class
 from moe_fair.evaluate.shared_model import SharedModel
 from moe_fair.moe.load import Checkpoint, first_line, pick_device, pick_dtype
+from moe_fair.moe.side_files import needs_code
 
 # the eight tasks of HC-SMoE's tables (arXiv 2410.08589); REAP (arXiv 2510.13999) took them over
 EIGHT = (
@@ -121,21 +123,25 @@ def run(source: Checkpoint, benchmark: Benchmark, team: Team = ALONE) -> dict[st
     device = pick_device(benchmark.device)
     dtype = pick_dtype(benchmark.dtype, device)
     source.shards  # noqa: B018  # downloaded, or told to be missing, before lm-eval starts
-    model_args = {
+    model_args: dict[str, Any] = {
         "pretrained": str(source.path),
         "dtype": dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
-        # our own unequal checkpoints bring a modeling file: see Checkpoint
-        "trust_remote_code": source.trust_remote_code,
+        # our own unequal checkpoints bring a modeling file, and no other is run: see Checkpoint
+        "trust_remote_code": source.brings_model,
     }
+    if needs_code(source.home):
+        model_args["tokenizer"] = source.tokenizer()
     if team.size > 1 and device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     try:
         with _quiet_git(), unlaunched():
             model: Any = "hf"
             auto = auto_class(source.config)
-            if team.size > 1 or auto is not AutoModelForCausalLM:
+            renamed = source.config.model_type != source.published.get("model_type")
+            if team.size > 1 or auto is not AutoModelForCausalLM or renamed:
                 size = {"batch_size": benchmark.batch_size, "device": str(device)}
-                model = SharedModel(team, auto, **model_args, **size)
+                config = copy.deepcopy(source.config)
+                model = SharedModel(team, auto, config=config, **model_args, **size)
             found = lm_eval.simple_evaluate(
                 model=model,
                 model_args=model_args,

@@ -27,14 +27,18 @@ class SharedModel(HFLM):
         team: the processes that ask the same questions at the same time.
         auto_class: what loads the model; stock `hf` knows `AutoModelForCausalLM` alone, and of a
             multimodal model the language model is asked.
+        config: of the model, as its stock class reads it.
         given: as HFLM takes it.
     """
 
-    def __init__(self, team: Team, auto_class: Any, **given: Any) -> None:
-        self._team = team
+    def __init__(self, team: Team, auto_class: Any, config: Any, **given: Any) -> None:
+        self._team, self._given_config = team, config
         self.AUTO_MODEL_CLASS = auto_class
         self._largest: int | None = None
-        super().__init__(**given)
+        super().__init__(config=config, **given)
+
+    def _get_config(self, *_: Any, **__: Any) -> None:
+        self._config = self._given_config
 
     def _loglikelihood_tokens(
         self,

@@ -170,6 +170,8 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
         elif is_experts(module) and parent not in special:
             found.append(standard_block(parent, modules[parent]))
     blocks = [b for b in found if b is not None]
+    for b in blocks:
+        _check_stacked(b)
     if not blocks:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
@@ -240,6 +242,16 @@ def _check_experts(name: str, experts: nn.Module, size: int) -> None:
             raise ValueError(
                 f"{name}: expert tensor {tensor} {tuple(p.shape)} does not have the {size} experts "
                 "on its first axis"
+            )
+
+
+def _check_stacked(block: MoeBlock) -> None:
+    """A layer's experts lie in one tensor: of a module for each, rows inside of it would go."""
+    for name, module in block.experts.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == block.num_experts:
+            raise ValueError(
+                f"{block.name}: its experts{f'.{name}' if name else ''} are {len(module)} modules; "
+                "only experts that are stacked in one tensor can be cut"
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from places import MODEL
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_fair.distributed import Team
 from moe_fair.evaluate.shared_model import SharedModel
@@ -85,9 +85,10 @@ def models() -> tuple[HFLM, list[SharedModel]]:
         "pretrained": str(MODEL), "dtype": "float32", "device": "cpu", "batch_size": 2,
         "max_length": 24,
     }  # fmt: skip
+    config = AutoConfig.from_pretrained(MODEL)
     first = Threads(0, 2)
     team = [first, Threads(1, 2, box=first.box, barrier=first.barrier)]
-    return HFLM(**given), [SharedModel(m, AutoModelForCausalLM, **given) for m in team]
+    return HFLM(**given), [SharedModel(m, AutoModelForCausalLM, config, **given) for m in team]
 
 
 @pytest.mark.parametrize("ask", [choices, rolling, written])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from masking import masked
-from places import CALIBRATION
+from places import CALIBRATION, EVAL
 from published.layouts import LAYOUTS
 from published.make import READERS, Layout, lay_out
 from safetensors.torch import load_file
@@ -276,3 +276,22 @@ def test_qwen3_omni_is_refused_in_words(tmp_path: Path, fails: Any) -> None:
     shutil.copyfile(CALIBRATION / "python.jsonl", folder / "notes.jsonl")
     line = fails("prune", folder, "-o", tmp_path / "out", "--experts", KEPT, "-c", CALIBRATION)
     assert "qwen3_omni_moe" in line or "Qwen3Omni" in line
+
+
+@pytest.mark.slow
+def test_lm_eval_asks_a_model_of_another_name_with_a_tokenizer_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = next(x for x in LAYOUTS if x.name.endswith("Kimi-K2-Instruct"))
+    config = {k: v for k, v in layout.config.items() if k != "quantization_config"}
+    plain = replace(layout, config=config, stored=None, names=())
+    folder, out = lay_out(plain, tmp_path / "checkpoint"), tmp_path / "out"
+    _prune(layout, folder, out, *UNEQUAL, "--repair", "none")
+    tasks = ["--tasks", "local_choice_python", "--include-path", str(EVAL / "tasks")]
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["eval", str(out), "--baseline", str(folder), *tasks, "--limit", "2", "--json",
+             *layout.flags]
+        )  # fmt: skip
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert (out / "moe_fair" / "benchmarks.json").is_file()
