@@ -316,7 +316,7 @@ class _Pruning:
         together = all(us.gather((self.folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
-            pruned = Checkpoint(str(self.folder))
+            pruned = Checkpoint(str(self.folder), trust_remote_code=recipe.trust_remote_code)
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
 
@@ -330,7 +330,8 @@ class _Pruning:
 
         write_report(self.folder)
         write_manifest(self.folder)
-        found = verify(self.folder, self.source, hashes=False)
+        trusted = self.recipe.trust_remote_code
+        found = verify(self.folder, self.source, hashes=False, trust_remote_code=trusted)
         if not found.ok:
             raise RuntimeError(
                 f"the result does not verify and stays in {self.folder}: {found.wrong}"

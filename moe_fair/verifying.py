@@ -15,22 +15,23 @@ from pathlib import Path
 
 import torch
 
+from moe_fair.companions import check_config, check_files_beside
 from moe_fair.core.manifest import (
     CHUNK,
     FOLDER,
-    LOADED,
     MANIFEST,
     check_files,
+    same_bytes,
     write_manifest,
 )
 from moe_fair.core.plan import Plan
 from moe_fair.engines.names import destinations
-from moe_fair.engines.shards import INDEX, Piece, StoredTensor
+from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
-from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.own_code import MODELING_FILE, changed, code_files, not_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
@@ -90,7 +91,8 @@ def verify(
         original: the model it was pruned from, to compare every expert with.
         hashes: read every file again for its sha256; `prune`, which has just written the list,
             does not.
-        trust_remote_code: build an image classifier whose model function is not a known library's.
+        trust_remote_code: build an image classifier whose model function is not a known library's;
+            open a language model that brings code of the original's.
 
     Raises:
         ValueError: `output` is no pruned checkpoint, or `original` not the one it was pruned from.
@@ -118,10 +120,17 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
-    checks.append(_check("code", lambda: _code(output)))
+    checks.append(_check("code", lambda: _code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
-    made, found = plan, Checkpoint(str(output))
+    made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
+    if original is not None:
+        source = original
+        counts = {b.name: b.num_experts for b in source.blocks}
+        counts |= {name: len(kept) for name, kept in made.kept.items()}
+        checks.append(_check("config", lambda: check_config(counts, source, output)))
+        beside = partial(check_files_beside, output, source, found)
+        checks.append(_check("side files", beside))
     checks.append(_check("tensors", lambda: _tensors(made, found)))
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, found)))
@@ -161,11 +170,6 @@ def list_files(output: Path, original: Checkpoint) -> Verified:
             "without --write"
         )
     found = verify(output, original)
-    known = {*(p.name for p in Checkpoint(str(output)).shards), INDEX, MODELING_FILE}
-    strange = [p.name for p in output.iterdir() if p.name.endswith(LOADED) and p.name not in known]
-    if strange:
-        text = f"{min(strange)} is not a file that moe_fair writes"
-        return Verified(output, (Check("files", False, text), *found.checks[1:]))
     if any(c.ok is False for c in found.checks[1:]):
         return found
     write_manifest(output)
@@ -184,17 +188,30 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, " ".join(str(e).split()))
 
 
-def _code(output: Path) -> str:
-    """No code but our own comes with the checkpoint, and its config can be used."""
+def _code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
+    """No code but our own, and the original's where it is known, comes with the checkpoint."""
     config = json.loads((output / "config.json").read_text())
-    others = sorted(p.name for p in output.glob("*.py") if p.name != MODELING_FILE)
-    if others:
-        raise _Wrong(f"{others[0]} is not a file that moe_fair writes")
-    brought = config.get("auto_map") is not None or (output / MODELING_FILE).exists()
-    if brought and not is_ours(output):
-        raise _Wrong(f"{MODELING_FILE} or what names it is not as this version writes it")
-    Checkpoint(str(output)).blocks  # noqa: B018  # the structure that the config stands for
-    return f"{MODELING_FILE} is unchanged" if brought else "none, the stock format"
+    others = [name for name in code_files(output) if name != MODELING_FILE]
+    for name in others:
+        theirs = original.path / name if original is not None else None
+        if theirs is None or not theirs.is_file() or not same_bytes(output / name, theirs):
+            raise _Wrong(f"{name} is not a file that moe_fair writes")
+    brought = (output / MODELING_FILE).exists()
+    named = config.get("auto_map")
+    if named is not None and original is not None and not brought:
+        before = json.loads((original.path / "config.json").read_text()).get("auto_map")
+        brought = named != before  # the original's own, without its files, is run by nobody
+    elif named is not None:
+        brought = True
+    wrong = not_ours(output) if brought and not trusted else ""
+    if brought and trusted:
+        wrong = changed(output)
+    if wrong:
+        raise _Wrong(wrong)
+    # the structure that the config stands for
+    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
+    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
+    return text + (f"; of the original's own: {', '.join(others)}" if others else "")
 
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:

@@ -26,7 +26,7 @@ from moe_fair.engines.pickles import convert, pickle_files
 from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
-from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.own_code import named_kernel, not_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
 from moe_fair.moe.quantised import unpacking
 
@@ -64,12 +64,18 @@ class Checkpoint:
         if not (self.home / "config.json").is_file():
             raise ValueError(f"{model}: no config.json in {self.home}; is this a model directory?")
         # the file that our own pruning put there is run without asking; no other code is
-        self.trust_remote_code = trust_remote_code or is_ours(self.home)
+        why = "" if trust_remote_code else not_ours(self.home)
+        self.trust_remote_code = not why
+        if not trust_remote_code and (kernel := named_kernel(self.home)):
+            raise ValueError(
+                f"{model}: config.json asks for {kernel}, a kernel of the Hub, which is code that "
+                "would be fetched and run; take it out, or allow it with --trust-remote-code"
+            )
         self.config = self._config()
         if getattr(self.config, "moe_fair", None) and not self.trust_remote_code:
             raise ValueError(
-                f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
-                "of moe_fair writes it; read it, then allow it with --trust-remote-code"
+                f"{model} brings code that is not moe_fair's alone: {why}; read it, then allow it "
+                "with --trust-remote-code"
             )
 
     def _config(self) -> Any:
