@@ -34,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 SAMPLED = 64  # pages of a large shard that enter its digest
 PAGE = 65536
+PROBE = "The 1st: a text, as it is."  # every tokenizer knows some of it
 
 
 class Checkpoint:
@@ -199,14 +200,22 @@ class Checkpoint:
         """The model's tokenizer.
 
         Raises:
-            ValueError: it has none that loads.
+            ValueError: it has none that loads and reads text.
         """
         try:
-            return AutoTokenizer.from_pretrained(
+            found = AutoTokenizer.from_pretrained(
                 self.home, trust_remote_code=self.trust_remote_code
             )
+            # where its files are missing, transformers makes one without a vocabulary
+            reads = found.encode(PROBE, add_special_tokens=False)
         except (ValueError, OSError, KeyError) as e:
             raise ValueError(f"{self.model}: the tokenizer does not load: {first_line(e)}") from e
+        if not reads:
+            raise ValueError(
+                f"{self.model}: the tokenizer knows no token of {PROBE!r}; is its vocabulary "
+                f"(tokenizer.json, tokenizer.model, ...) missing in {self.home}?"
+            )
+        return found
 
     def load(self, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
         """The model with its weights.

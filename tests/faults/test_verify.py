@@ -296,7 +296,7 @@ def spread(o: Path) -> None:
     [
         (config(rms_norm_eps=0.1), "rms_norm_eps is 0.1, not"),
         (config(num_experts_per_tok=3), "num_experts_per_tok"),
-        (config(initializer_range=True), "initializer_range is true, not"),
+        (config(rope_parameters={"rope_theta": 10000, "rope_type": "default"}), "not 10000.0"),
         (config(attn_implementation="eager"), "attn_implem"),
         (json_edit("config.json", lambda c: c.pop("rope_parameters")), "rope"),
         (config(eos_token_id=1), "eos_token_id is 1"),
