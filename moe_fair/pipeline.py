@@ -48,7 +48,7 @@ from moe_fair.moe.calibration import (
     split,
     windows,
 )
-from moe_fair.moe.checkpoint import count_path, write_model
+from moe_fair.moe.checkpoint import check_writable, count_path, write_model
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.merge import check_mergeable, merging, write_merged
@@ -191,6 +191,8 @@ def prune(
     heldout = us.told(lambda: heldout_set(recipe, source))
     run = _Pruning(recipe, source, output, say, us)
     merges = _merges(recipe, ready)
+    if not (method(recipe)[2] == "uniform" if ready is None else ready.uniform):
+        check_writable(source, recipe.trust_remote_code)
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)

@@ -25,6 +25,7 @@ from moe_fair.moe.own_code import (
     REFERENCE,
     is_ours,
     modeling_source,
+    naming_file,
 )
 from moe_fair.moe.surgery import check_all
 
@@ -66,6 +67,24 @@ def write_model(
     for pattern in COMPANIONS:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+
+
+def check_writable(source: Checkpoint, trusted: bool) -> None:
+    """Layers of different sizes can be written, and what is written can be opened again.
+
+    Args:
+        trusted: code that lies beside the model's weights may run.
+
+    Raises:
+        ValueError: they cannot; says why.
+    """
+    modeling_source(_stock_class(source))
+    if not trusted and (name := naming_file(source.path)):
+        raise ValueError(
+            f"{source.model}: {name} names code to be run, and beside it layers of different sizes "
+            "would not be opened unasked; allow it with --trust-remote-code, take that entry out, "
+            "or use --allocate uniform"
+        )
 
 
 def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:

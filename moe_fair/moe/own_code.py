@@ -109,7 +109,7 @@ def not_ours(folder: Path) -> str:
         return f"{others[0]} is code that moe_fair does not write"
     if (folder / "adapter_config.json").exists():
         return "adapter_config.json names a model of its own"
-    if namer := next((n for n in _json_files(folder) if _names_code(folder / n)), None):
+    if namer := naming_file(folder):
         return f"{namer} names code to be run, or cannot be read"
     return changed(folder)
 
@@ -128,6 +128,11 @@ def changed(folder: Path) -> str:
     ):
         return f"{MODELING_FILE} is not the one that {MANIFEST} lists"
     return ""
+
+
+def naming_file(folder: Path) -> str:
+    """A JSON file that names code to be run, but for the model's own `auto_map`; empty for none."""
+    return next((n for n in _json_files(folder) if _names_code(folder / n)), "")
 
 
 def _json_files(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from places import MODEL
+from places import CALIBRATION, MODEL
 from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
 import moe_fair
@@ -166,3 +166,20 @@ def test_kernels_of_the_hub_are_code(out: Path, tmp_path: Path, given: dict[str,
         edit("config.json", **given)(folder)
         with pytest.raises(ValueError, match=r"asks for a/b.*--trust-remote-code"):
             Checkpoint(str(folder))
+
+
+def test_a_model_whose_tokenizer_names_code_is_told_before_it_is_measured(
+    tmp_path: Path, statistics_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unequal result would not be ours: that is no news for the end of a long run."""
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["none.C", None]})(model)
+    monkeypatch.setattr(Checkpoint, "load", None)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json names code.*--allocate uniform"):
+        moe_fair.prune(str(model), tmp_path / "out", experts=40)
+    monkeypatch.undo()
+    text = {"calibration": str(CALIBRATION), "samples": 4, "length": 32, "repair": "none"}
+    done = moe_fair.prune(
+        str(model), tmp_path / "out", experts=40, method="reap", allocate="uniform", **text
+    )
+    assert verify(done.output, Checkpoint(str(model))).ok
