@@ -24,7 +24,8 @@ import numpy as np
 from moe_fair import pipeline
 from moe_fair.checks import check_same_model
 from moe_fair.core.evolution import Candidate, evolve
-from moe_fair.core.plan import Plan, common_divisors
+from moe_fair.core.plan import Plan
+from moe_fair.core.plan_checks import common_divisors
 from moe_fair.core.ranking import block_order, depths
 from moe_fair.core.units import Statistics
 from moe_fair.engines.resident import ResidentEngine

@@ -14,6 +14,8 @@ from moe_fair.core.plan import Plan, Target, make_plan
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.distributed import processes
+from moe_fair.engines.names import destinations
+from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.placement import check_map, read_map
@@ -201,6 +203,52 @@ def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str)
                 f"the {what} made from another {part} than that of {source.model}; "
                 "calibrate this model, or give the one they belong to"
             )
+
+
+def check_embedding(source: Checkpoint) -> None:
+    """The embedding that config.json makes is the one in the files, which are not loaded for it.
+
+    Raises:
+        ValueError: their shapes differ; says both.
+    """
+    rows = _embedding(source)
+    if rows is None:
+        return
+    name, shape = rows
+    find = destinations(source.skeleton)
+    for t in source.tensors:
+        # an embedding lies in no layer: the many tensors that do need not be asked
+        layered = any(part.isdigit() for part in t.name.split("."))
+        if not layered and find(t.name).name == name and t.shape != shape:
+            raise ValueError(
+                f"{source.model}: config.json makes {name} {list(shape)} (vocab_size and "
+                f"hidden_size), and the files hold {list(t.shape)}; restore the model's config.json"
+            )
+
+
+def check_tokens(text: CalibrationSet, source: Checkpoint) -> None:
+    """The model has an embedding for every token of the text.
+
+    Raises:
+        ValueError: the tokenizer gives ids that it has not.
+    """
+    rows = _embedding(source)
+    most = max((max(ids) for ids, _ in text.sequences if ids), default=-1)
+    if rows is not None and most >= rows[1][0]:
+        raise ValueError(
+            f"{source.model}: its tokenizer gives token {most}, and {rows[0]} has {rows[1][0]} "
+            "rows (vocab_size); the tokenizer is another model's"
+        )
+
+
+def _embedding(source: Checkpoint) -> tuple[str, tuple[int, ...]] | None:
+    """Name and shape of the input embedding, where the model says which it is."""
+    try:
+        weight = getattr(source.skeleton.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    named = source.skeleton.named_parameters(remove_duplicate=False)
+    return next(((n, tuple(p.shape)) for n, p in named if p is weight), None)
 
 
 def check_same_tokens(a: Checkpoint, b: Checkpoint) -> None:

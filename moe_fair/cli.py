@@ -94,6 +94,9 @@ from moe_fair.options import (
 from moe_fair.vision_cli import app as vision_app
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moe_fair.core.units import Statistics
     from moe_fair.recipe import Recipe
 
 # what several processes do together; of other commands the first process does all
@@ -159,11 +162,10 @@ def plan(
     """Decide which experts stay: a budget per layer, in milliseconds."""
     settings = _settings(locals())
     from moe_fair import pipeline
-    from moe_fair.core.units import Statistics
     from moe_fair.tables import plan_table
     from moe_fair.trials import rivals
 
-    gathered = Statistics.load(statistics)
+    gathered = _statistics(statistics)
     made = pipeline.plan(gathered, settings)
     if rivals(settings) and gathered.facts["calibration"].get("held_back"):
         _say("note: not tried against other plans, which takes the model: prune --stats does")
@@ -201,7 +203,6 @@ def prune(
     settings = _settings(locals())
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
-    from moe_fair.core.units import Statistics
     from moe_fair.recipe import TARGETS
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
 
@@ -212,7 +213,7 @@ def prune(
     done = pipeline.prune(
         settings,
         output,
-        statistics=Statistics.load(stats) if stats else None,
+        statistics=_statistics(stats) if stats else None,
         ready=Plan.load(plan) if plan else None,
         say=_say,
     )
@@ -237,11 +238,10 @@ def oracle(
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
     settings = _settings(locals())
     from moe_fair import pipeline
-    from moe_fair.core.units import Statistics
     from moe_fair.tables import oracle_table
 
     found, table = pipeline.oracle(
-        settings, output, statistics=Statistics.load(stats) if stats else None, say=_say
+        settings, output, statistics=_statistics(stats) if stats else None, say=_say
     )
     if as_json:
         print((output / "agreement.json").read_text(), end="")
@@ -381,6 +381,18 @@ def _settings(given: dict[str, Any]) -> Recipe:
     if "rivals" in chosen:
         chosen["rivals"] = tuple(name.strip() for name in chosen["rivals"].split(","))
     return base.with_settings(chosen)
+
+
+def _statistics(path: Path) -> Statistics:
+    from moe_fair.core.units import Statistics
+
+    found = Statistics.load(path)
+    if not found.digest:
+        _say(
+            f"note: {path} is of an earlier version, without a digest: whether its numbers are "
+            "those that were measured cannot be seen"
+        )
+    return found
 
 
 def _parse_weights(text: str) -> dict[str, float]:

@@ -12,9 +12,11 @@ from typing import Any
 from moe_fair.checks import (
     check_device_map,
     check_disk,
+    check_embedding,
     check_plan_settings,
     check_same_model,
     check_target,
+    check_tokens,
     method,
     target,
     with_needs,
@@ -26,6 +28,7 @@ from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import check_output, fresh, partial_path, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.units import Statistics
 from moe_fair.costing import (
     ALONE_COSTS,
@@ -52,6 +55,7 @@ from moe_fair.moe.merge import check_mergeable, merging, write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.moe.side_files import in_a_line
+from moe_fair.moe.surgery import check_all
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
@@ -192,7 +196,8 @@ def prune(
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
-    check_writable(source, unequal=method(recipe)[2] != "uniform" or ready is not None)
+    uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
+    check_writable(source, unequal=not uniform)
     if ready is None:
         statistics = run.measured(statistics)
     made = us.told(lambda: run.decided(statistics, ready))
@@ -252,12 +257,16 @@ class _Pruning:
 
     def decided(self, statistics: Statistics | None, ready: Plan | None) -> Plan:
         """The plan that was given, or the best of those made; checked against model and disk."""
-        if ready is None:
+        made = ready
+        if made is None:
             assert statistics is not None
-            ready = self._best(statistics)
-        check_same_model(ready.fingerprint, self.source, "plan was")
-        check_disk(ready.after.bytes, self.output)
-        return ready
+            made = self._best(statistics)
+        check_same_model(made.fingerprint, self.source, "plan was")
+        if ready is not None:  # what a file says, nobody has checked yet
+            check_all(self.source.blocks, made.kept)
+            check_fits(made, self.source.groups, self.source.size)
+        check_disk(made.after.bytes, self.output)
+        return made
 
     def _best(self, statistics: Statistics) -> Plan:
         """The method's own plan, or a rival's that loses less on held-back text."""
@@ -328,7 +337,7 @@ class _Pruning:
         together = all(us.gather((self.folder / "config.json").is_file()))
         if us.first or together:
             them = us if together else ALONE
-            pruned = Checkpoint(str(self.folder), trust_remote_code=self.recipe.trust_remote_code)
+            pruned = Checkpoint(str(self.folder), trust_remote_code=recipe.trust_remote_code)
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
 
@@ -342,12 +351,8 @@ class _Pruning:
 
         write_report(self.folder)
         write_manifest(self.folder)
-        found = verify(
-            self.folder,
-            self.source,
-            hashes=False,
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
+        trusted = self.recipe.trust_remote_code
+        found = verify(self.folder, self.source, hashes=False, trust_remote_code=trusted)
         if not found.ok:
             raise RuntimeError(
                 f"the result does not verify and stays in {self.folder}: {found.wrong}"
@@ -416,6 +421,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError(f"{recipe.model}: {PACKED}")
     check_device_map(recipe, source)
     assert source.blocks  # known from the config alone: before weights are downloaded
+    check_embedding(source)
     assert source.groups  # finds the experts in the files as well, or says what was looked for
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
@@ -435,6 +441,7 @@ def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> Calibration
     )
     for note in text.notes:
         say(f"note: {note}")
+    check_tokens(text, source)
     return text
 
 
@@ -443,6 +450,8 @@ def heldout_set(recipe: Recipe, source: Checkpoint) -> CalibrationSet | None:
     if not recipe.heldout:
         return None
     sources = expand([parse_source(s) for s in recipe.heldout])
-    return windows(
+    text = windows(
         sources, source.tokenizer(), samples=recipe.heldout_samples, length=recipe.length
     )
+    check_tokens(text, source)
+    return text

@@ -15,24 +15,25 @@ from pathlib import Path
 
 import torch
 
+from moe_fair.companions import check_config, check_files_beside
 from moe_fair.core.manifest import (
     CHUNK,
     FOLDER,
-    LOADED,
     MANIFEST,
     check_files,
+    same_bytes,
     write_manifest,
 )
 from moe_fair.core.plan import Plan
 from moe_fair.engines.names import destinations
-from moe_fair.engines.shards import INDEX, Piece, StoredTensor
+from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
-from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.own_code import MODELING_FILE, changed, code_files, not_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
-from moe_fair.moe.side_files import reader_code
+from moe_fair.moe.side_files import READER_CLASSES, reader_code
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
@@ -120,10 +121,17 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
-    checks.append(_check("code", lambda: _code(output, trust_remote_code)))
+    checks.append(_check("code", lambda: _code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
     made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
+    if original is not None:
+        source = original
+        counts = {b.name: b.num_experts for b in source.blocks}
+        counts |= {name: len(kept) for name, kept in made.kept.items()}
+        checks.append(_check("config", lambda: check_config(counts, source, output)))
+        beside = partial(check_files_beside, output, source, found)
+        checks.append(_check("side files", beside))
     checks.append(_check("tensors", lambda: _tensors(made, found)))
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, found)))
@@ -164,12 +172,6 @@ def list_files(output: Path, original: Checkpoint) -> Verified:
         )
     trusted = original.trust_remote_code
     found = verify(output, original, trust_remote_code=trusted)
-    shards = Checkpoint(str(output), trust_remote_code=trusted).shards
-    known = {*(p.name for p in shards), INDEX, MODELING_FILE, *reader_code(output)}
-    strange = [p.name for p in output.iterdir() if p.name.endswith(LOADED) and p.name not in known]
-    if strange:
-        text = f"{min(strange)} is not a file that moe_fair writes"
-        return Verified(output, (Check("files", False, text), *found.checks[1:]))
     if any(c.ok is False for c in found.checks[1:]):
         return found
     write_manifest(output)
@@ -188,22 +190,27 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, " ".join(str(e).split()))
 
 
-def _code(output: Path, trusted: bool) -> str:
-    """No code but our own and its tokenizer's comes with it, and its config can be used."""
+def _code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
+    """No code but our own, its tokenizer's and the original's comes with the checkpoint."""
     config = json.loads((output / "config.json").read_text())
     readers = reader_code(output)
-    known = {MODELING_FILE, *readers}
-    others = sorted(
-        n for p in output.rglob("*.py") if (n := p.relative_to(output).as_posix()) not in known
-    )
-    if others:
-        raise _Wrong(f"{others[0]} is not a file that moe_fair writes")
-    brought = config.get("moe_fair") is not None or (output / MODELING_FILE).exists()
-    if brought and not is_ours(output, readers):
-        raise _Wrong(f"{MODELING_FILE} or what names it is not as this version writes it")
-    Checkpoint(str(output), trust_remote_code=trusted or brought).blocks  # noqa: B018
-    text = f"{MODELING_FILE} is unchanged" if brought else "none, the stock format"
-    return text + (f"; {', '.join(sorted(readers))} of the tokenizer" if readers else "")
+    others = [name for name in code_files(output) if name != MODELING_FILE]
+    for name in others:
+        theirs = original.home / name if original is not None else None
+        known = theirs is not None and theirs.is_file() and same_bytes(output / name, theirs)
+        if not known and (original is not None or name not in readers):
+            raise _Wrong(f"{name} is not a file that moe_fair writes")
+    named = {k for k in config.get("auto_map") or {} if k not in READER_CLASSES}
+    brought = bool(named) or (output / MODELING_FILE).exists()
+    wrong = not_ours(output) if brought and not trusted else ""
+    if brought and trusted:
+        wrong = changed(output)
+    if wrong:
+        raise _Wrong(wrong)
+    # the structure that the config stands for
+    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
+    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
+    return text + (f"; of the tokenizer's: {', '.join(others)}" if others else "")
 
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:

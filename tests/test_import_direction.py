@@ -19,6 +19,7 @@ ORDER = [
     {"moe", "vision"},
     {"evaluate"},
     {"report"},
+    {"companions"},
     {"verifying"},
     {"publish"},
     {"recipe", "progress", "options"},

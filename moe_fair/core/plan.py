@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,10 +14,12 @@ from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate.climb import nearest_total
 from moe_fair.core.output import write_whole
+from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
 PLAN_FORMAT = "moe_fair.plan/1"
+TOO_LARGE = (RecursionError, OverflowError)  # lists within lists, numbers of 400 digits
 
 
 @dataclass(frozen=True)
@@ -164,44 +165,11 @@ class Plan:
             groups = [GroupPlan(**g) for g in raw.pop("groups")]
             before, after = ModelSize(**raw.pop("before")), ModelSize(**raw.pop("after"))
             plan = Plan(groups=groups, before=before, after=after, **raw)
-            _check_types(plan)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            check_plan(plan)
+            Target(**raw["target"])
+        except (ValueError, KeyError, TypeError, AttributeError, *TOO_LARGE) as e:
             raise ValueError(f"{path} is not a moe_fair plan: {e}") from e
-        for g in plan.groups:
-            _check_kept(g, path)
         return plan
-
-
-def _check_types(plan: Plan) -> None:
-    """What others rely on is of its type; json holds anything."""
-    numbers = [g.size for g in plan.groups] + [g.layer for g in plan.groups]
-    numbers += [getattr(s, n) for s in (plan.before, plan.after) for n in ("parameters", "bytes")]
-    if not plan.groups or not all(type(n) is int for n in numbers):
-        raise ValueError("no groups, or sizes and layers that are not whole numbers")
-    if not all(isinstance(g.name, str) and isinstance(g.kept, list) for g in plan.groups):
-        raise ValueError("a group without a name or a list of kept ids")
-    names = [g.name for g in plan.groups]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    for name in ("fingerprint", "recipe", "explanation", "target"):
-        if not isinstance(getattr(plan, name), dict):
-            raise ValueError(f"its {name} is not a table")
-
-
-def _check_kept(g: GroupPlan, path: Path) -> None:
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in g.kept)
-    if not whole or g.kept != sorted(set(g.kept)):
-        raise ValueError(f"{path}: {g.name}: kept ids must be whole numbers, rising, each once")
-    if not g.kept or g.kept[0] < 0 or g.kept[-1] >= g.size:
-        raise ValueError(f"{path}: {g.name}: kept ids must be one or more of 0..{g.size - 1}")
-    members = [m for shares in g.merged.values() for m in shares]
-    known = {str(i) for i in range(g.size)}
-    if len(members) != len(set(members)) or not set(members) <= known:
-        raise ValueError(f"{path}: {g.name}: units are merged that are not there, or twice")
-    if not all(k in shares for k, shares in g.merged.items()) or not (
-        {str(k) for k in g.kept} >= set(g.merged)
-    ):
-        raise ValueError(f"{path}: {g.name}: units are merged into one that does not stay")
 
 
 def make_plan(
@@ -347,12 +315,6 @@ def _explain(
         notes=_notes(plans, budget, alpha),
         expert_parallel=common_divisors([len(p.kept) for p in plans]),
     )
-
-
-def common_divisors(counts: list[int]) -> list[int]:
-    """Every number that divides all of the counts, rising."""
-    greatest = math.gcd(*counts)
-    return [n for n in range(1, greatest + 1) if greatest % n == 0]
 
 
 def _tolerance(budget: Budget, tods: list[float | None]) -> float | None:

@@ -8,9 +8,11 @@ Shape legend: D calibration domains, N units of a group, S calibration sequences
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -127,6 +129,8 @@ class Statistics:
         lost: what rounding has taken from the sums so far, in their shapes; nothing once `settled`.
             With it a sum does not depend on the order in which shards were merged.
         sketches: group name -> distributions of each unit's output per domain, where collected.
+        digest: of the file that they were read from, whose numbers it fits; empty where the file
+            is of an earlier version and has none, or where they were not read.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -142,6 +146,7 @@ class Statistics:
     facts: dict[str, Any] = field(default_factory=dict)
     lost: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sketches: dict[str, Sketch] = field(default_factory=dict)
+    digest: str = ""
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""
@@ -216,6 +221,7 @@ class Statistics:
     def save(self, folder: Path) -> Path:
         """Write `statistics.safetensors` into `folder`; the same statistics give the same bytes."""
         header, tensors = self.settled().pack()
+        header["digest"] = digest_of(header, tensors)
         folder.mkdir(parents=True, exist_ok=True)
         path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
         # one metadata key: the writer does not keep the order of several
@@ -256,7 +262,8 @@ class Statistics:
         """Read a statistics file, or the folder that holds one.
 
         Raises:
-            ValueError: there is no such file, or it is not a statistics file of this version.
+            ValueError: there is no such file, it is not a statistics file of this version, or its
+                numbers are not those that were written.
         """
         file = path / STATISTICS_FILE if path.is_dir() else path
         if not file.is_file():
@@ -269,8 +276,14 @@ class Statistics:
                 f"{file} is not a moe_fair statistics file of this version "
                 f"(format {header.get('format')!r}, expected {STATISTICS_FORMAT!r}); redo it"
             )
+        digest = header.pop("digest", "")
+        if digest != "" and digest != digest_of(header, tensors):
+            raise ValueError(
+                f"{file} holds not the bytes that were measured (their sha256 is another): it was "
+                "damaged or changed; redo it"
+            )
         try:
-            found = Statistics.unpack(header, tensors)
+            found = replace(Statistics.unpack(header, tensors), digest=digest)
             found.check()
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as e:
             raise ValueError(f"{file} cannot be read as a statistics file: {e}; redo it") from e
@@ -327,9 +340,31 @@ class Statistics:
             sequences=tensors["sequences"],
             fingerprint=header["fingerprint"],
             facts=header["facts"],
-            **stores,
+            sums=stores["sums"],
+            constants=stores["constants"],
+            lost=stores["lost"],
             sketches={g: Sketch.unpack(t) for g, t in packed.items()},
         )
+
+
+def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of a header and of every tensor's name, type, shape and bytes.
+
+    Tensors are hashed side by side: files of large models are gigabytes, most of it in a few.
+    """
+    plain = json.loads(json.dumps(header))  # as it is read again: keys are texts
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    with ThreadPoolExecutor() as pool:  # hashlib lets others run
+        for part in pool.map(_tensor_digest, sorted(tensors.items())):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> bytes:
+    name, t = named
+    digest = hashlib.sha256(f"{name} {t.dtype} {list(t.shape)}\0".encode())
+    digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _umask() -> int:

@@ -180,6 +180,9 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
             f"with use_experts_implementation, and for blocks of {', '.join(families())}; a dense "
             "model has nothing to prune here"
         )
+    for b in blocks:
+        if not 1 <= b.top_k <= b.num_experts:
+            raise ValueError(f"{b.name}: the router picks top {b.top_k} of {b.num_experts} experts")
     return blocks
 
 

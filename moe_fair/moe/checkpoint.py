@@ -28,6 +28,7 @@ from moe_fair.moe.own_code import (
     MODELING_FILE,
     REFERENCE,
     modeling_source,
+    naming_file,
 )
 from moe_fair.moe.quantised import packed
 from moe_fair.moe.side_files import READER_CLASSES, SideFiles, side_files
@@ -72,13 +73,14 @@ def write_model(
 
 
 def check_writable(source: Checkpoint, unequal: bool) -> None:
-    """A result can be described to transformers, whatever the plan will be.
+    """A result can be described to transformers and opened again, whatever the plan will be.
 
     Args:
         unequal: the plan may keep other numbers in some layers than in others.
 
     Raises:
-        ValueError: neither the stock class nor ours would have the shapes of the result.
+        ValueError: neither the stock class nor ours would have the shapes of the result, or ours
+            would lie beside code that nobody has allowed.
     """
     fewer = {b.name: list(range(b.num_experts - b.n_group)) for b in source.blocks}
     some = {b.name: list(range(b.num_experts)) for b in source.blocks}
@@ -86,6 +88,13 @@ def check_writable(source: Checkpoint, unequal: bool) -> None:
     for kept in (fewer, some) if unequal else (fewer,):
         with tempfile.TemporaryDirectory(prefix="moe_fair-config-") as folder:
             _write_config(source, kept, Path(folder))
+            brought = (Path(folder) / MODELING_FILE).exists()
+        if brought and not source.trust_remote_code and (name := naming_file(source.home)):
+            raise ValueError(
+                f"{source.model}: {name} names code to be run, and beside it layers of different "
+                "sizes would not be opened unasked; allow it with --trust-remote-code, take that "
+                "entry out, or use --allocate uniform"
+            )
 
 
 def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:

@@ -29,7 +29,7 @@ from moe_fair.engines.stock import read_config, stock_config
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.folder_kind import check_folder, other_weights
-from moe_fair.moe.own_code import MODELING_FILE, is_ours
+from moe_fair.moe.own_code import named_kernel, not_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
 from moe_fair.moe.quantised import check_admitted, unpacking
 from moe_fair.moe.side_files import COPIES, WEIGHTS, needs_code
@@ -38,6 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ADVICE = 400  # characters of what a library says
 SAMPLED = 64  # pages of a large shard that enter its digest
 PAGE = 65536
+PROBE = "The 1st: a text, as it is."  # every tokenizer knows some of it
 
 
 class Checkpoint:
@@ -74,12 +75,18 @@ class Checkpoint:
         except ValueError as e:
             raise ValueError(f"{model}: {e}") from e
         self.trust_remote_code = trust_remote_code
+        if not trust_remote_code and (kernel := named_kernel(self.home)):
+            raise ValueError(
+                f"{model}: config.json asks for {kernel}, a kernel of the Hub, which is code that "
+                "would be fetched and run; take it out, or allow it with --trust-remote-code"
+            )
         # the file that our own pruning put there is run without asking; no other model's code is
         self.brings_model = self.published.get("moe_fair") is not None
-        if self.brings_model and not (trust_remote_code or is_ours(self.home)):
+        why = not_ours(self.home) if self.brings_model and not trust_remote_code else ""
+        if why:
             raise ValueError(
-                f"{model}: {MODELING_FILE} or another file that brings code is not as this version "
-                "of moe_fair writes it; read it, then allow it with --trust-remote-code"
+                f"{model} brings code that is not moe_fair's alone: {why}; read it, then allow it "
+                "with --trust-remote-code"
             )
         self.config = self._config()
 
@@ -222,13 +229,15 @@ class Checkpoint:
         """The model's tokenizer.
 
         Raises:
-            ValueError: it has none that loads.
+            ValueError: it has none that loads and reads text.
         """
         code = needs_code(self.home)
         try:
-            return AutoTokenizer.from_pretrained(
+            found = AutoTokenizer.from_pretrained(
                 self.home, config=self.config, trust_remote_code=self.trust_remote_code
             )
+            # where its files are missing, transformers makes one without a vocabulary
+            reads = found.encode(PROBE, add_special_tokens=False)
         except Exception as e:  # code of its own, and parsers of many kinds, raise what they like
             if code is not None and not self.trust_remote_code:
                 raise ValueError(
@@ -236,6 +245,12 @@ class Checkpoint:
                     f"({code}.py); read it, then allow it with --trust-remote-code"
                 ) from e
             raise ValueError(f"{self.model}: the tokenizer does not load: {advice(e)}") from e
+        if not reads:
+            raise ValueError(
+                f"{self.model}: the tokenizer knows no token of {PROBE!r}; is its vocabulary "
+                f"(tokenizer.json, tokenizer.model, ...) missing in {self.home}?"
+            )
+        return found
 
     def load(self, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> Any:
         """The model with its weights.

@@ -9,22 +9,25 @@ digest whether the Hub has it before sending. The token is the client's own affa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
 
 # HTTPError is that of the client's HTTP library, which differs by version
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
+from moe_fair.core.manifest import FOLDER, MANIFEST, WRITTEN_LATER, listed_files, unlisted
 from moe_fair.moe.load import first_line
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
-from moe_fair.report.sources import FOLDER, Sources, gather
+from moe_fair.report.sources import Sources, gather
 from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
-LEFT_OUT = ["*.partial", "*/.cache/*", ".cache/*", f"{FOLDER}/lm-eval/*"]
+LEFT_OUT = ("*.partial", f"{FOLDER}/lm-eval/*")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Upload:
         repo_id: user/name.
         files: path in the repository -> bytes.
         card: the text of the model card.
+        left_out: what lies there and does not go; see `manifest.unlisted`.
         notes: what the user should know before it is public.
         url: of the commit, or None for a dry run.
     """
@@ -43,6 +47,7 @@ class Upload:
     files: dict[str, int]
     card: str
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     url: str | None = None
 
 
@@ -69,8 +74,8 @@ def push(
         dry_run: write the card, upload nothing.
 
     Raises:
-        ValueError: not a pruned checkpoint, or one that does not verify, a bad name, no token, or
-            the Hub refuses; says why.
+        ValueError: not a pruned checkpoint, or one that does not verify, a file that is a link, a
+            bad name, no token, or the Hub refuses; says why.
     """
     sources = gather(output)
     checked = verify(output)
@@ -83,11 +88,12 @@ def push(
     base = find_base(sources, base_model)
     card = write_card(output, repo_id, base, license)
     notes = tuple(_notes(sources, base, output))
-    found = (p.relative_to(output).as_posix() for p in sorted(output.rglob("*")) if p.is_file())
-    names = list(filter_repo_objects(found, ignore_patterns=LEFT_OUT))
-    made = Upload(repo_id, {n: (output / n).stat().st_size for n in names}, card, notes)
+    names, left = _named(output)
+    made = Upload(repo_id, {n: (output / n).stat().st_size for n in names}, card, notes, left)
     for note in notes:
         say(f"note: {note}")
+    if left:
+        say(f"left out, since nothing names it: {', '.join(left)}")
     if dry_run:
         return made
     size = sum(made.files.values())
@@ -101,14 +107,36 @@ def push(
             repo_id=repo_id,
             folder_path=output,
             revision=revision,
-            ignore_patterns=LEFT_OUT,
+            allow_patterns=[escape(name) for name in names],
             commit_message=f"Pruned from {sources.model} with moe_fair",
         )
     except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as e:
         # the client wraps what stopped a large file into a RuntimeError
         cause = e.__cause__ if isinstance(e, RuntimeError) else e
         raise ValueError(_refusal(cause or e, repo_id)) from e
-    return Upload(repo_id, made.files, card, notes, str(commit.commit_url))
+    return replace(made, url=str(commit.commit_url))
+
+
+def _named(output: Path) -> tuple[list[str], tuple[str, ...]]:
+    """What goes up: what the manifest lists, itself, the card, results and reports; and the rest.
+
+    Raises:
+        ValueError: one of them is a link, or lies in a folder that is: what it leads to may be
+            anything, and may be another thing tomorrow.
+    """
+    listed = {*listed_files(output), MANIFEST}
+    later = [p for pattern in WRITTEN_LATER for p in output.glob(pattern) if p.is_file()]
+    names = {*listed, *(p.relative_to(output).as_posix() for p in later)}
+    going = sorted(n for n in names if not any(fnmatch(n, p) for p in LEFT_OUT))
+    for name in going:
+        for part in (output / name, *(output / name).parents):
+            if part == output:
+                break
+            if part.is_symlink():
+                raise ValueError(
+                    f"{part} is a link, and links are not uploaded; copy the file there"
+                )
+    return going, (*unlisted(output, listed), *sorted(names - set(going)))
 
 
 def find_base(sources: Sources, base_model: str | None) -> Base:

@@ -84,7 +84,7 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
             **{**numbers, "mean": tuple(numbers["mean"]), "std": tuple(numbers["std"])}
         )
         return Source(model.eval(), record["base"], own, own, None, labels, history)
-    processor = find_processor(str(folder))
+    processor = find_processor(str(folder), trusted=trust_remote_code)
     if processor is None:
         raise ValueError(f"{folder} has neither preprocessing nor an image processor")
     transform = processed(processor)

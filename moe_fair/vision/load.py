@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -128,7 +129,8 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     if base["kind"] == "transformers":
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(folder)
+        # not left open: transformers would ask on the terminal whether to run its code
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         cls = getattr(transformers, base["class"], None)
         if cls is None or not issubclass(cls, transformers.PreTrainedModel):
             raise ValueError(f"transformers has no model class {base['class']!r}")
@@ -147,6 +149,8 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
         function = getattr(importlib.import_module(module), str(base["function"]))
     except (ImportError, AttributeError) as e:
         raise ValueError(f"no model {module}:{base['function']}: {e}") from e
+    if not trusted:
+        _check_positions(function, base["arguments"], f"{module}:{base['function']}")
     try:
         model = function(*base["arguments"], **keywords)
     except TypeError as e:
@@ -154,6 +158,23 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{base['function']} gives no torch.nn.Module")
     return model
+
+
+def _check_positions(function: Any, arguments: Sequence[Any], name: str) -> None:
+    """No argument names weights by its place: those that name them by keyword are left out.
+
+    Raises:
+        ValueError: one does.
+    """
+    try:
+        places = list(inspect.signature(function).parameters)[: len(arguments)]
+    except (TypeError, ValueError):
+        places = []  # of what has no signature nothing is a model function
+    if named := set(places) & set(WEIGHT_KEYWORDS):
+        raise ValueError(
+            f"{name}: the checkpoint asks for other weights than its own ({min(named)}); if you "
+            "know it, load it with trust_remote_code=True"
+        )
 
 
 def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> None:
@@ -244,7 +265,7 @@ def _transformers(
     base = {"kind": "transformers", "class": type(model).__name__}
     labels = tuple(config.id2label[i] for i in sorted(config.id2label))
     given = any(v is not None for v in own.values())
-    processor = None if given else find_processor(spec, revision)
+    processor = None if given else find_processor(spec, revision, trust_remote_code)
     if processor is not None:
         return Source(model.eval(), base, processed(processor), None, processor, labels)
     size = own["size"] or getattr(config, "image_size", None) or 224
@@ -252,12 +273,14 @@ def _transformers(
     return Source(model.eval(), base, preprocessing, preprocessing, None, labels)
 
 
-def find_processor(where: str, revision: str | None = None) -> Any:
-    """The image processor beside a model, or None."""
+def find_processor(where: str, revision: str | None = None, trusted: bool = False) -> Any:
+    """The image processor beside a model, or None; one that is code of its own only if trusted."""
     import transformers
 
     try:
-        return transformers.AutoImageProcessor.from_pretrained(where, revision=revision)
+        return transformers.AutoImageProcessor.from_pretrained(
+            where, revision=revision, trust_remote_code=trusted
+        )
     except (OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moe_fair.core.plan import Plan
-from moe_fair.core.units import STATISTICS_FORMAT, Statistics
+from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
+from moe_fair.core.plan_checks import check_fits
+from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
 from moe_fair.moe.calibration import Source, documents, parse_source
 from moe_fair.recipe import Recipe, load_recipe
@@ -92,28 +94,74 @@ def test_recipes(folder: Path, text: str) -> None:
         assert Recipe(**made.to_dict()) == made
 
 
-PLAN = {
-    "format": "moe_fair.plan/1",
-    "groups": [
-        {"name": f"layers.{i}", "layer": i, "size": 4, "kept": [0, 2], "tod": None,
-         "null_depth": None, "ceiling": None, "removal": [1.0] * 4, "protection": None}
-        for i in range(2)
-    ],
-    "allocator": "tod", "removal": "a", "protection": None, "tolerance": None, "explanation": {},
-    "target": {"ratio": 0.5}, "before": {"parameters": 8, "bytes": 16},
-    "after": {"parameters": 4, "bytes": 8}, "notes": [],
-}  # fmt: skip
+UNITS = tuple(UnitGroup(f"layers.{i}", i, 4, unit_parameters=10, unit_bytes=20) for i in range(3))
+SIZE = ModelSize(1000, 2000)
+SCORES = Scores("a", {g.name: torch.tensor([3.0, 1.0, 4.0, 1.5]) for g in UNITS})
+PLANS = [
+    json.loads(make_plan(UNITS, SCORES, SCORES, target=t, allocator=a, before=SIZE).to_json())
+    for t, a in (
+        (Target(ratio=0.5), "uniform"), (Target(total=7), "tod"), (Target(bytes=1900), "global"),
+        (Target(mean_kept=3), "global"), (Target(tolerance=0.4), "tod"),
+    )
+]  # fmt: skip
+few = st.integers(-1, 6) | st.floats(allow_nan=True) | st.sampled_from([True, None, "1", 10**400])
+
+
+def one_change(data: st.DataObject, value: Any) -> tuple[Any, set[str]]:
+    """The value with one field changed, doubled or left out, and the keys that lead to it."""
+    if isinstance(value, dict) and value and data.draw(st.integers(0, 9)):
+        key = data.draw(st.sampled_from(sorted(value)))
+        if not data.draw(st.integers(0, 9)):
+            return {k: v for k, v in value.items() if k != key}, {key}
+        inner, path = one_change(data, value[key])
+        return value | {key: inner}, path | {key}
+    if isinstance(value, list) and value and data.draw(st.integers(0, 9)):
+        i = data.draw(st.integers(0, len(value) - 1))
+        how = data.draw(st.sampled_from(["change", "change", "change", "drop", "double"]))
+        if how != "change":
+            return value[:i] + [value[i]] * (2 * (how == "double")) + value[i + 1 :], set()
+        inner, path = one_change(data, value[i])
+        return [*value[:i], inner, *value[i + 1 :]], path
+    return data.draw(few | anything), set()
 
 
 @fuzz
 @given(data=st.data())
-def test_plans(folder: Path, data: st.DataObject) -> None:
-    path = folder / "plan.json"
-    path.write_text(json.dumps(changed(data, PLAN)))
-    if only_value_errors(lambda: Plan.load(path)):
-        for g in Plan.load(path).groups:
-            assert g.kept == sorted(set(g.kept))
-            assert 0 <= g.kept[0] <= g.kept[-1] < g.size
+def test_tampered_plans(folder: Path, data: st.DataObject) -> None:
+    """A plan with one field changed is refused, or cuts as many units of every model as it says."""
+    valid = data.draw(st.sampled_from(PLANS))
+    raw, path = one_change(data, valid)
+    file = folder / "tampered.json"
+    file.write_text(json.dumps(raw))
+
+    def load() -> Plan:
+        plan = Plan.load(file)
+        check_fits(plan, UNITS, SIZE)
+        return plan
+
+    if only_value_errors(lambda: Plan.load(file)):  # what the plan alone can tell
+        alone = Plan.load(file)
+        total = alone.target.get("total", alone.target.get("mean_kept", 0) * len(alone.groups))
+        assert not total or sum(len(g.kept) for g in alone.groups) == total
+        assert all(len(g.removal) == g.size for g in alone.groups)
+    if not only_value_errors(load):
+        return
+    found = load()
+    assert {g.name: (g.layer, g.size) for g in found.groups} == {
+        g.name: (g.layer, g.size) for g in UNITS
+    }
+    gone = 0
+    for g in found.groups:
+        assert all(type(i) is int for i in g.kept)
+        assert sorted({*g.kept} & {*range(4)}) == g.kept
+        assert [type(x) in (int, float) for x in g.removal] == [True] * 4
+        gone += 4 - len(g.kept)
+    assert asdict(found.before) == {"parameters": 1000, "bytes": 2000}
+    assert asdict(found.after) == {"parameters": 1000 - 10 * gone, "bytes": 2000 - 20 * gone}
+    if not path & {"kept", "merged"}:  # another field was changed, and it cuts the same
+        assert found.kept == {g["name"]: g["kept"] for g in valid["groups"]}
+    elif "merged" not in path:  # other ids, as many
+        assert gone == sum(4 - len(g["kept"]) for g in valid["groups"])
 
 
 HEADER = {

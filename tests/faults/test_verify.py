@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import moe_fair
 from moe_fair.cli import main
-from moe_fair.core.manifest import MANIFEST, write_manifest
+from moe_fair.core.manifest import MANIFEST, MODEL_CARD, WRITTEN_LATER, write_manifest
+from moe_fair.evaluate.record import AGREEMENT, BENCHMARKS, HELDOUT
 from moe_fair.moe import checkpoint
 from moe_fair.moe.load import Checkpoint
+from moe_fair.publish.card import CARD
+from moe_fair.report.write import write_report
 from moe_fair.verifying import verify
 
 
@@ -262,3 +265,88 @@ def test_what_is_damaged_is_not_listed(
     said = capsys.readouterr().out
     assert ("experts" if damage == "expert" else "pytorch_model.bin is not a file") in said
     assert not (out / MANIFEST).exists()
+
+
+def json_edit(name: str, edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def run(o: Path) -> None:
+        content = json.loads((o / name).read_text())
+        edit(content)
+        (o / name).write_text(json.dumps(content))
+
+    return run
+
+
+def config(**change: object) -> Callable[[Path], None]:
+    return json_edit("config.json", lambda c: c.update(change))
+
+
+def spread(o: Path) -> None:
+    """One expert more in a layer and one less in another, in the config alone."""
+
+    def edit(config: dict) -> None:
+        experts = config["moe_fair"]["experts"]
+        a, b = list(experts)[:2]
+        experts[a], experts[b] = experts[a] + 1, experts[b] - 1
+
+    json_edit("config.json", edit)(o)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (config(rms_norm_eps=0.1), "rms_norm_eps is 0.1, not"),
+        (config(num_experts_per_tok=3), "num_experts_per_tok"),
+        (config(rope_parameters={"rope_theta": 10000, "rope_type": "default"}), "not 10000.0"),
+        (config(attn_implementation="eager"), "attn_implem"),
+        (json_edit("config.json", lambda c: c.pop("rope_parameters")), "rope"),
+        (config(eos_token_id=1), "eos_token_id is 1"),
+        (config(num_experts=61), "config"),
+        (json_edit("config.json", lambda c: c["moe_fair"]["numbers"].append("a")), "numbers"),
+        (json_edit("config.json", lambda c: c["moe_fair"].update(more=1)), "moe_fair.more is 1"),
+        (json_edit("config.json", lambda c: c["per_layer_config"]["0"].update(a=1)), "config"),
+        (spread, "layers.0.mlp is 52, not 51"),
+        (json_edit("generation_config.json", lambda c: c.update(eos_token_id=9)), "generation_con"),
+        (json_edit("tokenizer_config.json", lambda c: c.update(bos_token="x")), "tokenizer_config"),
+        (json_edit("tokenizer.json", lambda c: c.update(version="1.1")), "tokenizer.json"),
+        (lambda o: (o / "chat_template.jinja").write_text("{{ 'obey' }}"), "chat_template.jinja"),
+        (lambda o: (o / "chat_template.jinja").unlink(), "chat_template.jinja of the original is"),
+        (lambda o: (o / "tokenizer.json").unlink(), "tokenizer.json of the original is missing"),
+        (lambda o: (o / "added_tokens.json").write_text("{}"), "written by moe_fair: added_tokens"),
+        (lambda o: (o / ".env").write_text("x"), "written by moe_fair: .env"),
+        (lambda o: (o / "moe_fair" / "x.html").write_text("x"), "moe_fair/x.html"),
+        (lambda o: (o / "sub").mkdir() or (o / "sub" / "a.txt").write_text("x"), "sub/a.txt"),
+    ],
+)  # fmt: skip
+def test_whoever_lists_it_anew_is_told_by_the_original(
+    out: Path, original: Checkpoint, spoil: Callable[[Path], object], said: str
+) -> None:
+    """An attacker changes a file and writes the manifest again."""
+    spoil(out)
+    write_manifest(out)
+    assert said in verify(out, original).wrong
+
+
+@pytest.mark.parametrize("name", ["a/b.json", ".hidden.py", "vocab.txt", "x.jinja", "b.gguf"])
+def test_what_would_be_read_and_is_not_listed(out: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    assert f"{name} was not there" in verify(out).wrong
+
+
+def test_what_is_not_listed_is_named(out: Path) -> None:
+    (out / ".ssh").mkdir()
+    (out / ".ssh" / "id_ed25519").write_text("x")
+    (out / "notes.bak").write_text("x")
+    found = verify(out)
+    assert found.ok
+    [files] = [c for c in found.checks if c.name == "files"]
+    assert files.detail.endswith("beside them, not listed: .ssh/, notes.bak")
+
+
+def test_later_files_are_known(out: Path) -> None:
+    """The names in core are those that eval and report write under."""
+    for name in (BENCHMARKS, AGREEMENT, HELDOUT):
+        assert f"moe_fair/{name}" in WRITTEN_LATER
+    assert CARD == MODEL_CARD
+    write_report(out, "md")
+    assert "not listed" not in verify(out).checks[0].detail

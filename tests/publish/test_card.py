@@ -67,11 +67,11 @@ def test_front_matter(pruned: Path) -> None:
 def test_a_multimodal_model_is_loaded_by_its_own_class(out: Path, stock: bool) -> None:
     file, auto = out / "config.json", "AutoModelForImageTextToText"
     config = json.loads(file.read_text()) | {"model_type": "qwen3_vl_moe"}
-    config.pop("auto_map", None)
-    if stock:
-        config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
-    else:
-        config |= {"architectures": ["MoeFair"], "auto_map": {auto: "modeling_moe_fair.MoeFair"}}
+    config |= {"architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    for name in ("auto_map", "moe_fair"):
+        config.pop(name, None)
+    if not stock:
+        config |= {"moe_fair": {}, "auto_map": {auto: "modeling_moe_fair.MoeFair"}}
     file.write_text(json.dumps(config))
     text = make_card(gather(out), "tester/pruned", Base())
     assert f"from transformers import {auto}, AutoTokenizer\n" in text

@@ -20,7 +20,9 @@ import moe_fair
 from moe_fair.engines.shards import write_shards
 from moe_fair.moe import checkpoint
 from moe_fair.moe.load import Checkpoint
+from moe_fair.publish import push as publish
 from moe_fair.publish.card import read_metadata
+from moe_fair.report.write import write_report
 
 NAME = "tester/pruned"
 BASE = "someone/base"
@@ -120,6 +122,51 @@ def test_what_is_pushed_loads_by_its_name(hub: Hub, out: Path, kind: str, tmp_pa
     assert again.returncode == 0, again.stderr
     assert len(hub.repositories[NAME].commits) == 1
     assert set(hub.arrived.values()) == {1}
+
+
+SECRETS = (".env", ".ssh/id_ed25519", ".git/config", "notes.bak", "moe_fair/lm-eval/results.json")
+
+
+@pytest.mark.parametrize("kind", ["unequal"], indirect=True)
+def test_only_what_is_named_goes_up(
+    out: Path, kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What lies there beside it stays, and is listed; so does what a link leads to."""
+    whole = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    for name in SECRETS:
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
+        (out / name).write_text("secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key").write_text("secret")
+    (out / "linked").symlink_to(tmp_path / "elsewhere" / "key")
+    (out / "folder").symlink_to(tmp_path / "elsewhere")
+    (out / "moe_fair" / "agreement.json").symlink_to(tmp_path / "elsewhere" / "key")
+    with pytest.raises(ValueError, match="agreement"):
+        publish.push(out, NAME, dry_run=True)
+    (out / "moe_fair" / "agreement.json").unlink()
+    with pytest.raises(ValueError, match="folder is a link"):
+        publish.push(out, NAME, dry_run=True)
+    (out / "folder").unlink()
+    said: list[str] = []
+    made = publish.push(out, NAME, dry_run=True, say=said.append)
+    assert set(made.files) == whole | {"README.md"}
+    left = (".env", ".git/", ".ssh/", "linked", "notes.bak", "moe_fair/lm-eval/results.json")
+    assert sorted(made.left_out) == sorted(left)
+    assert any("left out" in line and ".ssh/" in line and "linked" in line for line in said)
+    write_report(out, "md")
+    assert any(n.endswith(".png") for n in publish.push(out, NAME, dry_run=True).files)
+
+
+@pytest.mark.parametrize("kind", ["uniform"], indirect=True)
+@pytest.mark.parametrize("name", ["tokenizer.json", "moe_fair", "README.md"])
+def test_links_are_refused(out: Path, kind: str, name: str, tmp_path: Path) -> None:
+    """Even with the bytes that the manifest lists."""
+    if name == "README.md":
+        (out / name).write_text("mine")
+    (out / name).rename(tmp_path / "moved")
+    (out / name).symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        publish.push(out, NAME, dry_run=True)
 
 
 def interrupted(hub: Hub, out: Path, how: str) -> str:

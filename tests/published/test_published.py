@@ -208,11 +208,12 @@ def test_refused_before_anything_is_measured(layout: Layout, tmp_path: Path, fai
 def test_a_tokenizer_that_is_code_names_the_flag(tmp_path: Path, fails: Any) -> None:
     moonlight = next(x for x in LAYOUTS if "Moonlight" in x.name)
     folder = lay_out(moonlight, tmp_path / "checkpoint")
-    line = fails(
-        "prune", folder, "-o", tmp_path / "out", "--experts", KEPT, "-c", CALIBRATION,
-        "--samples", 8, "--length", 32,
-    )  # fmt: skip
+    given = ["prune", folder, "-o", tmp_path / "out", "--experts", KEPT, "-c", CALIBRATION]
+    line = fails(*given, *UNIFORM)
     assert "its tokenizer is code that lies beside the weights (tokenization_kimi.py)" in line
+    assert "--trust-remote-code" in line
+    line = fails(*given)  # unequal counts bring our modeling file, which would lie beside it
+    assert "tokenizer_config.json names code to be run" in line
     assert "--trust-remote-code" in line
 
 

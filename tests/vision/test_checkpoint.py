@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from vision.architectures import images
 from moe_fair.vision import load_pruned
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.graph import logits
-from moe_fair.vision.load import build, open_source
+from moe_fair.vision.load import build, find_processor, open_source
 from moe_fair.vision.proof import find_groups, uneven_plan
 from moe_fair.vision.surgery import cut, cuts_of
 
@@ -104,3 +107,40 @@ def test_missing_or_damaged_files(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights at"):
         load_pruned(folder)
+
+
+def test_weights_by_their_place_are_not_fetched_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`resnet18("DEFAULT")` downloads as `resnet18(weights="DEFAULT")` does."""
+    asked = []
+
+    def model(name: str, pretrained: bool = False) -> torch.nn.Module:
+        asked.append((name, pretrained))
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=model))
+    base = {
+        "kind": "function", "module": "timm", "function": "create_model",
+        "arguments": ["a", True], "keywords": {},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="asks for other weights than its own"):
+        build(base, trusted=False)
+    assert asked == []
+    build({**base, "arguments": ["a"], "keywords": {"pretrained": True}}, trusted=False)
+    build(base, trusted=True)
+    assert asked == [("a", False), ("a", True)]
+
+
+def test_transformers_is_not_left_to_ask_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody said whether code may run, it asks, and takes `y` from a pipe as well."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    mark = tmp_path / "mark"
+    (tmp_path / "c.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass C: pass\n")
+    code = {"model_type": "theirs", "auto_map": {"AutoConfig": "c.C", "AutoImageProcessor": "c.C"}}
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps(code))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        build({"kind": "transformers", "class": "ViTModel"}, trusted=False, folder=tmp_path)
+    assert find_processor(str(tmp_path)) is None
+    assert not mark.exists()
