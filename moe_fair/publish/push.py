@@ -24,6 +24,7 @@ from moe_fair.core.manifest import FOLDER, MANIFEST, WRITTEN_LATER, listed_files
 from moe_fair.moe.load import first_line
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
 from moe_fair.report.sources import Sources, gather
+from moe_fair.report.write import FORMATS, write_report
 from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
@@ -87,6 +88,9 @@ def push(
         raise ValueError("no Hub token: log in with `hf auth login`, or set HF_TOKEN")
     base = find_base(sources, base_model)
     card = write_card(output, repo_id, base, license)
+    for kind in FORMATS:  # no list vouches for a page that lies there; those that go are ours
+        if (output / FOLDER / f"report.{kind}").exists():
+            write_report(output, kind)
     notes = tuple(_notes(sources, base, output))
     names, left = _named(output)
     made = Upload(repo_id, {n: (output / n).stat().st_size for n in names}, card, notes, left)

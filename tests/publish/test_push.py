@@ -153,8 +153,10 @@ def test_only_what_is_named_goes_up(
     left = (".env", ".git/", ".ssh/", "linked", "notes.bak", "moe_fair/lm-eval/results.json")
     assert sorted(made.left_out) == sorted(left)
     assert any("left out" in line and ".ssh/" in line and "linked" in line for line in said)
+    (out / "moe_fair" / "report.html").write_text("<script>steal()</script>")
     write_report(out, "md")
     assert any(n.endswith(".png") for n in publish.push(out, NAME, dry_run=True).files)
+    assert "steal" not in (out / "moe_fair" / "report.html").read_text()  # drawn anew
 
 
 @pytest.mark.parametrize("kind", ["uniform"], indirect=True)
