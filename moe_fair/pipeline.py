@@ -140,7 +140,8 @@ def oracle(
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
-    check_target(recipe, statistics.groups)
+    before = ModelSize(**statistics.facts["size"])
+    check_target(recipe, statistics.groups, before)
     costs = rows = grams = None
     scores = removal(statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
@@ -156,7 +157,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         protection(statistics, recipe.weights) if protection else None,
         target=target(recipe),
         allocator=rule,
-        before=ModelSize(**statistics.facts["size"]),
+        before=before,
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
         costs=costs,
