@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from moe_fair.checks import check_plan_settings
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.surgery import check_kept
 from moe_fair.recipe import Recipe
 
 # groups, groups that are picked, experts in each, top k
@@ -100,3 +101,11 @@ def test_the_floor_itself_is_allowed(grouped: Path) -> None:
     source = Checkpoint(str(grouped))
     plan = check_plan_settings(Recipe(experts=8), source)
     assert [len(g.kept) for g in plan.groups] == [8] * len(plan.groups)
+
+
+def test_a_plan_below_the_floor_is_refused(grouped: Path) -> None:
+    """One of each of four groups is the top 4, but of the two groups that are picked only two."""
+    found = Checkpoint(str(grouped)).blocks[0]
+    check_kept(found, [0, 1, 4, 5, 8, 9, 12, 13])
+    with pytest.raises(ValueError, match="1 experts kept in each of 4 groups, .* keep 2 in each"):
+        check_kept(found, [0, 4, 8, 12])
