@@ -33,9 +33,9 @@ def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
             )
         if len(kept) < block.floor():
             raise ValueError(
-                f"{block.name}: {counts[0]} experts kept in each of {block.n_group} groups, but the "
-                f"router picks top {block.top_k} from the {block.topk_group} groups with the best "
-                f"two; keep {block.floor() // block.n_group} in each"
+                f"{block.name}: {counts[0]} experts kept in each of {block.n_group} groups, but "
+                f"the router picks top {block.top_k} from the {block.topk_group} groups with the "
+                f"best two; keep {block.floor() // block.n_group} in each"
             )
 
 

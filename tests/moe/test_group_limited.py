@@ -107,5 +107,5 @@ def test_a_plan_below_the_floor_is_refused(grouped: Path) -> None:
     """One of each of four groups is the top 4, but of the two groups that are picked only two."""
     found = Checkpoint(str(grouped)).blocks[0]
     check_kept(found, [0, 1, 4, 5, 8, 9, 12, 13])
-    with pytest.raises(ValueError, match="1 experts kept in each of 4 groups, .* keep 2 in each"):
+    with pytest.raises(ValueError, match=r"1 experts kept in each of 4 groups, .* keep 2 in each"):
         check_kept(found, [0, 4, 8, 12])
