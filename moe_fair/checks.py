@@ -214,15 +214,24 @@ def check_disk(need: int, output: Path) -> None:
     Raises:
         ValueError: it does not; says how much is needed and free.
     """
+    free = free_space(output)
+    if need > free:
+        raise ValueError(
+            f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in "
+            f"{_nearest_folder(output)}; make room or write elsewhere"
+        )
+
+
+def free_space(output: Path) -> int:
+    """Free bytes of the disk that a directory lies on, or would."""
+    return shutil.disk_usage(_nearest_folder(output)).free
+
+
+def _nearest_folder(output: Path) -> Path:
     folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise ValueError(
-            f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {folder}; "
-            "make room or write elsewhere"
-        )
+    return folder
 
 
 def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str) -> None:

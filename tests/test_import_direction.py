@@ -25,7 +25,7 @@ ORDER = [
     {"elastic"},
     {"checks", "collecting", "default_output", "measuring", "unused"},
     {"costing", "planning", "repairing", "oracle", "trials"},
-    {"preflight"},
+    {"preflight", "probe"},
     {"pipeline", "dry_run"},
     {"evaluating"},
     {"tables", "vision_cli"},

@@ -46,8 +46,9 @@ def again(out: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_a_result_made_in_one_go(tmp_path: Path) -> None:
-    run("prune", MODEL, "--experts", 40, *SMALL, "--repair", "refit", "-o", tmp_path / "out",
+    run("prune", MODEL, "--experts", 40, *SMALL, "--repair", "scale", "-o", tmp_path / "out",
         "--heldout", HELDOUT, "--heldout-samples", 4)  # fmt: skip
     found = again(tmp_path / "out")
     assert found["experts"] == 40
@@ -57,12 +58,12 @@ def test_a_result_made_in_one_go(tmp_path: Path) -> None:
     assert not {"curve_samples", "fresh", "stats", "plan", "curves"} & found.keys()
 
 
+@pytest.mark.slow
 def test_a_result_from_statistics(tmp_path: Path) -> None:
     """They were made with another batch size and seed than this run's; the text is theirs."""
     stats = tmp_path / "stats"
     run("calibrate", MODEL, *SMALL, "--seed", 5, "-o", stats)
-    run("prune", MODEL, "--stats", stats, "--experts", 40, "--repair", "refit",
-        "-o", tmp_path / "out")  # fmt: skip
+    run("prune", MODEL, "--stats", stats, "--experts", 40, "-o", tmp_path / "out")
     found = again(tmp_path / "out")
     assert found["calibration"] == [str(CALIBRATION)]
     assert (found["samples"], found["length"], found["seed"]) == (8, 64, 5)
@@ -73,6 +74,7 @@ def test_a_result_from_statistics(tmp_path: Path) -> None:
     again(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edited", [False, True])
 def test_a_result_from_a_plan(tmp_path: Path, statistics_folder: Path, edited: bool) -> None:
     plan = tmp_path / "plan.json"
@@ -82,7 +84,7 @@ def test_a_result_from_a_plan(tmp_path: Path, statistics_folder: Path, edited: b
         raw["groups"][0]["kept"].pop()
         plan.write_text(json.dumps(raw))
     out = tmp_path / "out"
-    run("prune", MODEL, "--plan", plan, "--repair", "refit", "-o", out)
+    run("prune", MODEL, "--plan", plan, "--repair", "scale", "-o", out)
     found = again(out)
     assert (found["experts"], found["method"], found["plan"]) == (40, "reap", "plan.json")
     assert (found["samples"], found["length"]) == (8, 64)
@@ -91,6 +93,7 @@ def test_a_result_from_a_plan(tmp_path: Path, statistics_folder: Path, edited: b
     run("verify", out, "--against", MODEL)
 
 
+@pytest.mark.slow
 def test_a_rivals_plan_and_merged_experts(tmp_path: Path) -> None:
     text = ["-c", CALIBRATION, "--samples", 64, "--length", 32]
     run("prune", MODEL, "--experts", 20, *text, "--method", "random", "--rivals",
@@ -127,7 +130,7 @@ def test_the_text_of_this_run_is_what_was_asked_for(
 ) -> None:
     """--samples, --length and --seed beside --stats: the repair runs on that text."""
     for name, more in {"theirs": [], "other": ["--seed", 3, "--samples", 10]}.items():
-        run("prune", MODEL, "--stats", statistics_folder, "--experts", 40, "--repair", "refit",
+        run("prune", MODEL, "--stats", statistics_folder, "--experts", 40, "--repair", "scale",
             *more, "-o", tmp_path / name)  # fmt: skip
     found = again(tmp_path / "other")
     assert (found["seed"], found["samples"], found["length"]) == (3, 10, 64)
@@ -135,6 +138,7 @@ def test_the_text_of_this_run_is_what_was_asked_for(
     assert weights[0] != weights[1]
 
 
+@pytest.mark.slow
 def test_text_that_has_changed_is_refused(tmp_path: Path, fails: Fails) -> None:
     text = tmp_path / "text.txt"
     text.write_text((CALIBRATION / "python.jsonl").read_text()[:60_000])
@@ -177,7 +181,7 @@ REFUSED: list[tuple[list[object], str, str]] = [
     ([*STATS, "--trial-samples", 9], "--trial-samples", "what is held back"),
     ([*STATS, "--repair", "none", "--samples", 4], "--samples", "no calibration text"),
     ([*STATS, "--repair", "none", "--dtype", "bfloat16"], "--dtype", "no text is run"),
-    ([*STATS, "--repair", "refit", "--device-map", "auto"], "--device-map", "nothing is calib"),
+    ([*STATS, "--repair", "scale", "--device-map", "auto"], "--device-map", "nothing is calib"),
     ([*PLAN, "--method", "reap"], "--method", "the plan has its own"),
     ([*PLAN, "--min-experts", 9], "--min-experts", "the plan has its own"),
     ([*PLAN, "--rivals", "reap"], "--rivals", "the plan is there"),
@@ -201,6 +205,7 @@ def test_what_would_change_nothing_is_refused(
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
 
 
+@pytest.mark.slow
 def test_what_an_earlier_stage_has_honoured_is_allowed(
     tmp_path: Path, statistics_folder: Path
 ) -> None:
