@@ -10,7 +10,7 @@ import torch
 
 from moe_fair.core.allocate import allocator, allocators
 from moe_fair.core.criterion import Criterion
-from moe_fair.core.plan import Plan, Target, make_plan
+from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.distributed import processes
@@ -94,20 +94,52 @@ def target(recipe: Recipe) -> Target:
     )
 
 
-def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...]) -> None:
-    """The budget lies between the fewest experts that routing allows and all of them."""
-    target(recipe)
+def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...], before: ModelSize) -> None:
+    """The budget lies between the fewest experts that routing allows and all of them.
+
+    Args:
+        before: size of the whole model.
+
+    Raises:
+        ValueError: it does not; says the range, and why it ends there.
+    """
+    wanted = target(recipe)
     most, least = max(g.size for g in groups), min(g.floor for g in groups)
+    why = floor_reason(min(groups, key=lambda g: g.floor))
     if recipe.experts is not None and not least <= recipe.experts <= most:
-        why = "the model has no more" if recipe.experts > most else f"the router picks top {least}"
-        raise ValueError(f"--experts {recipe.experts:g}: {why}; choose {least} to {most} per layer")
+        end = "the model has no more" if recipe.experts > most else why
+        raise ValueError(f"--experts {recipe.experts:g}: {end}; choose {least} to {most} per layer")
     total, floor = sum(g.size for g in groups), sum(g.floor for g in groups)
     if recipe.total is not None and not floor <= recipe.total <= total:
+        end = "" if recipe.total > total else f": {why}"
         raise ValueError(
-            f"--total {recipe.total}: {len(groups)} layers can keep {floor} to {total} experts"
+            f"--total {recipe.total}: {len(groups)} layers can keep {floor} to {total} experts{end}"
         )
+    if recipe.ratio is not None and total - round(recipe.ratio * total) < floor:
+        raise ValueError(
+            f"--ratio {recipe.ratio:g}: {why}; at most {(total - floor) / total:.3g} can leave"
+        )
+    fewest = before.without(groups, {g.name: g.floor for g in groups})
+    for unit in ("parameters", "bytes"):
+        limit, smallest = getattr(wanted, unit), getattr(fewest, unit)
+        if limit is not None and limit < smallest:
+            raise ValueError(
+                f"--size {limit:,} {unit} is out of reach: {why}, and with no more than that in "
+                f"any layer the model still has {smallest:,} {unit}"
+            )
     if recipe.min_experts > most:
         raise ValueError(f"--min-experts {recipe.min_experts}: layers have {most} experts")
+
+
+def floor_reason(group: UnitGroup) -> str:
+    """Why routing can work with no fewer experts than a layer's floor."""
+    if group.blocks == 1:
+        return f"the router picks top {group.floor}"
+    return (
+        f"the router first picks some of {group.blocks} groups of experts, and each group must "
+        f"keep {group.floor // group.blocks}: those picked must hold its top k, and a group is "
+        "judged by its best two"
+    )
 
 
 def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
@@ -117,7 +149,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
     removal, protection, rule_name = method(recipe)
-    check_target(recipe, source.groups)
+    check_target(recipe, source.groups, source.size)
     # whether a target can be met depends on no score: any will do to try it
     placeholder = Scores(
         "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in source.groups}
@@ -184,15 +216,24 @@ def check_disk(need: int, output: Path) -> None:
     Raises:
         ValueError: it does not; says how much is needed and free.
     """
+    free = free_space(output)
+    if need > free:
+        raise ValueError(
+            f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in "
+            f"{_nearest_folder(output)}; make room or write elsewhere"
+        )
+
+
+def free_space(output: Path) -> int:
+    """Free bytes of the disk that a directory lies on, or would."""
+    return shutil.disk_usage(_nearest_folder(output)).free
+
+
+def _nearest_folder(output: Path) -> Path:
     folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise ValueError(
-            f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in {folder}; "
-            "make room or write elsewhere"
-        )
+    return folder
 
 
 def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str) -> None:

@@ -10,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +59,7 @@ from moe_fair.options import (
     MinExperts,
     Model,
     MultipleOf,
+    NamedOutput,
     NumFewshot,
     Output,
     PlanFile,
@@ -64,6 +67,7 @@ from moe_fair.options import (
     Private,
     Protection,
     Pruned,
+    PruneDryRun,
     PushRevision,
     Ratio,
     RecipeFile,
@@ -124,7 +128,7 @@ def _root(
 
 @app.command()
 def calibrate(
-    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
+    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
@@ -138,7 +142,11 @@ def calibrate(
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(locals())
     from moe_fair import pipeline
+    from moe_fair.default_output import statistics_output
 
+    if output is None:
+        output = statistics_output(settings)
+        _say(f"output: {output}")
     statistics = pipeline.calibrate(settings, output, _say)
     if statistics is None:  # another process of this run has them
         return
@@ -179,7 +187,7 @@ def plan(
 
 @app.command()
 def prune(
-    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
+    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
     plan: PlanFile = None, stats: Stats = None,
     experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
     tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
@@ -197,26 +205,34 @@ def prune(
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
-    as_json: Json = False, debug: Debug = False,
+    dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
     settings = _settings(locals())
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
-    from moe_fair.recipe import TARGETS
+    from moe_fair.default_output import pruned_output
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
 
     if plan is not None and stats is not None:
         raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
-    if plan is not None and any(getattr(settings, t) is not None for t in TARGETS):
+    typed = (experts, total, ratio, size, tolerance)
+    if plan is not None and any(t is not None for t in typed):
         raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
-    done = pipeline.prune(
-        settings,
-        output,
-        statistics=_statistics(stats) if stats else None,
-        ready=Plan.load(plan) if plan else None,
-        say=_say,
-    )
+    ready = Plan.load(Path(settings.plan)) if settings.plan else None
+    if output is None:
+        output = pruned_output(settings, ready.target if ready else None)
+        _say(f"output: {output}")
+    gathered = _statistics(Path(settings.stats)) if settings.stats else None
+    if dry_run:
+        from moe_fair.dry_run import dry_run as try_out
+        from moe_fair.tables import dry_run_report
+
+        found = try_out(settings, output, ready=ready, say=_say)
+        if distributed.is_first():
+            print(json.dumps(asdict(found), indent=1)) if as_json else dry_run_report(found)
+        return
+    done = pipeline.prune(settings, output, statistics=gathered, ready=ready, say=_say)
     if not distributed.is_first():
         return
     if as_json:
@@ -240,9 +256,8 @@ def oracle(
     from moe_fair import pipeline
     from moe_fair.tables import oracle_table
 
-    found, table = pipeline.oracle(
-        settings, output, statistics=_statistics(stats) if stats else None, say=_say
-    )
+    gathered = _statistics(Path(settings.stats)) if settings.stats else None
+    found, table = pipeline.oracle(settings, output, statistics=gathered, say=_say)
     if as_json:
         print((output / "agreement.json").read_text(), end="")
     else:
@@ -268,6 +283,9 @@ def evaluate(
     if agreement and baseline is None:
         raise ValueError("--agreement compares with the original: name it with --baseline")
     given = {k: v for k, v in locals().items() if k != "batch_size"}
+    from moe_fair.unused import check_used_by_eval
+
+    check_used_by_eval(given, {"--tasks": bool(tasks), "--agreement": agreement})
     if batch_size is not None and batch_size.isdigit():
         given["batch_size"] = int(batch_size)
     settings = _settings(given)
@@ -376,6 +394,7 @@ def _settings(given: dict[str, Any]) -> Recipe:
     base = load_recipe(given["recipe"]) if given.get("recipe") else Recipe()
     names = set(Recipe.__dataclass_fields__)
     chosen = {k: v for k, v in given.items() if k in names and v is not None}
+    chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}
     if "weights" in chosen:
         chosen["weights"] = _parse_weights(chosen["weights"])
     if "rivals" in chosen:

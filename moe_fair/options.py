@@ -23,6 +23,14 @@ TEXT, SCORE, TARGET, RUN = (
 
 Model = Annotated[str | None, typer.Argument(help="Model directory or Hub id", show_default=False)]
 Output = Annotated[Path, option("-o", "--output", text="New directory for the result")]
+NamedOutput = Annotated[
+    Path | None,
+    option(
+        "-o",
+        "--output",
+        text="New directory for the result  [default: model and target, in this directory]",
+    ),
+]
 Revision = Annotated[
     str | None, option("--revision", text="Branch, tag or commit on the Hub", panel=RUN)
 ]
@@ -385,6 +393,14 @@ PushRevision = Annotated[
     str | None, option("--revision", text="Branch to push to, made if it is new  [default: main]")
 ]
 DryRun = Annotated[bool, option("--dry-run", text="Show what would go, and write the card")]
+PruneDryRun = Annotated[
+    bool,
+    option(
+        "--dry-run",
+        text="Make every check, time one layer, say what a run would do and take; write nothing",
+        panel=RUN,
+    ),
+]
 BaseModel = Annotated[
     str | None,
     option(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ LARGEST = 10**18  # of any number in a recipe
 # what lets a model's files do more than be read: said by whoever runs it, never by a file
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
+# what decides the calibration text
+TEXT = ("calibration", "samples", "length", "seed")
+MADE = ("stats", "plan")  # files of an earlier stage
 REDUCTIONS = ("prune", "merge")
 # what decides a plan once the statistics are there
 PLANNING = (
@@ -75,6 +78,11 @@ class Recipe:
             unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
         heldout_samples: most held-out windows.
+        stats, plan: statistics or a plan made before, which this run starts from; not both. In a
+            file their paths are relative to it.
+        calibration_digest, heldout_digest: of the tokens that a recorded run has read; a run on
+            others is refused. They go where the settings of their text are replaced.
+        given: names of the settings that somebody gave, whatever their values; no setting itself.
     """
 
     model: str | None = None
@@ -119,18 +127,25 @@ class Recipe:
     repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
+    stats: str | None = None
+    plan: str | None = None
+    calibration_digest: str | None = None
+    heldout_digest: str | None = None
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Recipe)
-        for f in fields(self):
-            object.__setattr__(self, f.name, coerce(f.name, getattr(self, f.name), hints[f.name]))
+        for name in SETTINGS:
+            object.__setattr__(self, name, coerce(name, getattr(self, name), hints[name]))
+        changed = {n for n, default in SETTINGS.items() if getattr(self, n) != default}
+        object.__setattr__(self, "given", self.given & SETTINGS.keys() | changed)
         for name, least in (
             ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
             ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
             ("curve_samples", 1), ("trial_samples", 8),
         ):  # fmt: skip
             if getattr(self, name) < least:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} is below {least}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(
                 f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
@@ -140,7 +155,9 @@ class Recipe:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one target, not {' and '.join(map(_flag, given))}")
+            raise ValueError(f"give one target, not {' and '.join(map(flag, given))}")
+        if self.plan is not None and self.stats is not None:
+            raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
 
     def planning(self) -> dict[str, Any]:
         """The settings that decide a plan once the statistics are there."""
@@ -148,27 +165,49 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without the unset ones."""
-        plain = {k: v for k, v in asdict(self).items() if v is not None}
+        plain = {k: v for k, v in asdict(self).items() if v is not None and k in SETTINGS}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML text, without what a file cannot say."""
-        plain = {k: v for k, v in self.to_dict().items() if k not in TRUST}
+    def to_yaml(self, without: Collection[str] = ()) -> str:
+        """The recipe as YAML text, without these settings and what a file cannot say."""
+        left_out = {*without, *TRUST}
+        plain = {k: v for k, v in self.to_dict().items() if k not in left_out}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe with these settings replaced; a target replaces whichever target was there.
+        """The recipe with these settings replaced, and what they contradict taken out.
+
+        A target replaces whichever target was there, a plan the statistics, another text the digest
+        of the one before.
 
         Raises:
             ValueError: an unknown or impossible setting.
         """
         check_keys(settings, "settings")
-        clear = dict.fromkeys(TARGETS) if any(settings.get(t) is not None for t in TARGETS) else {}
-        return replace(self, **{**clear, **settings})
+        clear: dict[str, Any] = {}
+        for names, cleared in REPLACED:
+            if any(settings.get(n) is not None for n in names):
+                clear |= dict.fromkeys(cleared)
+        merged = {**clear, **settings}
+        none = {n for n, v in merged.items() if v is None}
+        return replace(self, **merged, given=(self.given | merged.keys()) - none)
+
+
+# every setting, with its default
+SETTINGS: dict[str, Any] = {
+    f.name: f.default for f in fields(Recipe) if f.name != "given" and f.default is not MISSING
+}
+# settings -> those that are taken out where one of the former is given
+REPLACED = (
+    (TARGETS, TARGETS),
+    (MADE, MADE),
+    (TEXT, ("calibration_digest",)),
+    (("heldout", "heldout_samples", "length"), ("heldout_digest",)),
+)
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a YAML recipe.
+    """Read a YAML recipe; paths of statistics and plan in it are relative to it.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key (names the nearest), a bad value, or
@@ -178,7 +217,10 @@ def load_recipe(path: Path) -> Recipe:
     try:
         check_keys(raw, str(path))
         check_trust(raw)
-        return Recipe(**raw)
+        for name in MADE:
+            if isinstance(raw.get(name), str):
+                raw[name] = str(path.parent / raw[name])
+        return Recipe(**raw, given=frozenset(raw))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -193,7 +235,7 @@ def check_trust(raw: Mapping[Any, Any]) -> None:
         if raw.get(name):
             raise ValueError(
                 f"{name} is not taken from a file; read the model's files, then allow it with "
-                f"{_flag(name)} on the command line"
+                f"{flag(name)} on the command line"
             )
 
 
@@ -228,7 +270,7 @@ def check_keys(settings: Mapping[Any, Any], where: str) -> None:
     Raises:
         ValueError: one is not; names the nearest.
     """
-    check_settings(settings, [f.name for f in fields(Recipe)], f" in {where}")
+    check_settings(settings, SETTINGS, f" in {where}")
 
 
 def parse_size(text: str) -> tuple[str, int]:
@@ -264,7 +306,8 @@ def parse_bytes(flag: str, text: str) -> int:
     return number
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option of a setting's name."""
     return "--" + name.replace("_", "-")
 
 
@@ -274,22 +317,22 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     if value is None:
         if type(None) in options:
             return None
-        raise ValueError(f"{_flag(name)} has no value")
+        raise ValueError(f"{flag(name)} has no value")
     kind = options[0]
     if kind == tuple[str, ...]:
         items = (value,) if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
             return tuple(items)
-        raise ValueError(f"{_flag(name)} must be text or a list of texts, not {value!r}")
+        raise ValueError(f"{flag(name)} must be text or a list of texts, not {value!r}")
     if kind == tuple[float, ...]:
         items = value if isinstance(value, (list, tuple)) else (value,)
         if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in items):
             return tuple(float(i) for i in items)
-        raise ValueError(f"{_flag(name)} must be a number or a list of numbers, not {value!r}")
+        raise ValueError(f"{flag(name)} must be a number or a list of numbers, not {value!r}")
     if typing.get_origin(kind) is not None:  # weights
         return _weights(name, value)
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{_flag(name)} is out of every range")
+        raise ValueError(f"{flag(name)} is out of every range")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, (int, float)) and name == "size":
@@ -301,17 +344,17 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             "str": "text",
             "bool": "true or false",
         }
-        raise ValueError(f"{_flag(name)} must be {wanted[kind.__name__]}, not {value!r}")
+        raise ValueError(f"{flag(name)} must be {wanted[kind.__name__]}, not {value!r}")
     return value
 
 
 def _weights(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{_flag(name)} must map domains to weights, not {value!r}")
+        raise ValueError(f"{flag(name)} must map domains to weights, not {value!r}")
     for domain, weight in value.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not 0 <= weight <= LARGEST:
-            raise ValueError(f"{_flag(name)}: {domain}: {weight!r} is not a weight of 0 or more")
+            raise ValueError(f"{flag(name)}: {domain}: {weight!r} is not a weight of 0 or more")
     if not any(value.values()):
-        raise ValueError(f"{_flag(name)}: every weight is 0")
+        raise ValueError(f"{flag(name)}: every weight is 0")
     return {str(k): float(v) for k, v in value.items()}

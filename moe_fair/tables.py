@@ -28,6 +28,7 @@ from moe_fair.report.numbers import (
 )
 
 if TYPE_CHECKING:
+    from moe_fair.dry_run import DryRun
     from moe_fair.publish.push import Upload
     from moe_fair.verifying import Verified
 
@@ -104,6 +105,43 @@ def pruned_summary(done: Pruned) -> None:
         f"report: {done.output / FOLDER / 'report.html'}",
         soft_wrap=True,
     )
+
+
+def dry_run_report(found: DryRun) -> None:
+    """What a run would do: its checks, memory, disk, and stages with their time."""
+    console = Console(highlight=False)
+    rows = list(found.checks.items())
+    rows.append(("engine", f"{found.engine} ({found.why})"))
+    for name, sizes in (("memory", found.memory), ("disk", found.disk)):
+        rows.append((name, ", ".join(f"{what} {amount(n)}B" for what, n in sizes.items())))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a name is not markup
+    console.print(table)
+    console.print()
+    stages = [(s.name, f"{s.tokens:,}" if s.tokens else "-", s.passes, duration(s.seconds))
+              for s in found.stages]  # fmt: skip
+    total = ("all", "", "", duration(found.seconds))
+    header = ("stage", "tokens", "passes", "about")
+    _print(console, document.Table(header, (*stages, total)))
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    console.print(
+        f"\nnothing was written; one layer ({amount(found.bytes_read)}B) was read and timed on "
+        "this machine as it is now: expect half to twice the time",
+        soft_wrap=True,
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """`3.2 s`, `14 min`, `6.5 h`."""
+    if seconds is None:
+        return "-"
+    if seconds < 300:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def evaluation(rows: list[Row] | None, found: Agreements | None) -> None:

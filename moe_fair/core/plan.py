@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
-from moe_fair.core.allocate.climb import nearest_total
+from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.output import write_whole
 from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.ranking import RankedGroup, rank
@@ -247,19 +247,18 @@ def _within_size(
     before: ModelSize,
     target: Target,
 ) -> Budget:
-    """The budget that keeps the most units while the model fits: totals shrink the model."""
+    """The budget that keeps the most units while the model fits: more removed, a smaller model."""
     limit = target.parameters if target.parameters is not None else target.bytes
     unit = "parameters" if target.parameters is not None else "bytes"
-    step = ranked[0].step
-    least, most = (sum(int(r.depths[i]) for r in ranked) for i in (0, -1))
+    possible = totals(ranked)
 
-    def at(steps: int) -> Budget:
-        return rule.allocate(ranked, remove=least + steps * step)
+    def at(index: int) -> Budget:
+        return rule.allocate(ranked, remove=possible[index])
 
     def fits(budget: Budget) -> bool:
         return getattr(before.without(groups, budget.kept), unit) <= limit
 
-    low, high = 0, (most - least) // step
+    low, high = 0, len(possible) - 1
     if not fits(at(high)):
         smallest = getattr(before.without(groups, at(high).kept), unit)
         raise ValueError(

@@ -31,6 +31,12 @@ def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
                 f"{block.name}: group-limited routing needs equal counts in its {block.n_group} "
                 f"groups, got {counts}"
             )
+        if len(kept) < block.floor():
+            raise ValueError(
+                f"{block.name}: {counts[0]} experts kept in each of {block.n_group} groups, but "
+                f"the router picks top {block.top_k} from the {block.topk_group} groups with the "
+                f"best two; keep {block.floor() // block.n_group} in each"
+            )
 
 
 def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:

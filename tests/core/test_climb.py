@@ -100,12 +100,13 @@ def test_the_cheapest_next_depth_goes_first() -> None:
     assert climb(groups, 3, lambda g, i: (1.0,)) == [3, 0, 0]  # of equals the first group
 
 
-def test_a_step_that_would_overshoot_is_passed_over() -> None:
+def test_a_step_after_which_the_rest_cannot_be_met_is_passed_over() -> None:
     two, one = ranked([8], multiple_of=2)[0], ranked([8])[0]
     groups = [two, replace(one, group=replace(one.group, name="h"))]
     assert climb(groups, 3, lambda g, i: (float(g), float(i))) == [1, 1]
     threes = [*ranked([6], multiple_of=3), *ranked([6], multiple_of=2)]
-    assert said(climb, threes, 4, lambda g, i: (float(g),)) == (
+    assert climb(threes, 4, lambda g, i: (float(g),)) == [0, 2]
+    assert said(climb, threes, 4, lambda g, i: (float(g),), [1, 0]) == (
         "cannot keep exactly 8 of 12 units: groups advance in different steps and 1 units remain; "
         "try 9"
     )

@@ -1,0 +1,43 @@
+"""From statistics to a plan: scores, budget and kept ids. Takes milliseconds and no model."""
+
+from __future__ import annotations
+
+from moe_fair.checks import check_target, method, target
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import curves
+from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.units import Statistics
+from moe_fair.moe.merge import merging
+from moe_fair.recipe import Recipe
+
+
+def plan(statistics: Statistics, recipe: Recipe) -> Plan:
+    """Scores, budget and kept ids from saved statistics; takes milliseconds."""
+    removal, protection, rule = method(recipe)
+    before = ModelSize(**statistics.facts["size"])
+    check_target(recipe, statistics.groups, before)
+    costs = rows = grams = None
+    scores = removal(statistics, recipe.weights)
+    if needs(allocator(rule), "costs"):
+        costs = curves(statistics, removal.name, recipe.weights)
+    if needs(allocator(rule), "rows"):
+        rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
+    if needs(allocator(rule), "gram"):
+        views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
+        grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
+    made = make_plan(
+        statistics.groups,
+        scores,
+        protection(statistics, recipe.weights) if protection else None,
+        target=target(recipe),
+        allocator=rule,
+        before=before,
+        min_units=recipe.min_experts,
+        multiple_of=recipe.multiple_of,
+        costs=costs,
+        rows=rows,
+        grams=grams,
+        fingerprint=statistics.fingerprint,
+        recipe={**statistics.facts["calibration"], **recipe.planning()},
+    )
+    return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made

@@ -1,0 +1,395 @@
+"""Every check that a run of `prune` makes, made before any weights are loaded.
+
+What is found on the way (the opened model, the texts, the repair) is what the run then works with,
+so that nothing is looked at twice. A dry run stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moe_fair.checks import (
+    check_device_map,
+    check_disk,
+    check_embedding,
+    check_plan_settings,
+    check_same_model,
+    check_tokens,
+    method,
+    with_needs,
+)
+from moe_fair.collecting import Say
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import holds_curves
+from moe_fair.core.output import check_output
+from moe_fair.core.plan import ModelSize, Plan
+from moe_fair.core.plan_checks import check_fits
+from moe_fair.core.units import STATISTICS_FILE, Statistics
+from moe_fair.costing import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
+from moe_fair.distributed import Team
+from moe_fair.moe.calibration import (
+    CalibrationSet,
+    expand,
+    parse_source,
+    sample,
+    split,
+    windows,
+)
+from moe_fair.moe.checkpoint import check_writable, count_path
+from moe_fair.moe.choose import PACKED
+from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.merge import check_mergeable
+from moe_fair.moe.surgery import check_all
+from moe_fair.planning import plan
+from moe_fair.recipe import PLANNING, TEXT, Recipe
+from moe_fair.repairing import repair_kind
+from moe_fair.trials import check_rivals, parted, rivals
+from moe_fair.unused import Run, check_used, unused
+
+PLAN_FILE = "plan.json"
+NOT_TRIED = (
+    "note: no plan is tried against another's: no text is known that the statistics have not seen"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of `prune` whose checks have passed.
+
+    Attributes:
+        recipe: with the text settings of the statistics or the plan where none were given.
+        source: the model.
+        statistics, plan: those that were given.
+        run: what it will do.
+        text: all of the calibration text; None where none is needed.
+        seen, trial: of it, what statistics are gathered on, and what plans are tried on.
+        heldout: the held-out windows.
+        repair: its name, or None.
+        alone: experts' removals alone are measured; costly: the score whose cost curves are.
+        after: size of the result; of one by tolerance, which is not known yet, an estimate.
+    """
+
+    recipe: Recipe
+    source: Checkpoint
+    statistics: Statistics | None
+    plan: Plan | None
+    run: Run
+    text: CalibrationSet | None
+    seen: CalibrationSet | None
+    trial: CalibrationSet | None
+    heldout: CalibrationSet | None
+    repair: str | None
+    alone: bool
+    costly: str | None
+    after: ModelSize
+
+    @property
+    def collected(self) -> Recipe:
+        """The recipe that also collects what the methods need."""
+        return with_needs(self.recipe, *rivals(self.recipe).values())
+
+    def recorded(self, repaired: bool) -> str:
+        """The recipe that does the same again, as YAML.
+
+        Args:
+            repaired: some layer was.
+        """
+        changes: dict[str, Any] = {"repair": self.repair if repaired else "none"}
+        run = self.run
+        if self.plan is not None:
+            changes |= {k: self.plan.recipe[k] for k in PLANNING if k in self.plan.recipe}
+            changes["plan"] = PLAN_FILE
+        elif self.statistics is not None:
+            changes["stats"] = STATISTICS_FILE
+            run = replace(run, measures=False)  # they hold what was measured
+        if self.text is not None:
+            changes["calibration_digest"] = self.text.digest
+        if self.heldout is not None:
+            changes["heldout_digest"] = self.heldout.digest
+        recipe = self.recipe.with_settings(changes)
+        return recipe.to_yaml(without={*unused(recipe, run), "fresh"})
+
+
+def check_prune(
+    recipe: Recipe,
+    output: Path,
+    statistics: Statistics | None,
+    ready: Plan | None,
+    say: Say,
+    us: Team,
+) -> Job:
+    """Everything that can be checked before weights are loaded.
+
+    Args:
+        statistics, ready: made before; by default those that the recipe names.
+
+    Raises:
+        ValueError: the first thing that is wrong; says what to do.
+    """
+    if us.first:
+        check_output(output)
+    if statistics is None and recipe.stats is not None:
+        statistics = Statistics.load(Path(recipe.stats))
+    if ready is None and recipe.plan is not None:
+        ready = Plan.load(Path(recipe.plan))
+    earlier = _earlier(statistics, ready)
+    given, recipe = recipe, _with_text_of(recipe, earlier)
+    source = open_model(recipe)
+    merges = _merges(recipe, ready)
+    if merges:
+        check_mergeable(source)
+    kind = None if merges else repair_kind(recipe, source, say)
+    uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
+    check_writable(source, unequal=not uniform)
+    alone, costly = False, None
+    if ready is not None:
+        _check_plan(ready, source)
+        run = Run(plans=False)
+    else:
+        if statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+        alone, costly = _measured(recipe, source, statistics)
+        run = Run(
+            collects=statistics is None,
+            tries=bool(rivals(recipe)) and (statistics is None or bool(earlier.held_back)),
+            measures=alone or costly is not None,
+        )
+    run = replace(run, repairs=kind is not None, heldout=bool(recipe.heldout))
+    check_used(given, run, earlier.settings)
+    after = ready.after if ready is not None else check_plan_settings(recipe, source).after
+    if us.first:
+        check_disk(after.bytes, output)
+    say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
+    if statistics is not None and not run.measures:
+        plan(statistics, recipe)  # it can be made
+    text = us.told(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
+    seen = trial = None
+    if text is not None:
+        seen, trial = _divided(recipe, text, run, earlier, say)
+        check_domains(recipe, seen, statistics, run)
+    if statistics is not None and rivals(recipe) and trial is None:
+        say(NOT_TRIED)
+    heldout = us.told(lambda: heldout_set(recipe, source))
+    if heldout is not None:
+        check_digest("heldout", heldout, recipe)
+    return Job(
+        recipe, source, statistics, ready, run, text, seen, trial, heldout, kind, alone, costly,
+        after,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What an earlier stage left: the settings that made it, and the digest of its text."""
+
+    what: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+
+    @property
+    def held_back(self) -> int:
+        """Sequences of its text that its numbers have not seen."""
+        return int(self.settings.get("held_back", 0))
+
+
+def _earlier(statistics: Statistics | None, ready: Plan | None) -> _Earlier:
+    if statistics is not None and ready is not None:
+        raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
+    if statistics is not None:
+        about = statistics.facts["calibration"]
+        return _Earlier("statistics were", about, statistics.fingerprint.get("calibration"))
+    if ready is not None:
+        return _Earlier("plan was", ready.recipe, ready.fingerprint.get("calibration"))
+    return _Earlier()
+
+
+def _with_text_of(recipe: Recipe, earlier: _Earlier) -> Recipe:
+    """What of the text nobody named is that of the earlier stage."""
+    left = [n for n in TEXT if n not in recipe.given and n in earlier.settings]
+    if not left:
+        return recipe
+    found = {n: earlier.settings[n] for n in left}
+    return recipe.with_settings({**found, "calibration_digest": recipe.calibration_digest})
+
+
+def _check_plan(ready: Plan, source: Checkpoint) -> None:
+    """The plan is of this model, and fits it.
+
+    Raises:
+        ValueError: it is another model's, routing cannot work with what it keeps, or its sizes are
+            not those of what it keeps.
+    """
+    check_same_model(ready.fingerprint, source, "plan was")
+    check_all(source.blocks, ready.kept)
+    check_fits(ready, source.groups, source.size)
+
+
+def _measured(
+    recipe: Recipe, source: Checkpoint, statistics: Statistics | None
+) -> tuple[bool, str | None]:
+    """Whether removals alone, and by which score cost curves, are still to be measured.
+
+    Raises:
+        ValueError: they cannot be here, or a rival cannot be tried.
+    """
+    check_rivals(recipe, source)
+    every = with_needs(recipe, *rivals(recipe).values())
+    alone = every.alone and (statistics is None or not holds_alone(statistics))
+    costly = _unmeasured(recipe, statistics)
+    if costly is not None:
+        check_costs(recipe, source, CURVE_COSTS)
+    if alone:
+        check_costs(recipe, source, ALONE_COSTS)
+    return alone, costly
+
+
+def _divided(
+    recipe: Recipe, text: CalibrationSet, run: Run, earlier: _Earlier, say: Say
+) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """What the statistics see of the text, and what plans are tried on.
+
+    Raises:
+        ValueError: it is not the text that it should be.
+    """
+    check_digest("calibration", text, recipe)
+    if run.collects:
+        return parted(recipe, text, say)
+    held = earlier.held_back
+    parts = split(text, held) if held < len(text.sequences) else (text, text)
+    same = parts[0].digest == earlier.digest
+    recorded = all(recipe.to_dict().get(n) == earlier.settings.get(n) for n in TEXT)
+    if not same and recorded and earlier.digest is not None:
+        raise ValueError(
+            f"the calibration text is not that which the {earlier.what} made from: a file or data "
+            "set has changed since; restore it, or calibrate again"
+        )
+    return text, parts[1] if same and run.tries else None
+
+
+def check_digest(what: str, text: CalibrationSet, recipe: Recipe) -> None:
+    """The text is the one that the recipe was recorded with."""
+    wanted = getattr(recipe, f"{what}_digest")
+    if wanted is not None and text.digest != wanted:
+        raise ValueError(
+            f"the {what} text is not the one of the recipe's {what}_digest: a file, a data set, "
+            "the tokenizer or a setting of the text has changed; to run on it all the same, "
+            f"remove the line {what}_digest from the recipe"
+        )
+
+
+def check_domains(
+    recipe: Recipe, text: CalibrationSet, statistics: Statistics | None, run: Run
+) -> None:
+    """What depends on the text's domains can be done with these.
+
+    Raises:
+        ValueError: weights of a domain that is not there, or a method that compares domains.
+    """
+    if run.measures and statistics is not None and text.domains != statistics.domains:
+        raise ValueError(
+            f"removals are measured on text of {', '.join(text.domains)}, and the statistics are "
+            f"of {', '.join(statistics.domains)}; give text of the same domains"
+        )
+    if not run.collects:
+        return
+    weights = recipe.weights or {}
+    unknown = sorted(set(weights) - set(text.domains))
+    if unknown:
+        raise ValueError(
+            f"no calibration domain {unknown[0]!r}; there are {', '.join(text.domains)}"
+        )
+    named = rivals(recipe) if recipe.rivals is not None else {}
+    compared = [d for d in text.domains if weights.get(d, 1) > 0]
+    for name, its in {"": recipe, **named}.items():
+        scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
+        if scores and len(compared) < 2:
+            raise ValueError(
+                (f"--rivals {name}: " if name else "")
+                + f"{scores[0].name} compares calibration domains and there are fewer than two: "
+                "give -c name=text for each"
+            )
+
+
+def _merges(recipe: Recipe, ready: Plan | None) -> bool:
+    """Experts are merged; with a plan it is the plan that says so.
+
+    Raises:
+        ValueError: recipe and plan contradict one another, or merged experts shall be repaired.
+    """
+    merges = recipe.reduce == "merge" if ready is None else ready.merges
+    if recipe.reduce == "merge" and not merges:
+        raise ValueError(
+            "--reduce merge: the --plan removes experts and has no clusters; make it with "
+            "`moe-fair plan STATISTICS --reduce merge`, or leave --reduce out"
+        )
+    if merges and recipe.repair not in (None, "none"):
+        raise ValueError(
+            f"--repair {recipe.repair}: merged experts are not repaired; leave --repair out, or "
+            "use --reduce prune"
+        )
+    return merges
+
+
+def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
+    """The removal score whose cost curves the allocator needs and the statistics do not hold."""
+    removal, _, rule = method(recipe)
+    if not needs(allocator(rule), "costs"):
+        return None
+    held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
+    return None if held else removal.name
+
+
+def open_model(recipe: Recipe) -> Checkpoint:
+    """The model's files, checked as far as they can be without loading weights."""
+    if recipe.model is None:
+        raise ValueError("no model given: name a local directory or a Hub id")
+    pick_dtype(recipe.dtype, pick_device(recipe.device))
+    source = Checkpoint(
+        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
+    )
+    if source.unpacking and recipe.engine == "streaming":
+        raise ValueError(f"{recipe.model}: {PACKED}")
+    check_device_map(recipe, source)
+    assert source.blocks  # known from the config alone: before weights are downloaded
+    check_embedding(source)
+    assert source.groups  # finds the experts in the files as well, or says what was looked for
+    count_path(source.config)
+    if recipe.revision is not None and Path(recipe.model).is_dir():
+        raise ValueError(
+            f"--revision {recipe.revision}: {recipe.model} is a directory, which has no revisions; "
+            "leave it out, or name the model on the Hub"
+        )
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.length > limit:
+        raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")
+    return source
+
+
+def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> CalibrationSet:
+    """The calibration sequences of a recipe."""
+    text = sample(
+        [parse_source(s) for s in recipe.calibration],
+        source.tokenizer(),
+        samples=recipe.samples,
+        length=recipe.length,
+        seed=recipe.seed,
+    )
+    for note in text.notes:
+        say(f"note: {note}")
+    check_tokens(text, source)
+    return text
+
+
+def heldout_set(recipe: Recipe, source: Checkpoint) -> CalibrationSet | None:
+    """The held-out windows of a recipe, if it names any text."""
+    if not recipe.heldout:
+        return None
+    sources = expand([parse_source(s) for s in recipe.heldout])
+    text = windows(
+        sources, source.tokenizer(), samples=recipe.heldout_samples, length=recipe.length
+    )
+    check_tokens(text, source)
+    return text
