@@ -176,13 +176,15 @@ def check_device_map(recipe: Recipe, source: Checkpoint) -> None:
     check_map(recipe.device_map, read_map(recipe.device_map), source.skeleton)
 
 
-def check_disk(need: int, output: Path) -> None:
+def check_disk(need: int, output: Path, folder: Path) -> None:
     """The result fits on the disk that it shall lie on.
+
+    Args:
+        folder: where it is made.
 
     Raises:
         ValueError: it does not; says how much is needed and free.
     """
-    folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -22,9 +22,10 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves, holds_curves
+from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
-from moe_fair.core.output import check_output, fresh, partial_path, settle
+from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import (
@@ -76,8 +77,22 @@ def calibrate(
     Where several processes do it together, the first has the statistics and the others None.
     """
     us = team()
-    if output is not None and us.first:
-        check_output(output)
+    if output is None:
+        return _calibrate(recipe, None, say, us)
+    with claim(output, first=us.first) as place:
+        statistics = _calibrate(recipe, place, say, us)
+        if statistics is not None:
+            folder = fresh(place.partial)
+            statistics.save(folder)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            with closing(output):
+                settle(folder, place.path)
+                discard(place.beside("calibrating"))
+    return statistics
+
+
+def _calibrate(recipe: Recipe, place: Place | None, say: Say, us: Team) -> Statistics | None:
+    """The same, without writing the result."""
     source = open_model(recipe)
     check_rivals(recipe, source)
     every = with_needs(recipe, *rivals(recipe).values())
@@ -86,7 +101,7 @@ def calibrate(
     if every.alone:
         check_costs(recipe, source, ALONE_COSTS)
     text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
-    work = work_folder(output, recipe) if output is not None else None
+    work = work_folder(place, recipe) if place is not None else None
     statistics = collect(every, source, text, say, work, us)
     if every.alone and statistics is not None:
         home = work / "alone" if work else None
@@ -94,12 +109,6 @@ def calibrate(
     if recipe.curves is not None and statistics is not None:
         home = work / "curves" if work else None
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
-    if output is not None and work is not None and statistics is not None:
-        folder = fresh(partial_path(output))
-        statistics.save(folder)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml())
-        settle(folder, output)
-        discard(work)
     return statistics
 
 
@@ -118,22 +127,23 @@ def oracle(
     """
     if team().size > 1:
         raise ValueError("an oracle is measured by one process; start it without a launcher")
-    check_output(output)
-    source = open_model(recipe)
-    if statistics is not None:
-        check_same_model(statistics.fingerprint, source, "statistics were")
-    text = calibration_set(recipe, source, say)
-    work = work_folder(output, recipe)
-    if statistics is None:
-        statistics = collect(recipe, source, text, say, work)
-        assert statistics is not None  # there is no other process
-    found = measure_oracle(recipe, source, text, work / "oracle", say)
-    table = agreements(found, statistics)
-    folder = fresh(partial_path(output))
-    save_oracle(folder, found, table)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    settle(folder, output)
-    discard(work)
+    with claim(output) as place:
+        source = open_model(recipe)
+        if statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+        text = calibration_set(recipe, source, say)
+        work = work_folder(place, recipe)
+        if statistics is None:
+            statistics = collect(recipe, source, text, say, work)
+            assert statistics is not None  # there is no other process
+        found = measure_oracle(recipe, source, text, work / "oracle", say)
+        table = agreements(found, statistics)
+        folder = fresh(place.partial)
+        save_oracle(folder, found, table)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        with closing(output):
+            settle(folder, place.path)
+            discard(work)
     return found, table
 
 
@@ -181,11 +191,22 @@ def prune(
     Where several processes do it together, they share the measuring; the first plans and writes.
     """
     us = team()
-    if us.first:
-        check_output(output)
+    with claim(output, first=us.first) as place:
+        return _prune(recipe, output, place, statistics, ready, say, us)
+
+
+def _prune(
+    recipe: Recipe,
+    output: Path,
+    place: Place,
+    statistics: Statistics | None,
+    ready: Plan | None,
+    say: Say,
+    us: Team,
+) -> Pruned:
     source = open_model(recipe)
     heldout = us.told(lambda: heldout_set(recipe, source))
-    run = _Pruning(recipe, source, output, say, us)
+    run = _Pruning(recipe, source, output, place, say, us)
     merges = _merges(recipe, ready)
     if merges:
         check_mergeable(source)
@@ -205,12 +226,12 @@ class _Pruning:
     """The steps of one `prune`; those that write are the first process's."""
 
     def __init__(
-        self, recipe: Recipe, source: Checkpoint, output: Path, say: Say, us: Team
+        self, recipe: Recipe, source: Checkpoint, output: Path, place: Place, say: Say, us: Team
     ) -> None:
-        self.recipe, self.source, self.output = recipe, source, output
+        self.recipe, self.source, self.output, self.place = recipe, source, output, place
         self.say, self.us = say, us
-        self.work = work_folder(output, recipe)
-        self.folder = partial_path(output)
+        self.work = work_folder(place, recipe)
+        self.folder = place.partial
         self._text: CalibrationSet | None = None
         self._trial: CalibrationSet | None = None
 
@@ -219,7 +240,7 @@ class _Pruning:
         recipe, source = self.recipe, self.source
         size = check_plan_settings(recipe, source).after.bytes
         if self.us.first:
-            check_disk(size, self.output)
+            check_disk(size, self.output, self.folder)
         self.say(f"disk: about {size / 1e9:.2f} GB for the result")
         check_rivals(recipe, source)
         every = with_needs(recipe, *rivals(recipe).values())
@@ -253,7 +274,7 @@ class _Pruning:
             assert statistics is not None
             ready = self._best(statistics)
         check_same_model(ready.fingerprint, self.source, "plan was")
-        check_disk(ready.after.bytes, self.output)
+        check_disk(ready.after.bytes, self.output, self.folder)
         return ready
 
     def _best(self, statistics: Statistics) -> Plan:
@@ -336,8 +357,9 @@ class _Pruning:
                 f"the result does not verify and stays in {self.folder}: {found.wrong}"
             )
         self.say(f"verified: {found.checks[-1].detail}")
-        settle(self.folder, self.output)
-        discard(self.work)
+        with closing(self.output):
+            settle(self.folder, self.place.path)
+            discard(self.work)
 
     def _same_text(self, about: Mapping[str, Any]) -> CalibrationSet:
         """The text that statistics or a plan were made from, where the recipe names none itself."""
@@ -379,9 +401,9 @@ def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
     return None if held else removal.name
 
 
-def work_folder(output: Path, recipe: Recipe) -> Path:
+def work_folder(place: Place, recipe: Recipe) -> Path:
     """Where chunks of statistics wait for the result; emptied first with --fresh."""
-    folder = output.with_name(output.name + ".calibrating")
+    folder = place.beside("calibrating")
     if recipe.fresh and is_first():
         discard(folder)
     return folder

@@ -24,7 +24,7 @@ from moe_fair.report.sources import FOLDER, Sources, gather
 from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
-LEFT_OUT = ["*.partial", "*/.cache/*", ".cache/*", f"{FOLDER}/lm-eval/*"]
+LEFT_OUT = ["*.partial", "*.lock", "*/.cache/*", ".cache/*", f"{FOLDER}/lm-eval/*"]
 
 
 @dataclass(frozen=True)
