@@ -210,27 +210,30 @@ def check_device_map(recipe: Recipe, source: Checkpoint) -> None:
     check_map(recipe.device_map, read_map(recipe.device_map), source.skeleton)
 
 
-def check_disk(need: int, output: Path) -> None:
+def check_disk(need: int, output: Path, folder: Path) -> None:
     """The result fits on the disk that it shall lie on.
+
+    Args:
+        folder: where it is made.
 
     Raises:
         ValueError: it does not; says how much is needed and free.
     """
-    free = free_space(output)
+    free = free_space(folder)
     if need > free:
         raise ValueError(
             f"{output} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in "
-            f"{_nearest_folder(output)}; make room or write elsewhere"
+            f"{_nearest_folder(folder)}; make room or write elsewhere"
         )
 
 
-def free_space(output: Path) -> int:
+def free_space(folder: Path) -> int:
     """Free bytes of the disk that a directory lies on, or would."""
-    return shutil.disk_usage(_nearest_folder(output)).free
+    return shutil.disk_usage(_nearest_folder(folder)).free
 
 
-def _nearest_folder(output: Path) -> Path:
-    folder = output.absolute().parent
+def _nearest_folder(folder: Path) -> Path:
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fair import __version__, distributed
+from moe_fair import __version__, distributed, terminal
+from moe_fair.core import interrupts
+from moe_fair.core.printable import printable
 from moe_fair.options import (
     Against,
     AgreementText,
@@ -105,6 +108,8 @@ if TYPE_CHECKING:
 
 # what several processes do together; of other commands the first process does all
 TOGETHER = (["calibrate"], ["prune"], ["eval"])
+# what keeps its work, for the same command to go on with
+GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["push"], ["vision", "prune"])
 
 app = typer.Typer(
     name="moe-fair",
@@ -150,10 +155,10 @@ def calibrate(
     statistics = pipeline.calibrate(settings, output, _say)
     if statistics is None:  # another process of this run has them
         return
-    experts = sum(g.size for g in statistics.groups)
+    experts, name = sum(g.size for g in statistics.groups), printable(output)
     print(
-        f"{output}: statistics of {experts} experts in {len(statistics.groups)} layers over "
-        f"{int(statistics.tokens.sum()):,} tokens\nnext: moe-fair plan {output} --experts N"
+        f"{name}: statistics of {experts} experts in {len(statistics.groups)} layers over "
+        f"{int(statistics.tokens.sum()):,} tokens\nnext: moe-fair plan {name} --experts N"
     )
 
 
@@ -293,36 +298,36 @@ def evaluate(
     from moe_fair.moe.load import Checkpoint
     from moe_fair.tables import evaluation, evaluation_json
 
-    folder = evaluating.home(model, output)
-    trusted = (settings.trust_remote_code, settings.allow_pickle)
-    source = Checkpoint(model, revision, *trusted)
-    original = Checkpoint(baseline, None, *trusted) if baseline else None
     rows = found = None
-    if tasks:
-        from moe_fair.evaluate.benchmark import Benchmark, names
+    trusted = (settings.trust_remote_code, settings.allow_pickle)
+    with evaluating.claimed(model, output) as folder:
+        source = Checkpoint(model, revision, *trusted)
+        original = Checkpoint(baseline, None, *trusted) if baseline else None
+        if tasks:
+            from moe_fair.evaluate.benchmark import Benchmark, names
 
-        benchmark = Benchmark(
-            tasks=names(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size or "8",
-            dtype=dtype or "checkpoint",
-            device=settings.device,
-            apply_chat_template=apply_chat_template,
-            include_path=include_path,
-        )
-        rows = evaluating.run_benchmarks(
-            source, original, benchmark,
-            folder=folder, log_samples=log_samples, say=_say, quiet=_without_bars,
-        )  # fmt: skip
-    if agreement and original is not None:
-        found = evaluating.run_agreement(settings, source, original, folder)
-    if not distributed.is_first():
-        return
-    if folder is not None and output is None:
-        from moe_fair.report.write import write_report
+            benchmark = Benchmark(
+                tasks=names(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size or "8",
+                dtype=dtype or "checkpoint",
+                device=settings.device,
+                apply_chat_template=apply_chat_template,
+                include_path=include_path,
+            )
+            rows = evaluating.run_benchmarks(
+                source, original, benchmark,
+                folder=folder, log_samples=log_samples, say=_say, quiet=_without_bars,
+            )  # fmt: skip
+        if agreement and original is not None:
+            found = evaluating.run_agreement(settings, source, original, folder)
+        if not distributed.is_first():
+            return
+        if folder is not None and output is None:
+            from moe_fair.report.write import write_report
 
-        _say(f"report: {write_report(source.path)}")
+            _say(f"report: {write_report(source.path)}")
     if as_json:
         print(json.dumps(evaluation_json(rows, found), indent=1))
     else:
@@ -336,7 +341,7 @@ def report(
     """Draw what a pruning run did: one page, written by prune and eval as well."""
     from moe_fair.report.write import write_report
 
-    print(write_report(out, format, output))
+    print(printable(write_report(out, format, output)))
 
 
 @app.command()
@@ -438,11 +443,7 @@ def _without_bars() -> Iterator[None]:
 
 def _say(line: str) -> None:
     if distributed.is_first():
-        _print(line)
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        terminal.say(line)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -453,21 +454,43 @@ def main(arguments: list[str] | None = None) -> None:
         if not distributed.is_first():
             sys.exit(0)
         distributed.stay_alone()
-    command = typer.main.get_command(app)
-    try:
-        distributed.team()
-        code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
-        distributed.finish()
-    except KeyboardInterrupt:
-        _say("moe-fair: interrupted")
-        code = 130
-    except Exception as e:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        code = _fail(e, arguments)
+    with terminal.streams(), interrupts.handled(alone=distributed.processes() == 1):
+        code = _run(arguments)
     # out here, where nothing holds the frames of what failed: after a lack of memory, what torch
     # does when Python ends needs some
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command; returns the exit code."""
+    try:
+        distributed.team()
+        command = typer.main.get_command(app)
+        code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
+        distributed.finish()
+        sys.stdout.flush()  # a disk that is full says so here
+        return code if isinstance(code, int) else 0
+    except interrupts.Interrupted as e:
+        return _interrupted(e.number, arguments)
+    except Exception as e:
+        # what was being imported, or other people's code, may have made an error of it
+        if (number := interrupts.caught()) is not None:
+            return _interrupted(number, arguments)
+        if "--debug" in arguments:
+            for line in traceback.format_exc().splitlines():
+                terminal.say(line)
+        return _fail(e, arguments)
+
+
+def _interrupted(number: int, arguments: list[str]) -> int:
+    """Print one line for a signal and return the exit code that shells give it."""
+    text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    if (output := interrupts.whole()) is not None:
+        text += f"; the result in {output} is whole"
+    elif any(arguments[: len(words)] == words for words in GOING_ON):
+        text += "; the same command goes on where it stopped"
+    _say(f"moe-fair: {text}")
+    return 128 + number
 
 
 def _fail(e: Exception, arguments: list[str]) -> int:
@@ -480,14 +503,14 @@ def _fail(e: Exception, arguments: list[str]) -> int:
         option = next((a for a in arguments[:-1] if f"'{a}'" in text), None)
         given = f"{option} {arguments[arguments.index(option) + 1]!r}: " if option else ""
         text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
-        return distributed.fail(text, _print, 2)
+        return distributed.fail(text, terminal.say, 2)
     text = " ".join(str(e).split()) or type(e).__name__
     if (lack := _lack(e, text)) is not None:
-        return distributed.fail(f"moe-fair: error: {lack}", _print, 2)
+        return distributed.fail(f"moe-fair: error: {lack}", terminal.say, 2)
     if isinstance(e, (ValueError, OSError)):
-        return distributed.fail(f"moe-fair: error: {text}", _print, 2)
+        return distributed.fail(f"moe-fair: error: {text}", terminal.say, 2)
     text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
-    return distributed.fail(text, _print, 1)
+    return distributed.fail(text, terminal.say, 1)
 
 
 def _lack(e: Exception, text: str) -> str | None:

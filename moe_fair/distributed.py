@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from moe_fair.core.lock import release_all
+from moe_fair.core.printable import printable
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Store
@@ -267,7 +270,7 @@ def fail(message: str, say: Callable[[str], None], code: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(4 * BEAT)  # the others look before a launcher takes the store away
-    os._exit(code)
+    _end_now(code)
 
 
 class _Watch(threading.Thread):
@@ -344,15 +347,16 @@ class _Watch(threading.Thread):
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGINT:
-            time.sleep(3)  # the main thread leaves by itself where it can
-            os._exit(130)
+            # the main thread leaves by itself where it can, and at once at a second signal
+            select.select([self._signals], [], [], 3)
+            _end_now(130)
         if number == signal.SIGTERM:
             with suppress(RuntimeError):  # a launcher that lost a process ends the others this way
                 self._look()
             self.leave()
             if self.rank == 0:
                 _print("moe-fair: ended by a signal; start the same command again and it goes on")
-            os._exit(128 + number)
+            _end_now(128 + number)
 
     def _look(self) -> None:
         for r in self._neighbours():
@@ -396,19 +400,26 @@ class _Watch(threading.Thread):
             _print(f"{said['message']} (process {self.describe(said['rank'])})")
         if self.rank == 0:  # the store may be this process's: the others look first
             time.sleep(4 * BEAT)
-        os._exit(1)
+        _end_now(1)
 
     def _end(self, text: str, code: int) -> NoReturn:
         message = f"moe-fair: error: {text}; start the same command again and it goes on"
         if self.claim(message):
             _print(message)
             time.sleep(4 * BEAT)  # the others read it in the store
-        os._exit(code)
+        _end_now(code)
+
+
+def _end_now(code: int) -> NoReturn:
+    """End this process from whichever thread; a lock of its own would stay."""
+    release_all()
+    os._exit(code)
 
 
 def _print(line: str) -> None:
     """At once and whole, from a thread whose process is about to end."""
-    os.write(2, (line + "\n").encode())
+    with suppress(OSError):  # nobody reads it
+        os.write(2, (printable(line) + "\n").encode())
 
 
 def aloud(line: str) -> None:

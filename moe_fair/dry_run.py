@@ -13,6 +13,7 @@ from pathlib import Path
 from moe_fair.checks import free_space, method
 from moe_fair.collecting import Say, choose_engine
 from moe_fair.core.cost_curves import depths_to_measure
+from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import share
@@ -98,7 +99,10 @@ def dry_run(
         if line.startswith("note: "):
             notes.append(line.removeprefix("note: "))
 
-    job = check_prune(recipe, output, statistics, ready, keep, us)
+    place = find_place(output)
+    if us.first:
+        check_output(output, place)
+    job = check_prune(recipe, output, place, statistics, ready, keep, us)
     chosen = choose_engine(job.recipe, job.source, us.node_size)
     costs = None
     if us.first and (job.run.reads_text or job.heldout is not None):
@@ -279,7 +283,7 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
 def _disk(job: Job, output: Path) -> dict[str, int]:
     """Bytes of the disk that the result shall lie on."""
     size: ModelSize = job.after
-    found = {"free": free_space(output), "result": size.bytes}
+    found = {"free": free_space(find_place(output).partial), "result": size.bytes}
     if job.repair is not None:  # every repaired tensor, until the result is whole
         groups = job.source.groups
         found["meanwhile"] = sum(g.unit_bytes * _kept(job) for g in groups)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_fair.checks import check_same_tokens
 from moe_fair.collecting import Say, choose_engine, passes
+from moe_fair.core.output import claim
 from moe_fair.distributed import team
 from moe_fair.evaluate.agreement import Agreements, agreement
 from moe_fair.evaluate.compare import Row, compare
@@ -103,11 +104,17 @@ def run_agreement(
     return found
 
 
-def home(model: str, output: Path | None) -> Path | None:
-    """Where results go: as asked, or the folder of ours in a checkpoint that `prune` wrote."""
-    if output is not None:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output {output} is a file; give a directory")
-        return output
+@contextmanager
+def claimed(model: str, output: Path | None) -> Iterator[Path | None]:
+    """Where results go: as asked, or the folder of ours in a checkpoint that `prune` wrote.
+
+    Raises:
+        ValueError: another run writes there, or it cannot be written.
+    """
     own = Path(model) / FOLDER
-    return own if (own / "plan.json").is_file() else None
+    folder = output or (own if (own / "plan.json").is_file() else None)
+    if folder is None:
+        yield None
+        return
+    with claim(folder, new=False, first=team().first) as place:
+        yield place.path

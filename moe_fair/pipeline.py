@@ -10,9 +10,10 @@ from pathlib import Path
 
 from moe_fair.checks import check_disk, check_same_model, with_needs
 from moe_fair.collecting import Say, collect, discard, measure
+from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
-from moe_fair.core.output import check_output, fresh, partial_path, settle
+from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import (
@@ -77,11 +78,27 @@ def calibrate(
     Where several processes do it together, the first has the statistics and the others None.
     """
     us = team()
-    if output is not None and us.first:
-        check_output(output)
     for name in ("stats", "plan"):
         if name in recipe.given:
             raise ValueError(f"calibrate makes statistics anew; take {name} out of the recipe")
+    if output is None:
+        return _calibrate(recipe, None, say, us)[0]
+    with claim(output, first=us.first) as place:
+        statistics, recorded = _calibrate(recipe, place, say, us)
+        if statistics is not None:
+            folder = fresh(place.partial)
+            statistics.save(folder)
+            (folder / "recipe.yaml").write_text(recorded)
+            with closing(output):
+                settle(folder, place.path)
+                discard(place.beside("calibrating"))
+    return statistics
+
+
+def _calibrate(
+    recipe: Recipe, place: Place | None, say: Say, us: Team
+) -> tuple[Statistics | None, str]:
+    """The same, without writing the result; and the recipe that does it again, as YAML."""
     source = open_model(recipe)
     check_rivals(recipe, source)
     every = with_needs(recipe, *rivals(recipe).values())
@@ -99,7 +116,7 @@ def calibrate(
     check_digest("calibration", whole, recipe)
     text, _ = parted(recipe, whole, say)
     check_domains(recipe, text, None, run)
-    work = work_folder(output, recipe) if output is not None else None
+    work = work_folder(place, recipe) if place is not None else None
     statistics = collect(every, source, text, say, work, us)
     if every.alone and statistics is not None:
         home = work / "alone" if work else None
@@ -107,15 +124,9 @@ def calibrate(
     if recipe.curves is not None and statistics is not None:
         home = work / "curves" if work else None
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
-    if output is not None and work is not None and statistics is not None:
-        folder = fresh(partial_path(output))
-        statistics.save(folder)
-        recorded = recipe.with_settings({"calibration_digest": whole.digest})
-        left_out = {*unused(recipe, run).keys() & {*OF_CALIBRATE}, "fresh"}
-        (folder / "recipe.yaml").write_text(recorded.to_yaml(without=left_out))
-        settle(folder, output)
-        discard(work)
-    return statistics
+    recorded = recipe.with_settings({"calibration_digest": whole.digest})
+    left_out = {*unused(recipe, run).keys() & {*OF_CALIBRATE}, "fresh"}
+    return statistics, recorded.to_yaml(without=left_out)
 
 
 def oracle(
@@ -133,24 +144,25 @@ def oracle(
     """
     if team().size > 1:
         raise ValueError("an oracle is measured by one process; start it without a launcher")
-    check_output(output)
-    source = open_model(recipe)
-    if statistics is not None:
-        check_same_model(statistics.fingerprint, source, "statistics were")
-    text = calibration_set(recipe, source, say)
-    work = work_folder(output, recipe)
-    if statistics is None:
-        statistics = collect(recipe, source, text, say, work)
-        assert statistics is not None  # there is no other process
-    found = measure_oracle(recipe, source, text, work / "oracle", say)
-    table = agreements(found, statistics)
-    folder = fresh(partial_path(output))
-    save_oracle(folder, found, table)
-    if recipe.stats is not None:  # paths in a recipe are relative to it
-        recipe = recipe.with_settings({"stats": os.path.relpath(recipe.stats, output)})
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(without=["fresh"]))
-    settle(folder, output)
-    discard(work)
+    with claim(output) as place:
+        source = open_model(recipe)
+        if statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+        text = calibration_set(recipe, source, say)
+        work = work_folder(place, recipe)
+        if statistics is None:
+            statistics = collect(recipe, source, text, say, work)
+            assert statistics is not None  # there is no other process
+        found = measure_oracle(recipe, source, text, work / "oracle", say)
+        table = agreements(found, statistics)
+        folder = fresh(place.partial)
+        save_oracle(folder, found, table)
+        if recipe.stats is not None:  # paths in a recipe are relative to it
+            recipe = recipe.with_settings({"stats": os.path.relpath(recipe.stats, output)})
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(without=["fresh"]))
+        with closing(output):
+            settle(folder, place.path)
+            discard(work)
     return found, table
 
 
@@ -167,8 +179,21 @@ def prune(
     Where several processes do it together, they share the measuring; the first plans and writes.
     """
     us = team()
-    job = check_prune(recipe, output, statistics, ready, say, us)
-    run = _Pruning(job, output, say, us)
+    with claim(output, first=us.first) as place:
+        return _prune(recipe, output, place, statistics, ready, say, us)
+
+
+def _prune(
+    recipe: Recipe,
+    output: Path,
+    place: Place,
+    statistics: Statistics | None,
+    ready: Plan | None,
+    say: Say,
+    us: Team,
+) -> Pruned:
+    job = check_prune(recipe, output, place, statistics, ready, say, us)
+    run = _Pruning(job, output, place, say, us)
     statistics = run.measured() if job.plan is None else None
     made = us.told(lambda: run.decided(statistics))
     if us.first:
@@ -182,11 +207,11 @@ def prune(
 class _Pruning:
     """The steps of one `prune`; those that write are the first process's."""
 
-    def __init__(self, job: Job, output: Path, say: Say, us: Team) -> None:
+    def __init__(self, job: Job, output: Path, place: Place, say: Say, us: Team) -> None:
         self.job, self.recipe, self.source = job, job.recipe, job.source
-        self.output, self.say, self.us = output, say, us
-        self.work = work_folder(output, job.recipe)
-        self.folder = partial_path(output)
+        self.output, self.place, self.say, self.us = output, place, say, us
+        self.work = work_folder(place, job.recipe)
+        self.folder = place.partial
 
     def measured(self) -> Statistics | None:
         """Statistics with all that the plan needs."""
@@ -219,7 +244,7 @@ class _Pruning:
                 made = best_plan(
                     plan, self.recipe, self.source, statistics, self.job.trial, home, self.say
                 )
-        check_disk(made.after.bytes, self.output)
+        check_disk(made.after.bytes, self.output, self.folder)
         return made
 
     def write(self, made: Plan, statistics: Statistics | None) -> None:
@@ -291,13 +316,14 @@ class _Pruning:
                 f"the result does not verify and stays in {self.folder}: {found.wrong}"
             )
         self.say(f"verified: {found.checks[-1].detail}")
-        settle(self.folder, self.output)
-        discard(self.work)
+        with closing(self.output):
+            settle(self.folder, self.place.path)
+            discard(self.work)
 
 
-def work_folder(output: Path, recipe: Recipe) -> Path:
+def work_folder(place: Place, recipe: Recipe) -> Path:
     """Where chunks of statistics wait for the result; emptied first with --fresh."""
-    folder = output.with_name(output.name + ".calibrating")
+    folder = place.beside("calibrating")
     if recipe.fresh and is_first():
         discard(folder)
     return folder

@@ -24,7 +24,7 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import holds_curves
-from moe_fair.core.output import check_output
+from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.units import STATISTICS_FILE, Statistics
@@ -116,6 +116,7 @@ class Job:
 def check_prune(
     recipe: Recipe,
     output: Path,
+    place: Place,
     statistics: Statistics | None,
     ready: Plan | None,
     say: Say,
@@ -124,13 +125,12 @@ def check_prune(
     """Everything that can be checked before weights are loaded.
 
     Args:
+        place: where the output stands, new or empty.
         statistics, ready: made before; by default those that the recipe names.
 
     Raises:
         ValueError: the first thing that is wrong; says what to do.
     """
-    if us.first:
-        check_output(output)
     if statistics is None and recipe.stats is not None:
         statistics = Statistics.load(Path(recipe.stats))
     if ready is None and recipe.plan is not None:
@@ -161,7 +161,7 @@ def check_prune(
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
     if us.first:
-        check_disk(after.bytes, output)
+        check_disk(after.bytes, output, place.partial)
     say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
     if statistics is not None and not run.measures:
         plan(statistics, recipe)  # it can be made

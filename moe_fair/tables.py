@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.plan import Plan
+from moe_fair.core.printable import printable
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
 from moe_fair.evaluate.agreement import Agreements
@@ -26,8 +26,11 @@ from moe_fair.report.numbers import (
     benchmark_table,
     heldout_table,
 )
+from moe_fair.terminal import console as new_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from moe_fair.dry_run import DryRun
     from moe_fair.publish.push import Upload
     from moe_fair.verifying import Verified
@@ -38,7 +41,7 @@ MOST_COLUMNS = 1000  # of a table
 
 def plan_table(plan: Plan) -> None:
     """Per layer: experts kept, ToD at the depth, null depth; overall: sizes, α, notes."""
-    console = Console(highlight=False)
+    console = new_console()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "experts", "kept", "removed", "ToD", "null depth"):
         table.add_column(name, justify="right")
@@ -70,12 +73,12 @@ def plan_table(plan: Plan) -> None:
     if plan.expert_parallel:
         console.print(f"expert parallel: {_sizes(plan.expert_parallel)}", soft_wrap=True)
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {printable(note)}", soft_wrap=True)
 
 
 def oracle_table(oracle: Oracle, table: Mapping[str, Agreement]) -> None:
     """Correlations of every criterion with the measured loss changes."""
-    console = Console(highlight=False)
+    console = new_console()
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("criterion", "Pearson", "Spearman", "within layers", "Spearman within"):
         shown.add_column(name, justify="left" if name == "criterion" else "right")
@@ -93,23 +96,24 @@ def oracle_table(oracle: Oracle, table: Mapping[str, Agreement]) -> None:
 
 def pruned_summary(done: Pruned) -> None:
     """Held-out losses and where the result lies."""
-    console = Console(highlight=False)
+    console = new_console()
     if done.before and done.after:
         console.print()
         _print(console, heldout_table(done.before, done.after))
     result = read_config(done.output)
     remote = ", trust_remote_code=True" if result.get("moe_fair") else ""
+    name = printable(done.output)
     console.print(
-        f"\n{done.output}: load it with "
-        f'{auto_name(result)}.from_pretrained("{done.output}"{remote})\n'
-        f"report: {done.output / FOLDER / 'report.html'}",
+        f"\n{name}: load it with "
+        f'{auto_name(result)}.from_pretrained("{name}"{remote})\n'
+        f"report: {printable(done.output / FOLDER / 'report.html')}",
         soft_wrap=True,
     )
 
 
 def dry_run_report(found: DryRun) -> None:
     """What a run would do: its checks, memory, disk, and stages with their time."""
-    console = Console(highlight=False)
+    console = new_console()
     rows = list(found.checks.items())
     rows.append(("engine", f"{found.engine} ({found.why})"))
     for name, sizes in (("memory", found.memory), ("disk", found.disk)):
@@ -118,7 +122,7 @@ def dry_run_report(found: DryRun) -> None:
     for _ in range(2):
         table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # a name is not markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a name is not markup
     console.print(table)
     console.print()
     stages = [(s.name, f"{s.tokens:,}" if s.tokens else "-", s.passes, duration(s.seconds))
@@ -127,7 +131,7 @@ def dry_run_report(found: DryRun) -> None:
     header = ("stage", "tokens", "passes", "about")
     _print(console, document.Table(header, (*stages, total)))
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {printable(note)}", soft_wrap=True, markup=False)
     console.print(
         f"\nnothing was written; one layer ({amount(found.bytes_read)}B) was read and timed on "
         "this machine as it is now: expect half to twice the time",
@@ -146,7 +150,7 @@ def duration(seconds: float | None) -> str:
 
 def evaluation(rows: list[Row] | None, found: Agreements | None) -> None:
     """Benchmarks and agreement, whichever were measured."""
-    console = Console(highlight=False)
+    console = new_console()
     if rows is not None:
         _print(console, benchmark_table(rows))
         if any(r.p is not None for r in rows):
@@ -167,17 +171,17 @@ def evaluation_json(rows: list[Row] | None, found: Agreements | None) -> dict[st
 
 def verified(found: Verified) -> None:
     """Every check and what it found."""
-    console = Console(highlight=False)
+    console = new_console()
     words = {True: "ok", False: "WRONG", None: "-"}
     rows = tuple((c.name, words[c.ok], c.detail) for c in found.checks)
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
         table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # a name is not markup
+        table.add_row(*map(printable, row))
     console.print(table)
     end = "verified" if found.ok else "does NOT verify; prune again, or download or copy it again"
-    console.print(f"\n{found.output}: {end}", soft_wrap=True, markup=False)
+    console.print(f"\n{printable(found.output)}: {end}", soft_wrap=True)
 
 
 def verified_json(found: Verified) -> dict[str, Any]:
@@ -191,14 +195,14 @@ def verified_json(found: Verified) -> dict[str, Any]:
 
 def upload(done: Upload) -> None:
     """The files of an upload, or of a dry run with the card's front matter."""
-    console = Console(highlight=False)
+    console = new_console()
     if done.url is not None:
-        console.print(done.url, soft_wrap=True)
+        console.print(printable(done.url), soft_wrap=True)
         return
     files = [(name, f"{amount(size)}B") for name, size in done.files.items()]
     files.append((f"{len(files)} files to {done.repo_id}", f"{amount(sum(done.files.values()))}B"))
     _print(console, document.Table(("file", "size"), tuple(files)))
-    console.print(f"\n{done.card.split('<!--')[0]}", soft_wrap=True, markup=False)
+    console.print(f"\n{done.card.split('<!--')[0]}", soft_wrap=True)
 
 
 def _print(console: Console, made: document.Table) -> None:
@@ -206,7 +210,7 @@ def _print(console: Console, made: document.Table) -> None:
     for i, name in enumerate(made.header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in made.rows:
-        table.add_row(*map(Text, row))  # a name is not markup
+        table.add_row(*map(printable, row))
     # a terminal that is too narrow breaks the lines; a pipe has no width: no number is cut short
     unbounded = console.options.update(width=MOST_COLUMNS)
     console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from moe_fair.options import (
     option,
 )
 from moe_fair.recipe import check_trust, coerce, parse_bytes, read_settings
+from moe_fair.terminal import say
 
 SCORE, TARGET, GRADUAL, TRAIN, MODEL, RUN = (
     "Scores and budget",
@@ -298,7 +298,7 @@ def prune(
     for name, wanted in (("model", "a MODEL"), ("data", "--data")):
         if name not in given:
             raise ValueError(f"give {wanted}, here or in a --recipe")
-    done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=_say)
+    done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=say)
     if as_json:
         print(screen.as_json(done))
     else:
@@ -331,7 +331,7 @@ def sparsify(
     for name, wanted in (("model", "a MODEL"), ("data", "--data"), ("sparsity", "--sparsity")):
         if name not in given:
             raise ValueError(f"give {wanted}, here or in a --recipe")
-    done = pipeline.sparsify(SparseSettings.of(given), output, say=_say)
+    done = pipeline.sparsify(SparseSettings.of(given), output, say=say)
     if as_json:
         print(screen.as_json(done))
     else:
@@ -363,7 +363,3 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
         raise ValueError(
             f"{flag} {text!r}: write numbers with commas, as 0.485,0.456,0.406"
         ) from None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

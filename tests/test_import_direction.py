@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "moe_fair"
 # each may import those before it; the two in one row never each other
 ORDER = [
     {"core"},
-    {"distributed"},
+    {"distributed", "terminal"},
     {"engines"},
     {"moe", "vision"},
     {"evaluate"},
@@ -33,7 +33,7 @@ ORDER = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-OUTSIDE_CORE = {"torch", "numpy", "safetensors"}
+OUTSIDE_CORE = {"torch", "numpy", "safetensors", "psutil"}
 
 
 def modules() -> list[Path]:

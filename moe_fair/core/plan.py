@@ -13,7 +13,7 @@ import numpy as np
 from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate.climb import nearest_total, totals
-from moe_fair.core.output import write_whole
+from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
@@ -147,7 +147,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan, whole or not at all."""
-        write_whole(path, self.to_json())
+        write_named(path, self.to_json())
 
     @staticmethod
     def load(path: Path) -> Plan:

@@ -28,7 +28,7 @@ from moe_fair.report.write import FORMATS, write_report
 from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
-LEFT_OUT = ("*.partial", f"{FOLDER}/lm-eval/*")
+LEFT_OUT = ("*.partial", "*.lock", f"{FOLDER}/lm-eval/*")
 
 
 @dataclass(frozen=True)

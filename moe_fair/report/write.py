@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_fair import __version__
-from moe_fair.core.output import write_whole
+from moe_fair.core.output import write_named
 from moe_fair.report import html, markdown
 from moe_fair.report.content import document
 from moe_fair.report.sources import FOLDER, gather
@@ -33,6 +33,10 @@ def write_report(output: Path, format: str = "html", path: Path | None = None) -
     path = path or output / FOLDER / f"report.{format}"
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name the file to write")
+    if format == "md" and path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file, and Markdown has its pictures beside it; name a file")
+    if format == "md" and path.is_symlink():
+        path = path.resolve()  # with the pictures
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "html":
         text = html.render(made, FOOTER)
@@ -42,5 +46,5 @@ def write_report(output: Path, format: str = "html", path: Path | None = None) -
         for figure in made.figures():
             (pictures / f"{figure.name}.png").write_bytes(figure.png)
         text = markdown.render(made, FOOTER, pictures.name)
-    write_whole(path, text)
+    write_named(path, text)
     return path

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import FOLDER, write_manifest
-from moe_fair.core.output import check_output, fresh, partial_path, settle
+from moe_fair.core.output import Place, claim, fresh, partial_path, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Scores, Statistics
 from moe_fair.vision.accuracy import latency, top1
@@ -77,8 +78,12 @@ def prune(
     Raises:
         ValueError: bad input, or a target that cannot be met.
     """
-    check_output(output)
-    run = _open(settings, output, start_over, say)
+    with claim(output) as place:
+        return _prune(settings, output, place, start_over, say)
+
+
+def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say: Say) -> Pruned:
+    run = _open(settings, place, start_over, say)
     started = time.perf_counter()
     before = top1(run.dense, run.data.test, settings.batch_size)
     say(f"top-1 of the dense model: {before:.2%} on {len(run.data.test):,} images")
@@ -101,7 +106,7 @@ def prune(
         "left_whole": records[0]["left_whole"],
         "seconds": time.perf_counter() - started,
     }
-    folder = fresh(partial_path(output))
+    folder = fresh(place.partial)
     save_pruned(pruned, source, source.history, folder)
     (folder / FOLDER).mkdir()
     if scored.exists():  # scores that are taken in training leave no statistics
@@ -112,14 +117,15 @@ def prune(
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(folder / FOLDER / "report.html", plans, result)
     write_manifest(folder)
-    settle(folder, output)
-    shutil.rmtree(run.work)
+    with closing(output):
+        settle(folder, place.path)
+        shutil.rmtree(run.work)
     return Pruned(output, plans, result)
 
 
-def _open(settings: Settings, output: Path, start_over: bool, say: Say) -> _Run:
+def _open(settings: Settings, place: Place, start_over: bool, say: Say) -> _Run:
     source, data = open_inputs(settings)
-    work = _work(settings, output, start_over, say)
+    work = _work(settings, place, start_over, say)
     x = example(source)
     dense = copy.deepcopy(source.model)
     cpu = copy.deepcopy(source.model).cpu()
@@ -273,9 +279,9 @@ def _home(run: _Run, step: int) -> Path:
     return run.work / f"step-{step}"
 
 
-def _work(settings: Settings, output: Path, start_over: bool, say: Say) -> Path:
+def _work(settings: Settings, place: Place, start_over: bool, say: Say) -> Path:
     """Where finished steps and epochs wait for the result; emptied where settings differ."""
-    work = output.with_name(output.name + ".pruning")
+    work = place.beside("pruning")
     text = json.dumps(settings.plain(), sort_keys=True)
     record = work / "settings.json"
     same = record.is_file() and record.read_text() == text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_fair.core.plan import Plan
+from moe_fair.core.printable import printable
+from moe_fair.terminal import console as new_console
 from moe_fair.vision.pipeline import Pruned
 
 BAR = 20  # columns
@@ -15,7 +16,7 @@ BAR = 20  # columns
 
 def show(done: Pruned) -> None:
     """The last plan, what the model costs now, how fast and how good it is."""
-    console = Console(highlight=False)
+    console = new_console()
     plan, result = done.plans[-1], done.result
     console.print(_groups(plan))
     units, kept = sum(g.size for g in plan.groups), sum(len(g.kept) for g in plan.groups)
@@ -27,7 +28,7 @@ def show(done: Pruned) -> None:
         soft_wrap=True,
     )
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {printable(note)}", soft_wrap=True)
     cost, top = result["cost"], result["top1"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("", "dense", "pruned", "change"):
@@ -48,9 +49,10 @@ def show(done: Pruned) -> None:
     console.print(table)
     if top["pruned"] != top["final"]:
         console.print(f"top-1 before the last fine-tuning: {top['pruned']:.2%}")
+    name = printable(done.output)
     console.print(
-        f'\n{done.output}: load it with moe_fair.vision.load_pruned("{done.output}"); '
-        f"{done.output}/moe_fair/report.html shows the scores",
+        f'\n{name}: load it with moe_fair.vision.load_pruned("{name}"); '
+        f"{name}/moe_fair/report.html shows the scores",
         soft_wrap=True,
     )
 
@@ -69,7 +71,7 @@ def _groups(plan: Plan) -> Table:
     for g in plan.groups:
         full = round(len(g.kept) / g.size * BAR)
         table.add_row(
-            g.name if len(g.name) <= 40 else "…" + g.name[-39:],
+            printable(g.name if len(g.name) <= 40 else "…" + g.name[-39:]),
             str(g.size),
             str(len(g.kept)),
             str(g.depth),

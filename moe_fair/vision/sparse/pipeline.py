@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import write_manifest
-from moe_fair.core.output import check_output, fresh, partial_path, settle
+from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.data import ImageSet
@@ -48,7 +49,13 @@ def sparsify(
     Raises:
         ValueError: bad input, or a sparsity that cannot be met.
     """
-    check_output(output)
+    with claim(output) as place:
+        return _sparsify(settings, output, place, say)
+
+
+def _sparsify(
+    settings: SparseSettings, output: Path, place: Place, say: Callable[[str], None]
+) -> Sparse:
     started = time.perf_counter()
     source, data = open_inputs(settings)
     model = source.model
@@ -102,13 +109,14 @@ def sparsify(
         "left_dense": dense,
         "seconds": time.perf_counter() - started,
     }
-    folder = fresh(partial_path(output))
+    folder = fresh(place.partial)
     save_pruned(model, source, source.history, folder)
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(folder / FOLDER / "report.html", result)
     write_manifest(folder)
-    settle(folder, output)
+    with closing(output):
+        settle(folder, place.path)
     return Sparse(output, result)
 
 

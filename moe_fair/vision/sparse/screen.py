@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
 from rich.table import Table
 
+from moe_fair.core.printable import printable
+from moe_fair.terminal import console as new_console
 from moe_fair.vision.sparse.pipeline import Sparse
 
 BAR = 20  # columns
@@ -14,7 +15,7 @@ BAR = 20  # columns
 
 def show(done: Sparse) -> None:
     """Sparsity per layer, and how good the model is."""
-    console = Console(highlight=False)
+    console = new_console()
     result = done.result
     s, top, layers = result["settings"], result["top1"], result["layers"]
     measured = any("rr" in x for x in layers)
@@ -25,7 +26,7 @@ def show(done: Sparse) -> None:
     for x in layers:
         full = round(x["kept"] / x["weights"] * BAR)
         table.add_row(
-            x["name"] if len(x["name"]) <= 40 else "…" + x["name"][-39:],
+            printable(x["name"] if len(x["name"]) <= 40 else "…" + x["name"][-39:]),
             f"{x['weights']:,}",
             f"{x['kept']:,}",
             f"{x['sparsity']:.2%}",
@@ -40,21 +41,22 @@ def show(done: Sparse) -> None:
         soft_wrap=True,
     )
     for name, why in result["left_dense"].items():
-        console.print(f"left dense: {name}, {why}", soft_wrap=True)
+        console.print(f"left dense: {printable(name)}, {printable(why)}", soft_wrap=True)
     nowhere = [x["name"] for x in layers if x.get("shift") == "nowhere"]
     if nowhere:
         console.print(
             f"note: the means of {len(nowhere)} layers could not be matched, they have no bias and "
-            f"no batch normalisation reads them: {', '.join(nowhere)}",
+            f"no batch normalisation reads them: {printable(', '.join(nowhere))}",
             soft_wrap=True,
         )
     repaired = f", {top['final']:.2%} after the repair" if s["repair"] != "none" else ""
     console.print(
         f"top-1: {top['dense']:.2%} dense, {top['pruned']:.2%} pruned{repaired}", soft_wrap=True
     )
+    name = printable(done.output)
     console.print(
-        f'\n{done.output}: load it with moe_fair.vision.load_pruned("{done.output}"); '
-        f"{done.output}/moe_fair/report.html shows the layers",
+        f'\n{name}: load it with moe_fair.vision.load_pruned("{name}"); '
+        f"{name}/moe_fair/report.html shows the layers",
         soft_wrap=True,
     )
 
