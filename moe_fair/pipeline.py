@@ -39,7 +39,6 @@ from moe_fair.distributed import ALONE, Team, is_first, team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.moe.calibration import (
     CalibrationSet,
-    expand,
     parse_source,
     sample,
     split,
@@ -184,7 +183,7 @@ def prune(
     if us.first:
         check_output(output)
     source = open_model(recipe)
-    heldout = us.told(lambda: heldout_set(recipe, source))
+    heldout = us.told(lambda: heldout_set(recipe, source, say))
     run = _Pruning(recipe, source, output, say, us)
     merges = _merges(recipe, ready)
     if merges:
@@ -420,11 +419,18 @@ def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> Calibration
     return text
 
 
-def heldout_set(recipe: Recipe, source: Checkpoint) -> CalibrationSet | None:
+def heldout_set(
+    recipe: Recipe, source: Checkpoint, say: Say = lambda _: None
+) -> CalibrationSet | None:
     """The held-out windows of a recipe, if it names any text."""
     if not recipe.heldout:
         return None
-    sources = expand([parse_source(s) for s in recipe.heldout])
-    return windows(
-        sources, source.tokenizer(), samples=recipe.heldout_samples, length=recipe.length
+    text = windows(
+        [parse_source(s) for s in recipe.heldout],
+        source.tokenizer(),
+        samples=recipe.heldout_samples,
+        length=recipe.length,
     )
+    for note in text.notes:
+        say(f"note: held-out text: {note}")
+    return text

@@ -75,7 +75,8 @@ def test_settings(fails: Callable[..., str], tmp_path: Path, given: list[str], s
         ("", "is empty"),
         ("short", "too little text for one sample of 32 tokens"),
         ('{"body": 1}\n', 'neither "text" nor "messages"; its fields are body'),
-        ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ('{"text": "a"}\n{"text": \n', "1 row skipped, the first: "),
+        ('{"text": \n', "line 1: not JSON"),
         ("[1]\n", "line 1: expected an object"),
     ],
 )
@@ -95,8 +96,9 @@ def test_calibration_files(
         ("missing.jsonl", "missing.jsonl does not exist"),
         ("a=:2", "names no text"),
         (f"{CALIBRATION}:0", "must be above 0"),
-        (str(MODEL), "no .txt, .jsonl, .parquet file"),
-        (str(MODEL / "config.json"), "must be one of .txt"),
+        (str(MODEL.parent / "tasks"), "no .txt, .jsonl, .json, .csv, .parquet file"),
+        (str(MODEL / "config.json"), 'neither "text" nor "messages"'),
+        (str(MODEL / "model.safetensors"), "must be one of .txt"),
         ("someone/some-dataset@train", "--calibration name=path/to/text.jsonl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The tokens that ordinary texts give: other than these, and earlier results cannot be made again."""
+"""The tokens that ordinary texts give: with others, earlier results could not be made again."""
 
 from __future__ import annotations
 
