@@ -31,7 +31,7 @@ ORDER = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-OUTSIDE_CORE = {"torch", "numpy", "safetensors"}
+OUTSIDE_CORE = {"torch", "numpy", "safetensors", "yaml"}
 
 
 def modules() -> list[Path]:
