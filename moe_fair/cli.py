@@ -321,7 +321,7 @@ def evaluate(
                 folder=folder, log_samples=log_samples, say=_say, quiet=_without_bars,
             )  # fmt: skip
         if agreement and original is not None:
-            found = evaluating.run_agreement(settings, source, original, folder)
+            found = evaluating.run_agreement(settings, source, original, folder, _say)
         if not distributed.is_first():
             return
         if folder is not None and output is None:

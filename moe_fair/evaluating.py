@@ -70,7 +70,11 @@ def run_benchmarks(
 
 
 def run_agreement(
-    recipe: Recipe, source: Checkpoint, baseline: Checkpoint, folder: Path | None
+    recipe: Recipe,
+    source: Checkpoint,
+    baseline: Checkpoint,
+    folder: Path | None,
+    say: Say = lambda _: None,
 ) -> Agreements:
     """How far a model agrees with the one it was pruned from, on the recipe's held-out text.
 
@@ -82,7 +86,7 @@ def run_agreement(
     """
     check_same_tokens(source, baseline)
     us = team()
-    text = us.told(lambda: heldout_set(recipe, source))
+    text = us.told(lambda: heldout_set(recipe, source, say))
     if text is None:
         raise ValueError("--agreement needs text: give --heldout path/to/text.jsonl")
     vocabulary = source.config.get_text_config().vocab_size

@@ -52,8 +52,9 @@ Calibration = Annotated[
     option(
         "-c",
         "--calibration",
-        text="[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl or .parquet file, a directory of "
-        "them, or a dataset id[:config][@split]. Repeat for a mix  [default: NeelNanda/pile-10k]",
+        text="[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl, .json, .csv or .parquet file, a "
+        "directory of them, or a dataset id[:config][@split], whose first : is its config's: a "
+        "weight is id@split:2. Repeat for a mix  [default: NeelNanda/pile-10k]",
         panel=TEXT,
     ),
 ]

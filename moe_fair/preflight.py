@@ -32,7 +32,6 @@ from moe_fair.costing import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
 from moe_fair.distributed import Team
 from moe_fair.moe.calibration import (
     CalibrationSet,
-    expand,
     parse_source,
     sample,
     split,
@@ -172,7 +171,7 @@ def check_prune(
         check_domains(recipe, seen, statistics, run)
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
-    heldout = us.told(lambda: heldout_set(recipe, source))
+    heldout = us.told(lambda: heldout_set(recipe, source, say))
     if heldout is not None:
         check_digest("heldout", heldout, recipe)
     return Job(
@@ -383,13 +382,19 @@ def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> Calibration
     return text
 
 
-def heldout_set(recipe: Recipe, source: Checkpoint) -> CalibrationSet | None:
+def heldout_set(
+    recipe: Recipe, source: Checkpoint, say: Say = lambda _: None
+) -> CalibrationSet | None:
     """The held-out windows of a recipe, if it names any text."""
     if not recipe.heldout:
         return None
-    sources = expand([parse_source(s) for s in recipe.heldout])
     text = windows(
-        sources, source.tokenizer(), samples=recipe.heldout_samples, length=recipe.length
+        [parse_source(s) for s in recipe.heldout],
+        source.tokenizer(),
+        samples=recipe.heldout_samples,
+        length=recipe.length,
     )
+    for note in text.notes:
+        say(f"note: held-out text: {note}")
     check_tokens(text, source)
     return text

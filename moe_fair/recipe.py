@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moe_fair.core.quote import clip, quote
 from moe_fair.core.registry import check_settings, nearest
+from moe_fair.core.yaml_file import read_yaml
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 LARGEST = 10**18  # of any number in a recipe
@@ -148,9 +153,11 @@ class Recipe:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} is below {least}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(
-                f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
+                f"--reduce {quote(self.reduce)}{nearest(self.reduce, REDUCTIONS)} is none of "
                 f"{', '.join(REDUCTIONS)}"
             )
+        if self.size is not None:
+            parse_size(self.size)
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]
@@ -247,18 +254,7 @@ def read_settings(path: Path) -> dict[Any, Any]:
     """
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as e:
-        # of a value that does not fit its tag PyYAML raises whatever its own code runs into
-        raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
     return raw
@@ -288,7 +284,9 @@ def parse_size(text: str) -> tuple[str, int]:
         if byte and prefix != "B":
             power = " kMGT".index(prefix.replace("K", "k") or " ")
             return "bytes", round(float(number) * (1024 if binary else 1000) ** power)
-    raise ValueError(f"--size {text!r}: write parameters as 8B or 900M, bytes as 20GB or 16GiB")
+    raise ValueError(
+        f"--size {quote(text)}: write parameters as 8B or 900M, bytes as 20GB or 16GiB"
+    )
 
 
 def parse_bytes(flag: str, text: str) -> int:
@@ -302,7 +300,7 @@ def parse_bytes(flag: str, text: str) -> int:
     except ValueError:
         unit, number = "", 0
     if unit != "bytes":
-        raise ValueError(f"{flag} {text!r}: write bytes as 20GB or 16GiB")
+        raise ValueError(f"{flag} {quote(text)}: write bytes as 20GB or 16GiB")
     return number
 
 
@@ -320,41 +318,57 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{flag(name)} has no value")
     kind = options[0]
     if kind == tuple[str, ...]:
-        items = (value,) if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
-            return tuple(items)
-        raise ValueError(f"{flag(name)} must be text or a list of texts, not {value!r}")
+        items = (value,) if isinstance(value, (str, PathLike)) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(i, (str, PathLike)) for i in items):
+            return tuple(map(str, items))
+        raise ValueError(f"{flag(name)} must be text or a list of texts, not {quote(value)}")
     if kind == tuple[float, ...]:
         items = value if isinstance(value, (list, tuple)) else (value,)
-        if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in items):
+        if all(_is_number(i) for i in items):
             return tuple(float(i) for i in items)
-        raise ValueError(f"{flag(name)} must be a number or a list of numbers, not {value!r}")
+        raise ValueError(f"{flag(name)} must be a number or a list of numbers, not {quote(value)}")
     if typing.get_origin(kind) is not None:  # weights
         return _weights(name, value)
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if kind is str and isinstance(value, PathLike):
+        return str(value)
+    if kind is str and name == "size" and _is_number(value):
+        return str(value)
+    if isinstance(value, Integral) and abs(int(value)) > LARGEST:
         raise ValueError(f"{flag(name)} is out of every range")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, (int, float)) and name == "size":
-        value = str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)  # also numpy's
+    if kind is float and _is_number(value):
+        return float(value)
+    if not isinstance(value, kind) or kind in (int, float):
         wanted = {
             "int": "a whole number",
-            "float": "a number",
+            "float": "a finite number" if isinstance(value, float) else "a number",
             "str": "text",
             "bool": "true or false",
         }
-        raise ValueError(f"{flag(name)} must be {wanted[kind.__name__]}, not {value!r}")
+        raise ValueError(f"{flag(name)} must be {wanted[kind.__name__]}, not {quote(value)}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """It is one, and of a size that a setting may have."""
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and (math.isfinite(value) if not isinstance(value, int) else abs(value) <= LARGEST)
+    )
 
 
 def _weights(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{flag(name)} must map domains to weights, not {value!r}")
+        raise ValueError(f"{flag(name)} must map domains to weights, not {quote(value)}")
     for domain, weight in value.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 0 <= weight <= LARGEST:
-            raise ValueError(f"{flag(name)}: {domain}: {weight!r} is not a weight of 0 or more")
-    if not any(value.values()):
-        raise ValueError(f"{flag(name)}: every weight is 0")
+        if not isinstance(domain, str) and (not isinstance(domain, int) or domain in (True, False)):
+            raise ValueError(
+                f"{flag(name)}: the domain {quote(domain)} is no text; put it in quotes"
+            )
+        if not _is_number(weight) or not 0 <= weight <= LARGEST:
+            raise ValueError(
+                f"{flag(name)}: {clip(str(domain))}: {quote(weight)} is not a weight of 0 or more"
+            )
     return {str(k): float(v) for k, v in value.items()}

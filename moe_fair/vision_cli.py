@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_fair.core.registry import nearest
+from moe_fair.core.registry import check_settings
 from moe_fair.options import (
     AllowPickle,
     Debug,
@@ -348,8 +348,7 @@ def _written(path: Path, kind: type) -> dict[str, Any]:
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     for name, value in raw.items():
-        if name not in hints:
-            raise ValueError(f"no setting {name!r}{nearest(str(name), list(hints))} in {path}")
+        check_settings([name], list(hints), f" in {path}")
         if name == "memory" and isinstance(value, str):
             value = parse_bytes("memory", value)
         found[name] = coerce(name, value, hints[name])

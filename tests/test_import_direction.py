@@ -33,7 +33,7 @@ ORDER = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-OUTSIDE_CORE = {"torch", "numpy", "safetensors", "psutil"}
+OUTSIDE_CORE = {"torch", "numpy", "safetensors", "psutil", "yaml"}
 
 
 def modules() -> list[Path]:

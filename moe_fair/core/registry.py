@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from moe_fair.core.quote import MOST, quote
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if name in table:
         return table[name]
-    raise ValueError(f"no {what} {name!r}{nearest(name, table)}; there are {', '.join(table)}")
+    raise ValueError(f"no {what} {quote(name)}{nearest(name, table)}; there are {', '.join(table)}")
 
 
 def check_settings(given: Iterable[Any], known: Collection[str], where: str = "") -> None:
@@ -38,10 +40,10 @@ def check_settings(given: Iterable[Any], known: Collection[str], where: str = ""
     """
     for name in given:
         if name not in known:
-            raise ValueError(f"no setting {name!r}{nearest(str(name), known)}{where}")
+            raise ValueError(f"no setting {quote(name)}{nearest(str(name), known)}{where}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the closest of the names, or nothing."""
-    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = get_close_matches(name[:MOST], list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

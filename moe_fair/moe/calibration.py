@@ -1,32 +1,35 @@
 """Calibration text: where it comes from, its domains and weights, and its packing into sequences.
 
-A source is written `[domain=]WHERE[:weight]`. WHERE is a local .txt, .jsonl or .parquet file, a
-directory of such files (each its own domain), or a `datasets` id as `id[:config][@split]`. Lines of
-a .jsonl file may name their domains themselves, in a field `domain`.
+A source is written `[domain=]WHERE[:weight]`. WHERE is a local file (see `rows`), a directory of
+such files (each its own domain), or a `datasets` id as `id[:config][@split]`. Rows of a file may
+name their domains themselves, in a field `domain`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_fair.core.quote import clip, quote
 from moe_fair.engines.batch import Batch
+from moe_fair.moe.hub_rows import LOCAL_FORM, hub_rows
+from moe_fair.moe.left_out import LeftOut, survey
+from moe_fair.moe.row_files import SUFFIXES, files_in, kind, read_rows
+from moe_fair.moe.rows import Chat, Row
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-SHUFFLE_BUFFER = 10_000  # documents; a streamed dataset is shuffled within this window
-LOCAL_FORM = (
-    "give local text: --calibration name=path/to/text.jsonl (.txt, .jsonl, .parquet, a directory)"
-)
-
-Document = str | list[dict[str, str]]  # plain text, or the messages of one chat
+MOST_DOMAINS = 256  # every sum is kept once for each
+LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Source:
         domain: name of the calibration domain; by default the file's or data set's name.
         weight: share of the samples, relative to the other sources.
         config, split: of a data set on the Hub.
-        only: of a file whose lines name their domains, those of this one.
+        only: of a file whose rows name their domains, those of this one.
+        own: the file's own domain, where another of the directory has its name.
+        given: the directory or file that it is a part of, as it was given.
     """
 
     where: str
@@ -47,109 +52,141 @@ class Source:
     config: str | None = None
     split: str = "train"
     only: str | None = None
+    own: str | None = None
+    given: str | None = None
 
     @property
     def local(self) -> bool:
         """A file or directory on this machine."""
-        return Path(self.where).exists()
+        return os.path.exists(self.where)
+
+    @property
+    def own_name(self) -> str:
+        """The domain of rows that name none."""
+        return self.own or Path(self.where).name.split(".")[0]
 
     @property
     def name(self) -> str:
         """The domain's name."""
-        return self.domain or Path(self.where).name.split(".")[0]
+        return self.domain or self.own_name
 
 
 def parse_source(spec: str) -> Source:
     """Read `[domain=]WHERE[:weight]`.
 
+    What precedes the first `=` is the domain where it looks like a name, and the number behind the
+    last `:` is the weight; behind a data set's id only where a config or split stands between, for
+    the first `:` is the config's. What is there as a path is that path, whatever is in its name.
+
     Raises:
         ValueError: nothing left to read from, or a weight that is not positive.
     """
-    domain, _, rest = spec.rpartition("=") if re.match(r"[\w.+-]+=", spec) else ("", "", spec)
-    weight = 1.0
+    domain, rest = "", spec
+    if not os.path.exists(spec) and (found := re.match(r"([\w.+-]+)=", spec)):
+        domain, rest = found[1], spec[found.end() :]
+    weight: float | None = None
     head, _, tail = rest.rpartition(":")
-    if head and not Path(rest).exists() and re.fullmatch(r"-?\d*\.?\d+", tail):
-        rest, weight = head, float(tail)
-    if weight <= 0:
-        raise ValueError(f"calibration source {spec!r}: the weight must be above 0")
+    if head and not os.path.exists(rest):
+        local = os.path.exists(head) or kind(Path(head)) is not None
+        if re.fullmatch(r"-?\d*\.?\d+", tail) and (local or ":" in head or "@" in head):
+            rest, weight = head, float(tail)
+        elif local:
+            raise ValueError(
+                f"calibration source {quote(spec)}: the weight {quote(tail)} is not a number"
+            )
+    if weight is not None and not 0 < weight <= 1e18:
+        raise ValueError(f"calibration source {quote(spec)}: the weight must be above 0")
     config, split = None, "train"
-    if not Path(rest).exists():
+    if not os.path.exists(rest):
         rest, _, given = rest.partition("@")
         rest, _, config_name = rest.partition(":")
         split, config = given or split, config_name or None
     if not rest:
-        raise ValueError(f"calibration source {spec!r} names no text; write [domain=]path[:weight]")
-    return Source(rest, domain or None, weight, config, split)
+        raise ValueError(
+            f"calibration source {quote(spec)} names no text; write [domain=]path[:weight]"
+        )
+    return Source(rest, domain or None, 1.0 if weight is None else weight, config, split)
 
 
-def expand(sources: Iterable[Source]) -> list[Source]:
+def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None) -> list[Source]:
     """Directories become their files, each its own domain unless one was named; files are checked.
 
-    A .jsonl file whose lines name domains becomes one source for each, with equal shares, unless a
-    domain was named for the whole of it.
+    A file whose rows name domains becomes one source for each, with equal shares, unless a domain
+    was named for the whole of it. Each file is read through once.
+
+    Args:
+        left_out: is told what of each source (`given`) cannot be used.
 
     Raises:
-        ValueError: a missing path, an empty directory or file, an unknown suffix, or a domain that
-            is no text.
+        ValueError: a missing path, an unknown suffix, a file or directory without a row that can be
+            used, or too many domains.
     """
+    left_out = {} if left_out is None else left_out
     found: list[Source] = []
     for s in sources:
+        s = replace(s, given=s.given or s.where)
+        own = left_out.setdefault(str(s.given), LeftOut())
         path = Path(s.where)
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
-            if not files:
-                raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
-            found += [replace(s, where=str(f), weight=s.weight / len(files)) for f in files]
-        elif path.suffix in SUFFIXES and not path.exists():
+        if os.path.isdir(path):
+            found += _directory(s, path, own)
+        elif not s.local and kind(path) is not None:
             raise ValueError(f"calibration file {path} does not exist")
-        elif path.exists() and path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: calibration text must be one of {', '.join(SUFFIXES)}")
-        else:
+        elif not s.local:
             found.append(s)
-    for s in found:
-        if s.local and Path(s.where).stat().st_size == 0:
-            raise ValueError(f"calibration file {s.where} is empty")
+        elif kind(path) is None:
+            raise ValueError(
+                f"{path}: calibration text must be one of {', '.join(SUFFIXES)}, or such with .gz"
+            )
+        elif path.is_file() and not path.stat().st_size:
+            raise ValueError(f"calibration file {path} is empty")
+        else:
+            found += _by_domain(s, survey(path, own, domains=s.domain is None))
     if not found:
         raise ValueError(f"no calibration text given; {LOCAL_FORM}")
-    return [part for s in found for part in _by_domain(s)]
-
-
-def _by_domain(source: Source) -> list[Source]:
-    """A source, or one for every domain that its lines name."""
-    path = Path(source.where)
-    if source.domain is not None or not source.local or path.suffix != ".jsonl":
-        return [source]
-    names, named = set(), False
-    for n, line in _lines(path):
-        row = _json_row(line, path, n) if '"domain"' in line else {}
-        names.add(_domain(row, source, n))
-        named |= row.get("domain") is not None
-    if not named:
-        return [source]
-    share = source.weight / len(names)
-    return [replace(source, domain=n, only=n, weight=share) for n in sorted(names)]
-
-
-def _domain(row: dict[str, Any], source: Source, number: int) -> str:
-    """The domain that a line names, or that of its file."""
-    name = row.get("domain")
-    if name is None:
-        return Path(source.where).name.split(".")[0]
-    if not isinstance(name, str) or not name.strip():
+    names = {s.name for s in found}
+    if len(names) > MOST_DOMAINS:
+        most = Counter(s.given for s in found).most_common(1)[0][0]
         raise ValueError(
-            f'{source.where}, line {number}: "domain" is {name!r} and must be a name; or name one '
-            "for the whole file: --calibration name=FILE"
+            f"{most}: {len(names):,} calibration domains, and statistics are kept for at most "
+            f"{MOST_DOMAINS}; name one for all of it: --calibration NAME={most}"
         )
-    return name
+    return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, numbered from 1."""
-    try:
-        with path.open() as f:
-            yield from ((n, line) for n, line in enumerate(f, 1) if line.strip())
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot be read as calibration text: {e}") from e
+def _directory(source: Source, folder: Path, left_out: LeftOut) -> list[Source]:
+    """A source for each file of a directory that can be used, or for each of its domains."""
+    files, others = files_in(folder)
+    left_out.others += others
+    if not files:
+        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this directory")
+    usable = {}
+    for f in files:
+        try:
+            usable[f] = survey(f, left_out, domains=source.domain is None)
+        except ValueError as e:
+            left_out.file(str(e))
+    if not usable:
+        raise ValueError(
+            f"{folder}: none of its {len(files)} files can be used; {left_out.first_file}"
+        )
+    folders: dict[str, set[Path]] = {}
+    for f in usable:
+        folders.setdefault(f.name.split(".")[0], set()).add(f.parent)
+    found = []
+    for f, domains in usable.items():
+        name = f.name.split(".")[0]
+        own = (f.parent.relative_to(folder) / name).as_posix() if len(folders[name]) > 1 else None
+        part = replace(source, where=str(f), weight=source.weight / len(usable), own=own)
+        found += _by_domain(part, domains)
+    return found
+
+
+def _by_domain(source: Source, domains: Collection[str | None]) -> list[Source]:
+    """A source, or one for every domain that its rows name."""
+    if source.domain is not None or set(domains) == {None}:
+        return [source]
+    names = sorted({source.own_name if d is None else d for d in domains})
+    return [replace(source, domain=n, only=n, weight=source.weight / len(names)) for n in names]
 
 
 @dataclass(frozen=True)
@@ -238,36 +275,57 @@ def sample(
     Raises:
         ValueError: text that cannot be read, or too little of it for one sequence.
     """
-    return _gather(expand(sources), tokenizer, samples, length, seed)
+    return _gather(sources, tokenizer, samples, length, seed)
 
 
 def windows(
     sources: Sequence[Source], tokenizer: Any, *, samples: int, length: int
 ) -> CalibrationSet:
     """Held-out text: the documents in their own order, cut into neighbouring windows."""
-    return _gather(expand(sources), tokenizer, samples, length, None)
+    return _gather(sources, tokenizer, samples, length, None)
 
 
 def _gather(
-    sources: list[Source], tokenizer: Any, samples: int, length: int, seed: int | None
+    sources: Sequence[Source], tokenizer: Any, samples: int, length: int, seed: int | None
 ) -> CalibrationSet:
     if samples < 1 or length < 2:
         raise ValueError(f"--samples {samples} and --length {length}: at least 1 and 2 are needed")
-    domains = tuple(dict.fromkeys(s.name for s in sources))
-    sequences: list[tuple[tuple[int, ...], int]] = []
-    notes = []
-    for source, count in zip(sources, _shares([s.weight for s in sources], samples), strict=True):
-        if count == 0:
-            continue
-        rows = _sequences(source, tokenizer, count, length, seed)
-        if not rows:
-            raise ValueError(
-                f"{source.where}: too little text for one sample of {length} tokens; give more "
-                "text or a smaller --length"
-            )
-        if len(rows) < count and seed is not None:
-            notes.append(f"{source.where} holds {len(rows)} samples of the {count} asked for")
-        sequences += [(row, domains.index(source.name)) for row in rows]
+    left_out: dict[str, LeftOut] = {}
+    parts = expand(sources, left_out)
+    shares = zip(parts, _shares([s.weight for s in parts], samples), strict=True)
+    found: list[tuple[Source, list[tuple[int, ...]]]] = []
+    notes, short = [], []
+    for _, same in groupby(
+        ((s, n) for s, n in shares if n), key=lambda x: (x[0].where, x[0].given)
+    ):
+        counts = dict(same)
+        its = left_out[str(next(iter(counts)).given)]
+        for source, rows in read_parts(list(counts), seed, its):
+            made = _sequences(source, rows, tokenizer, counts[source], length, its)
+            found.append((source, made))
+            if not made:
+                short.append(source.name)
+            elif len(made) < counts[source] and seed is not None:
+                notes.append(
+                    f"{source.where} holds {len(made)} samples of the {counts[source]} asked for"
+                )
+    for given in dict.fromkeys(s.given for s, _ in found):
+        if not any(rows for s, rows in found if s.given == given):
+            raise ValueError(left_out[str(given)].nothing(str(given), length))
+    if short:
+        notes.append(
+            f"too little text for one sample of {length} tokens, left out: {clip(', '.join(short))}"
+        )
+    domains = tuple(dict.fromkeys(s.name for s, rows in found if rows))
+    unsampled = {s.name for s in parts} - {s.name for s, _ in found}
+    if unsampled:
+        notes.append(
+            f"{len(unsampled)} of {len({s.name for s in parts})} domains get none of the {samples} "
+            "samples; --samples gives more"
+        )
+    for given, its in left_out.items():
+        notes += its.notes(given)
+    sequences = [(row, domains.index(s.name)) for s, rows in found for row in rows]
     return CalibrationSet(domains, tuple(sequences), tuple(notes))
 
 
@@ -282,32 +340,52 @@ def _shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 def _sequences(
-    source: Source, tokenizer: Any, count: int, length: int, seed: int | None
+    source: Source,
+    rows: Iterable[Row],
+    tokenizer: Any,
+    count: int,
+    length: int,
+    left_out: LeftOut,
 ) -> list[tuple[int, ...]]:
-    rows: list[tuple[int, ...]] = []
+    made: list[tuple[int, ...]] = []
     start = _start_tokens(tokenizer)
+    body = length - len(start)
     pending: list[int] = []
-    for document in documents(source, seed):
-        if isinstance(document, list):
-            rows.append(_chat(tokenizer, document, source)[:length])
-            if len(rows) >= count:
-                return rows[:count]
+    for row in rows:
+        if isinstance(row.document, Chat):
+            try:
+                made.append(_chat(tokenizer, row.document, source, left_out)[:length])
+            except _Unfit as e:
+                left_out.row(source.where, row.place, str(e))
+            if len(made) >= count:
+                return made[:count]
             continue
-        pending += _encode(tokenizer, document)
+        needed = (count - len(made)) * body - len(pending)
+        pending += _encode(tokenizer, row.document, needed)
         if tokenizer.eos_token_id is not None:
             pending.append(tokenizer.eos_token_id)
-        body = length - len(start)
-        while len(pending) >= body:
-            rows.append((*start, *pending[:body]))
-            pending = pending[body:]
-            if len(rows) == count:
-                return rows
-    return rows
+        at = 0
+        while len(pending) - at >= body:
+            made.append((*start, *pending[at : at + body]))
+            at += body
+            if len(made) == count:
+                return made
+        pending = pending[at:]
+    return made
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str, needed: int) -> list[int]:
+    """The tokens of a text; of a very long one, those of a part with more than are needed.
+
+    How a text begins is tokenised without regard to what comes much later, so the tokens that are
+    used are those of the whole text.
+    """
     # verbose=False: a document longer than the model's context is expected, it is packed
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for end in (max(LONG, 8 * needed), len(text)):
+        ids = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
+        if end >= len(text) or len(ids) > needed + LONG // 8:
+            break
+    return ids
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:
@@ -317,88 +395,49 @@ def _start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids and ids[0] == bos else []
 
 
-def _chat(tokenizer: Any, messages: list[dict[str, str]], source: Source) -> tuple[int, ...]:
-    if not getattr(tokenizer, "chat_template", None):
+class _Unfit(Exception):
+    """A chat that the template does not take."""
+
+
+def _chat(tokenizer: Any, chat: Chat, source: Source, left_out: LeftOut) -> tuple[int, ...]:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise ValueError(f"{source.where} holds chats, but the tokenizer has no chat template")
+    if chat.tools and "tools" not in str(template):
+        left_out.fields["tools (the chat template has no place for them)"] = None
     try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, tokenize=True, return_dict=True
+        )
     except (
         Exception
     ) as e:  # the template is a program of the model's maker, and raises what it likes
-        why = " ".join(str(e).split())
-        raise ValueError(f"{source.where}: a chat does not fit the chat template: {why}") from e
+        raise _Unfit(f"a chat does not fit the chat template: {clip(str(e), 200)}") from e
     return tuple(encoded["input_ids"])
 
 
-def documents(source: Source, seed: int | None) -> Iterator[Document]:
-    """The documents of one source; shuffled by the seed, or in their own order without one."""
-    if not source.local:
-        yield from (_document(row, source) for row in _dataset_rows(source, seed))
+def read_parts(
+    parts: Sequence[Source], seed: int | None, left_out: LeftOut
+) -> Iterator[tuple[Source, Iterable[Row]]]:
+    """The rows of the parts of one file, read once, or of one data set.
+
+    Args:
+        parts: sources with the same `where`.
+        seed: shuffles them; without one they stay in their own order.
+        left_out: is told what of a data set cannot be used; of files `expand` has told it.
+    """
+    if not parts[0].local:
+        for part in parts:
+            yield part, hub_rows(part.where, part.config, part.split, seed, left_out)
         return
-    docs = list(_local_documents(Path(source.where), source))
-    if seed is not None:
-        random.Random(f"{seed} {source.name}").shuffle(docs)
-    yield from docs
-
-
-def _local_documents(path: Path, source: Source) -> Iterator[Document]:
-    try:
-        if path.suffix == ".txt":
-            yield path.read_text()
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            for row in pyarrow.parquet.read_table(path).to_pylist():
-                yield _document(row, source)
-        else:
-            for n, line in _lines(path):
-                row = _json_row(line, path, n)
-                if source.only is None or _domain(row, source, n) == source.only:
-                    yield _document(row, source)
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot be read as calibration text: {e}") from e
-
-
-def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
-    if not isinstance(row, dict):
-        raise ValueError(f'{path}, line {number}: expected an object with a "text" field')
-    return row
-
-
-def _document(row: dict[str, Any], source: Source) -> Document:
-    for field in ("messages", "conversations"):
-        chat = row.get(field)
-        if (
-            isinstance(chat, list)
-            and chat
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat)
-        ):
-            return chat
-    for field in ("text", "content"):
-        if isinstance(row.get(field), str):
-            if any("\ud800" <= c <= "\udfff" for c in row[field]):
-                raise ValueError(f"{source.where}: a text holds half a surrogate pair (\\ud800)")
-            return row[field]
-    raise ValueError(
-        f'{source.where}: a row has neither "text" nor "messages"; its fields are '
-        f"{', '.join(map(str, row)) or 'none'}"
-    )
-
-
-def _dataset_rows(source: Source, seed: int | None) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(source.where, source.config, split=source.split, streaming=True)
+    split = any(p.only is not None for p in parts)
+    found: dict[str | None, list[Row]] = {p.only: [] for p in parts}
+    for row in read_rows(Path(parts[0].where), domains=split):
+        name = (row.domain or parts[0].own_name) if split and isinstance(row, Row) else None
+        if isinstance(row, Row) and name in found:
+            found[name].append(row)
+    for part in parts:
+        rows = found.pop(part.only) if part.only is not None else list(found[None])
         if seed is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        yield from stream
-    except Exception as e:  # datasets raises many kinds; all mean the same to the user
-        raise ValueError(
-            f"calibration data {source.where!r}: no such local path, and the Hub did not give it "
-            f"({type(e).__name__}); {LOCAL_FORM}"
-        ) from e
+            random.Random(f"{seed} {part.name}").shuffle(rows)
+        yield part, rows

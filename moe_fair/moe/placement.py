@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
+
+from moe_fair.core.quote import quote
+from moe_fair.core.yaml_file import read_yaml
 
 Place = str | int
 NAMED = ("auto", "balanced")
@@ -31,15 +33,16 @@ def read_map(given: str) -> str | dict[str, Place]:
     if not path.is_file():
         raise ValueError(f"--device-map {given}: neither auto nor balanced nor a file")
     try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        text = " ".join(str(e).split())
-        raise ValueError(f"--device-map {given}: not JSON or YAML: {text}") from e
+        found = read_yaml(path)  # JSON is YAML
+    except ValueError as e:
+        raise ValueError(f"--device-map: {e}") from e
     if not isinstance(found, dict) or not found:
         raise ValueError(f'--device-map {given}: write module: device, as "model.layers.0": 0')
     for module, place in found.items():
         if not isinstance(module, str) or not isinstance(place, (str, int)):
-            raise ValueError(f"--device-map {given}: {module!r}: {place!r} names no device")
+            raise ValueError(
+                f"--device-map {given}: {quote(module)}: {quote(place)} names no device"
+            )
         _check_place(given, module, place)
     return found
 

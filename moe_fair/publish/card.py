@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from moe_fair.core.output import write_whole
+from moe_fair.core.yaml_file import ERRORS, WithoutAliases
 from moe_fair.engines.auto import NAMES
 from moe_fair.report.document import Table
 from moe_fair.report.markdown import fenced, plain, table
@@ -55,8 +56,8 @@ def read_metadata(card: Path) -> dict[str, Any]:
     if head.strip() or not fence:
         return {}
     try:
-        found = yaml.safe_load(rest.split("\n---", 1)[0])
-    except yaml.YAMLError:
+        found = yaml.load(rest.split("\n---", 1)[0], Loader=WithoutAliases)
+    except ERRORS:
         return {}
     return found if isinstance(found, dict) else {}
 

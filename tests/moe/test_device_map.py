@@ -87,7 +87,7 @@ def test_a_router_bias_on_disk(tmp_path: Path) -> None:
     ("content", "more", "said"),
     [
         (None, [], "neither auto nor balanced nor a file"),
-        ("[", [], "not JSON or YAML"),
+        ("[", [], "is not YAML that can be used: line 1"),
         ("- 1", [], "write module: device"),
         ('{"": 1.5}', [], "names no device"),
         ('{"": "moon"}', [], "is no device"),
