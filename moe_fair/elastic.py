@@ -91,7 +91,7 @@ class Elastic:
         def attempt(parts: Sequence[Batch]) -> ExpertCollector:
             found = collector(self.model)
             with found:
-                self.engine.run(parts, found, backward=backward)
+                self.engine.run(parts, found, backward=backward, after=found.after)
             return found
 
         return self._until_it_fits(batches, attempt)

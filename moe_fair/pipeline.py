@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ from moe_fair.costing import (
 )
 from moe_fair.distributed import ALONE, Team, is_first, team
 from moe_fair.evaluate import HeldoutLoss
+from moe_fair.heads import (
+    check_heads,
+    choose_heads,
+    head_facts,
+    head_scores,
+    size_without,
+    with_heads,
+)
 from moe_fair.moe.calibration import (
     CalibrationSet,
     expand,
@@ -125,7 +133,8 @@ def oracle(
     text = calibration_set(recipe, source, say)
     work = work_folder(output, recipe)
     if statistics is None:
-        statistics = collect(recipe, source, text, say, work)
+        body = recipe.with_settings({"mtp": "drop"})  # no removal of theirs is measured
+        statistics = collect(body, source, text, say, work)
         assert statistics is not None  # there is no other process
     found = measure_oracle(recipe, source, text, work / "oracle", say)
     table = agreements(found, statistics)
@@ -140,9 +149,14 @@ def oracle(
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
-    check_target(recipe, statistics.groups)
+    check_target(recipe, statistics.without_following().groups)
+    facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
+    choice = choose_heads(recipe, facts, rule, measured=measured)
+    if choice != "cut":
+        statistics = statistics.without_following()
     costs = rows = grams = None
-    scores = removal(statistics, recipe.weights)
+    scores, scored = head_scores(removal, statistics, recipe.weights)
+    size = ModelSize(**statistics.facts["size"])
     if needs(allocator(rule), "costs"):
         costs = curves(statistics, removal.name, recipe.weights)
     if needs(allocator(rule), "rows"):
@@ -153,10 +167,10 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     made = make_plan(
         statistics.groups,
         scores,
-        protection(statistics, recipe.weights) if protection else None,
+        head_scores(protection, statistics, recipe.weights)[0] if protection else None,
         target=target(recipe),
         allocator=rule,
-        before=ModelSize(**statistics.facts["size"]),
+        before=size_without(size, choice, facts),
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
         costs=costs,
@@ -165,6 +179,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
+    made = with_heads(made, size, choice, facts, scored)
     return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made
 
 
@@ -222,6 +237,12 @@ class _Pruning:
             check_disk(size, self.output)
         self.say(f"disk: about {size / 1e9:.2f} GB for the result")
         check_rivals(recipe, source)
+        if statistics is not None:
+            # of before they said anything of heads
+            facts = {"mtp": head_facts(source), **statistics.facts}
+            statistics = replace(statistics, facts=facts)
+            measured = any(g.follows for g in statistics.groups)
+            choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
         every = with_needs(recipe, *rivals(recipe).values())
         alone = every.alone and (statistics is None or not holds_alone(statistics))
         costly = _unmeasured(recipe, statistics)
@@ -253,6 +274,7 @@ class _Pruning:
             assert statistics is not None
             ready = self._best(statistics)
         check_same_model(ready.fingerprint, self.source, "plan was")
+        check_heads(self.recipe, self.source, ready)
         check_disk(ready.after.bytes, self.output)
         return ready
 
@@ -295,7 +317,9 @@ class _Pruning:
         if made.merges:
             changed = fresh(self.work / "merged")
             write_merged(self.source, made, changed)
-        write_model(self.source, made.kept, self.folder, repaired=changed)
+        write_model(
+            self.source, made.kept, self.folder, repaired=changed, drop_heads=made.mtp == "drop"
+        )
         self.say(f"written in {time.perf_counter() - started:.1f} s")
         made.save(notes / "plan.json")
         (notes / "recipe.yaml").write_text(self.recipe.to_yaml())

@@ -20,10 +20,11 @@ LARGEST = 10**18  # of any number in a recipe
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 REDUCTIONS = ("prune", "merge")
+HEADS = ("cut", "drop", "keep")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
-    "weights", "reduce",
+    "weights", "reduce", "mtp",
 )  # fmt: skip
 
 
@@ -69,6 +70,8 @@ class Recipe:
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        mtp: what becomes of heads for multi-token prediction: `cut`, `drop` or `keep` (see
+            `heads`); unset: `cut` where their layer is like the body's.
         reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
             `moe.merge`), the budget by frequency and uniform unless a method is given.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
@@ -115,6 +118,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    mtp: str | None = None
     reduce: str = "prune"
     repair: str | None = None
     heldout: tuple[str, ...] = ()
@@ -131,11 +135,14 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(
-                f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
-                f"{', '.join(REDUCTIONS)}"
-            )
+        for name, value, known in (
+            ("reduce", self.reduce, REDUCTIONS), ("mtp", self.mtp, (None, *HEADS)),
+        ):  # fmt: skip
+            if value not in known:
+                words = [k for k in known if k is not None]
+                raise ValueError(
+                    f"--{name} {value!r}{nearest(str(value), words)} is none of {', '.join(words)}"
+                )
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]

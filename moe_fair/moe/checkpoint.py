@@ -18,6 +18,7 @@ from moe_fair.engines.shards import write_shards
 from moe_fair.moe.blocks import COUNTERS, rows_of
 from moe_fair.moe.file_surgery import cut_tensors
 from moe_fair.moe.load import Checkpoint, first_line
+from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs
 from moe_fair.moe.own_code import (
     MODELING_CLASS,
@@ -42,6 +43,7 @@ def write_model(
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
     repaired: Path | None = None,
+    drop_heads: bool = False,
 ) -> None:
     """Write the pruned weights, config, modeling file and companions into `folder`.
 
@@ -51,24 +53,29 @@ def write_model(
         kept: block name -> ids that stay.
         advance: told the number of bytes after each copy.
         repaired: folder of repaired layers whose tensors replace the original ones.
+        drop_heads: leave out heads for multi-token prediction; else those that `kept` does not name
+            stay whole.
 
     Raises:
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
     """
-    check_all(source.blocks, kept)
+    check_all([*source.blocks, *source.heads.blocks], kept)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(source, kept, folder)
+    _write_config(source, kept, folder, drop_heads)
     if repaired is not None:
         tensors = with_repairs(source, kept, repaired)
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
-    write_shards(tensors, folder, advance=advance)
+    dropped = {t.name for t in source.heads.tensors} if drop_heads else set()
+    write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
     for pattern in COMPANIONS:
         for file in source.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
+def _write_config(
+    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path, drop_heads: bool
+) -> None:
     """The stock config where the stock class can hold the result, else ours with its file.
 
     Raises:
@@ -76,12 +83,13 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
     """
     counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     shapes = _shapes(source, kept)
-    if len(set(counts.values())) == 1:
-        _save(_stock_config(source, next(iter(counts.values()))), folder)
+    heads = _head_counts(source, kept) if source.heads.tensors and not drop_heads else None
+    if len({*counts.values(), *(heads or {}).values()}) == 1:
+        _save(_stock_config(source, next(iter(counts.values())), heads), folder)
         if not _misfit(folder, shapes):
             return
     (folder / MODELING_FILE).write_text(modeling_source(_stock_class(source)))
-    config = _unequal_config(source, counts)
+    config = _unequal_config(source, counts, heads)
     _save(_with_layers(config, source, counts), folder)
     if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
         _save(config, folder)
@@ -147,8 +155,32 @@ def _home(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
+def _head_counts(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """MoE block of a head -> experts in the result."""
+    layers = [layer for h in source.heads.chain for layer in h.layers if layer.block]
+    return {
+        layer.block.name: len(kept.get(layer.block.name, range(layer.experts)))
+        for layer in layers
+        if layer.block is not None
+    }
+
+
+def _without_heads(config: dict[str, Any], source: Checkpoint) -> None:
+    """Say in the config that there is no head, where it or its class promises one."""
+    names = [(c, n) for c in (config, _home(config)) for n in settings_of(c)]
+    text = source.config.get_text_config()
+    if not names and getattr(text, "num_mtp_layers", None):  # the class's default
+        names = [(_home(config), text.attribute_map.get("num_mtp_layers", "num_mtp_layers"))]
+    for where, name in names:
+        where[name] = 0
+
+
+def _stock_config(
+    source: Checkpoint, count: int, heads: Mapping[str, int] | None
+) -> dict[str, Any]:
     config = _own_config(source)
+    if heads is None:
+        _without_heads(config, source)
     *folders, key = count_path(source.config)
     home = _home(config)
     for folder in folders:
@@ -160,13 +192,19 @@ def _stock_config(source: Checkpoint, count: int) -> dict[str, Any]:
     return config
 
 
-def _unequal_config(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
+def _unequal_config(
+    source: Checkpoint, counts: Mapping[str, int], heads: Mapping[str, int] | None
+) -> dict[str, Any]:
     auto = auto_class(source.config).__name__
-    return _own_config(source) | {
+    config = _own_config(source)
+    if heads is None:
+        _without_heads(config, source)
+    return config | {
         "architectures": [MODELING_CLASS],
         "auto_map": {auto: REFERENCE},
         "moe_fair": {
             "experts": dict(counts),
+            **({"mtp": dict(heads)} if heads else {}),
             "tensors": {b.path(m, t): dim for b in source.blocks for m, t, dim in b.tensors()},
             "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
         },

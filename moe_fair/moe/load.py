@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,17 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
 from moe_fair.distributed import team
 from moe_fair.engines.auto import auto_class
-from moe_fair.engines.names import destinations
+from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.pickles import convert, pickle_files
-from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
+from moe_fair.engines.shards import (
+    StoredTensor,
+    checkpoint_tensors,
+    shard_files,
+    unnamed_files,
+)
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
+from moe_fair.moe.mtp import Heads, find_heads, is_head
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
 from moe_fair.moe.quantised import unpacking
@@ -132,12 +139,16 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The safetensors files that hold the weights, downloaded where needed.
 
+        A file that the index does not name is one of them where all that it holds is of MTP heads.
+
         Raises:
             ValueError: there are none.
         """
         if not Path(self.model).is_dir() and not self.allow_pickle:
             _locate(self.model, self.revision, [*SMALL_FILES, "*.safetensors"])
-        return shard_files(self.path)
+        depth = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        more = unnamed_files(self.path, lambda name: is_head(name, depth)) if depth else []
+        return [*shard_files(self.path), *more]
 
     @cached_property
     def tensors(self) -> list[StoredTensor]:
@@ -160,23 +171,41 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint's layout of experts is unknown.
         """
-        find = destinations(self.skeleton)
-        return classify(
-            self.tensors, {t.name: find(t.name).name for t in self.tensors}, self.blocks
-        )
+        names = {t.name: self.find(t.name).name for t in self.tensors} | dict(self.heads.places)
+        return classify(self.tensors, names, [*self.blocks, *self.heads.blocks])
+
+    @cached_property
+    def find(self) -> Callable[[str], Destination]:
+        """Stored name -> place in the model, see `names.destinations`."""
+        return destinations(self.skeleton)
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Its heads for multi-token prediction, see `mtp`."""
+        config = json.loads((self.home / "config.json").read_text())
+        inner = config.get("text_config")
+        text = config | inner if isinstance(inner, dict) else config
+        return find_heads(self.skeleton, self.tensors, self.find, text)
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
         """The routed experts of every MoE layer as unit groups, with their sizes on disk.
 
+        Those of MTP heads come last, and follow the others.
+
         Raises:
             ValueError: as `parts`.
         """
         sizes = unit_sizes(self.tensors, self.parts)
+        heads = self.heads.blocks
+        following = {b.name for b in heads}
         return tuple(
-            replace(b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1])
-            for b in self.blocks
-        )
+            replace(
+                b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1],
+                follows=b.name in following,
+            )
+            for b in [*self.blocks, *heads]
+        )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
