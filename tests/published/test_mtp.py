@@ -107,13 +107,15 @@ def test_a_head_is_found_as_it_is_published(
 ) -> None:
     source = Checkpoint(str(published(replica.kind)))
     heads = source.heads
-    assert heads.why is None and heads.promised == 1
+    assert heads.why is None
+    assert heads.promised == 1
     assert heads.name == replica.head[:-1]
     shard = load_file(source.path / "model-00002-of-00002.safetensors")
     stored = {n for n in shard if n.startswith((replica.head, "mtp."))}
     assert {t.name for t in heads.tensors} == stored
     [block] = heads.blocks
-    assert block.name == f"{replica.head}mlp" and block.num_experts == 8
+    assert block.name == f"{replica.head}mlp"
+    assert block.num_experts == 8
     assert [g.name for g in source.groups if g.follows] == [block.name]
     body = [g for g in source.groups if not g.follows]
     assert source.groups[-1].unit_parameters == body[-1].unit_parameters
@@ -129,7 +131,14 @@ def collected(source: Checkpoint, model: Any, engine: Any) -> Statistics:
     return collector.statistics()
 
 
-@pytest.mark.parametrize("kind", list(REPLICAS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        QWEN3_NEXT.kind,
+        QWEN3_5.kind,
+        *(pytest.param(k, marks=pytest.mark.slow) for k in STOCK_HEADS),
+    ],
+)
 def test_streamed_statistics_are_those_of_the_model_in_memory(
     kind: str, published: Callable[[str], Path]
 ) -> None:
@@ -149,9 +158,9 @@ def test_streamed_statistics_are_those_of_the_model_in_memory(
     )  # fmt: skip
     with plain:
         ResidentEngine(model).run(batches(), plain)
-    for group in plain.statistics().groups:  # the head changes nothing of the layers
-        for name, value in plain.statistics().sums[group.name].items():
-            assert torch.equal(value, resident.sums[group.name][name])
+    for group, sums in plain.statistics().sums.items():  # the head changes nothing of the layers
+        for name, value in sums.items():
+            assert torch.equal(value, resident.sums[group][name])
 
 
 class NaiveHead:
@@ -253,12 +262,15 @@ def test_a_uniform_result_has_as_many_experts_in_its_head(
     folder = uniform(kind)
     assert not (folder / "modeling_moe_fair.py").exists()
     source, result = Checkpoint(str(published(kind))), Checkpoint(str(folder))
-    assert result.heads.blocks[0].num_experts == 6 and result.heads.promised == 1
+    assert result.heads.blocks[0].num_experts == 6
+    assert result.heads.promised == 1
     _, before = loaded(source.path)
     _, after = loaded(folder)
     assert {k: set(v) for k, v in before.items()} == {k: set(v) for k, v in after.items()}
     plan = Plan.load(folder / "moe_fair" / "plan.json")
-    assert plan.mtp == "cut" and plan.groups[-1].follows and len(plan.groups[-1].kept) == 6
+    assert plan.mtp == "cut"
+    assert plan.groups[-1].follows
+    assert len(plan.groups[-1].kept) == 6
     assert plan.after == result.size
     assert "cut, 6 of 8 experts kept" in notes(folder)
     old, new = ({t.name: t for t in c.heads.tensors} for c in (source, result))
@@ -303,7 +315,8 @@ def test_a_dropped_head_leaves_with_its_promise(
         made = moe_fair.prune(str(source.path), out, **SMALL, **UNIFORM, mtp="drop").plan
         assert head_names(out) == set()
         assert json.loads((out / "config.json").read_text())[REPLICAS[kind].promise] == 0
-        assert made.mtp == "drop" and "dropped" in notes(out)
+        assert made.mtp == "drop"
+        assert "dropped" in notes(out)
         assert made.after == Checkpoint(str(out)).size
         assert verify(out, source).ok
         assert not any(loaded(out)[1].values())
@@ -315,9 +328,10 @@ def test_a_head_stays_whole_only_where_counts_differ(
     folder = published(GLM.kind)
     line = fails(
         "prune", folder, "--experts", 6, "--allocate", "uniform", "--mtp", "keep",
-        "-c", "/nowhere", "-o", tmp_path / "no",
+        "--length", 24, "-c", "/nowhere", "-o", tmp_path / "no",
     )  # fmt: skip
-    assert "--mtp keep" in line and "/nowhere" not in line  # before any text is read
+    assert "--mtp keep" in line
+    assert "/nowhere" not in line
     out = tmp_path / "out"
     moe_fair.prune(str(folder), out, **SMALL, experts=5, mtp="keep")
     result = Checkpoint(str(out))
@@ -341,7 +355,8 @@ def test_with_unequal_counts_a_head_keeps_the_mean(
     folder, out = published(DEEPSEEK.kind), tmp_path / "out"
     made = moe_fair.prune(str(folder), out, **SMALL, total=14, allocate="global").plan
     counts = [len(g.kept) for g in made.groups]
-    assert sum(counts[:-1]) == 14 and len(set(counts[:-1])) > 1
+    assert sum(counts[:-1]) == 14
+    assert len(set(counts[:-1])) > 1
     assert counts[-1] == 4  # of 14 / 3, in steps of two for two routing groups
     assert "no other software" in notes(out)
     assert not any(loaded(out)[1].values())
@@ -362,10 +377,12 @@ def test_a_file_that_the_index_does_not_name_is_seen(tmp_path: Path) -> None:
     source.mkdir()
     write_replica(QWEN3_5, source, apart="mtp.safetensors")
     own = set(load_file(source / "mtp.safetensors"))
-    assert own and own == head_names(source)
+    assert own
+    assert own == head_names(source)
     before = Checkpoint(str(source)).fingerprint
     made = moe_fair.prune(str(source), out, **SMALL, **UNIFORM).plan
-    assert made.mtp == "cut" and Checkpoint(str(out)).heads.blocks[0].num_experts == 6
+    assert made.mtp == "cut"
+    assert Checkpoint(str(out)).heads.blocks[0].num_experts == 6
     assert verify(out, Checkpoint(str(source))).ok
     tensors = load_file(source / "mtp.safetensors")
     tensors["mtp.norm.weight"][0] += 1
@@ -392,10 +409,13 @@ def test_a_head_of_another_structure_is_dropped(tmp_path: Path, fails: Callable[
     tensors = load_file(source / "mtp.safetensors")
     tensors["mtp.layers.0.memory.weight"] = torch.zeros(3)
     save_file(tensors, source / "mtp.safetensors")
-    line = fails("prune", source, "--experts", 6, "--mtp", "cut", "-c", "/nowhere", "-o", out)
+    line = fails(
+        "prune", source, "--experts", 6, "--mtp", "cut", "--length", 24, "-c", "/nowhere", "-o", out
+    )
     assert "mtp.layers.0.memory.weight is no part of a head" in line
     made = moe_fair.prune(str(source), out, **SMALL, **UNIFORM).plan
-    assert made.mtp == "drop" and "memory" in notes(out)
+    assert made.mtp == "drop"
+    assert "memory" in notes(out)
     assert head_names(out) == set()
 
 
@@ -407,7 +427,8 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
     limit = source.size.parameters - 8 * one
     made = moe_fair.plan(statistics, size=f"{limit / 1000}k", allocate="uniform")
     assert [len(g.kept) for g in made.groups] == [6, 6, 6, 6]
-    assert made.before == source.size and made.after.parameters == limit
+    assert made.before == source.size
+    assert made.after.parameters == limit
     limit = source.size.parameters - source.heads.size.parameters - 3 * one
     made = moe_fair.plan(statistics, size=f"{limit / 1000}k", allocate="uniform", mtp="drop")
     assert [len(g.kept) for g in made.groups] == [7, 7, 7]
@@ -436,7 +457,8 @@ def test_every_way_of_planning_has_a_row_for_the_head(
     made = moe_fair.prune(
         str(published(QWEN3_NEXT.kind)), out, **{**SMALL, "experts": 5, **settings}
     ).plan
-    assert made.groups[-1].follows and len(made.groups[-1].kept) == 5
+    assert made.groups[-1].follows
+    assert len(made.groups[-1].kept) == 5
     assert verify(out, Checkpoint(str(published(QWEN3_NEXT.kind)))).ok
 
 
