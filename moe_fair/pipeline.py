@@ -36,7 +36,9 @@ from moe_fair.costing import (
     measure_curves,
 )
 from moe_fair.distributed import ALONE, Team, is_first, team
+from moe_fair.drafting import measure_drafts
 from moe_fair.evaluate import HeldoutLoss
+from moe_fair.evaluate.record import save_drafts
 from moe_fair.heads import (
     check_heads,
     choose_heads,
@@ -212,6 +214,7 @@ def prune(
         run.write(made, statistics, kind)
     before, after = run.losses(heldout)
     if us.first:
+        run.measure_heads(made, heldout)
         run.finish(before, after)
     return Pruned(output, made, before, us.told(lambda: after))
 
@@ -343,6 +346,19 @@ class _Pruning:
             pruned = Checkpoint(str(self.folder))
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
+
+    def measure_heads(self, made: Plan, heldout: CalibrationSet | None) -> None:
+        """What becomes of the tokens that MTP heads draft, where there is text for it."""
+        if heldout is None or made.mtp not in ("cut", "keep") or not self.source.heads.blocks:
+            return
+        pruned = Checkpoint(str(self.folder))
+        drafts = [
+            measure_drafts(self.recipe, model, heldout, f"drafted tokens, {name}", self.say)
+            for model, name in ((self.source, "original"), (pruned, "pruned"))
+        ]
+        save_drafts(self.folder / FOLDER, *drafts)
+        rates = " and ".join(f"{d.rate:.1%}" for d in drafts)
+        self.say(f"MTP head: original and pruned accept {rates} of the drafted tokens")
 
     def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
         """Report, manifest and verification; then the result gets its name."""

@@ -25,6 +25,7 @@ from moe_fair.report.numbers import (
     amount,
     benchmark_table,
     heldout_table,
+    layer_label,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def plan_table(plan: Plan) -> None:
     table.add_column("kept of all", justify="left")
     for g in plan.groups:
         table.add_row(
-            str(g.layer),
+            layer_label(g),
             str(g.size),
             str(len(g.kept)),
             str(g.depth),

@@ -129,6 +129,22 @@ class HeadRunner:
         return torch.cat([self._logits(h).argmax(-1) for h in hidden.split(width, dim=1)], 1)
 
 
+class Drafting:
+    """Watches an engine for nothing but what its model's heads draft."""
+
+    def __init__(self, runner: HeadRunner) -> None:
+        self.after = runner
+
+    def __enter__(self) -> Drafting:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def begin(self, batch: Batch) -> None:
+        """Nothing is noted of the model's own layers."""
+
+
 class _Head:
     """One head's modules, whose weights come and go."""
 

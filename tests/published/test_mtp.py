@@ -37,11 +37,13 @@ from moe_fair.engines.decoder import find_decoder
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine, call_layers
+from moe_fair.evaluate.record import load_drafts
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.mtp_head import HeadRunner
+from moe_fair.moe.mtp_head import Drafting, HeadRunner
 from moe_fair.recipe import Recipe
+from moe_fair.tables import plan_table
 from moe_fair.verifying import verify
 
 CPU = torch.device("cpu")
@@ -235,6 +237,52 @@ def test_statistics_are_those_of_a_plain_loop(
     for n, w in want.items():
         assert (got[n] - w).abs().max() <= 1e-4 * w.abs().max(), n
     assert want["taylor"].abs().max() > 0
+
+
+@pytest.mark.parametrize("replica", [QWEN3_NEXT, GLM], ids=lambda r: r.kind)
+def test_drafted_tokens_are_accepted_as_a_plain_loop_counts_them(
+    replica: Replica, tmp_path: Path
+) -> None:
+    write_replica(replica, tmp_path)
+    for file in tmp_path.glob("*.safetensors"):  # a few tokens stand out, so that some agree
+        tensors = load_file(file)
+        for name in tensors.keys() & {"lm_head.weight"}:
+            tensors[name][:4] *= 20
+        save_file(tensors, file, {"format": "pt"})
+    source, (model, _) = Checkpoint(str(tmp_path)), loaded(tmp_path)
+    naive, wanted = NaiveHead(replica, tmp_path, model), [0, 0]
+    for batch in batches():
+        for ids, mask in zip(batch.input_ids, batch.mask, strict=True):
+            real = ids[: int(mask.sum())]
+            with torch.no_grad():
+                says = model(real[None]).logits[0].argmax(-1)
+                drafts = naive.logits(real).argmax(-1)
+            wanted[0] += len(real) - 2  # of the tokens after the first two
+            wanted[1] += int((drafts[:-1] == says[1:-1]).sum())
+    layered = LayeredModel(source.path, source.config, dtype=torch.float32, device=CPU)
+    for engine, run in (
+        (ResidentEngine(model), model), (StreamingEngine(layered), layered.model),
+    ):  # fmt: skip
+        watch = Drafting(HeadRunner(source, run, torch.float32, CPU))
+        engine.run(batches(), watch, backward=False, after=watch.after)
+        assert [watch.after.drafted, watch.after.accepted] == wanted
+    assert 0 < wanted[1] < wanted[0]
+
+
+def test_the_report_has_the_acceptance_rate_of_both(
+    published: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, heldout = tmp_path / "out", {"heldout": str(HELDOUT), "heldout_samples": 4}
+    made = moe_fair.prune(str(published(QWEN3_NEXT.kind)), out, **SMALL, **UNIFORM, **heldout)
+    found = load_drafts(out / "moe_fair")
+    assert found is not None
+    assert [d.drafted for d in found] == [4 * 22] * 2
+    report = (out / "moe_fair" / "report.html").read_text()
+    assert "Multi-token prediction" in report
+    assert f"{found[1].rate:.2%}" in report
+    assert "MTP head mtp.layers.0: cut" in report
+    plan_table(made.plan)
+    assert "4 MTP" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", STOCK_HEADS)
