@@ -42,6 +42,7 @@ ROLES = {
 }  # fmt: skip
 # of what the model has itself; the paper shares both
 COPIES = ("embed_tokens", "shared_head.head")
+PLAIN = {"F64", "F32", "F16", "BF16"}  # data types of weights that can be run as they are
 UNDER_MTP = re.compile(r"(?:^|\.)mtp[._]")
 MTP_LAYER = re.compile(r"^((?:.*\.)?mtp\.(?:layers\.)?(\d+)\.)(.+)$")
 ANY_LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -316,6 +317,9 @@ def _layer(
             inside = {a: t for a, t in aliases.items() if body.find(a).name in wanted}
             if {body.find(a).name for a in inside} != wanted:
                 continue
+            packed = {t.dtype for t in inside.values()} - PLAIN
+            if packed:
+                raise ValueError(f"{prefix[:-1]} is packed ({min(packed)}), and is not unpacked")
             modules = {a.rpartition(".")[0] for a in inside}  # scales of packed weights lie there
             inside |= {a: t for a, t in aliases.items() if a.rpartition(".")[0] in modules}
             beside = {

@@ -467,6 +467,22 @@ def test_a_head_of_another_structure_is_dropped(tmp_path: Path, fails: Callable[
     assert head_names(out) == set()
 
 
+def test_a_packed_head_is_dropped(tmp_path: Path, fails: Callable[..., str]) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    write_replica(QWEN3_NEXT, source, apart="mtp.safetensors")
+    tensors = load_file(source / "mtp.safetensors")
+    for name in [n for n in tensors if ".experts." in n]:  # as FP8 is published
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, source / "mtp.safetensors")
+    given = ["--experts", 6, "--length", 24, "-c", "/nowhere", "-o", out]
+    line = fails("prune", source, "--mtp", "cut", *given)
+    assert "mtp.layers.0 is packed (F8_E4M3)" in line
+    moe_fair.prune(str(source), out, **SMALL, **UNIFORM)
+    assert "dropped (mtp.layers.0 is packed" in notes(out)
+
+
 def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path) -> None:
     source = Checkpoint(str(published(GLM.kind)))
     statistics = moe_fair.calibrate(str(source.path), **{k: v for k, v in SMALL.items()
