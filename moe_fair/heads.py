@@ -119,15 +119,18 @@ def with_heads(
     choice: str | None,
     facts: Mapping[str, Any] | None,
     scored: str,
+    asked: str | None,
 ) -> Plan:
     """The plan with the line that says what becomes of the heads.
 
     Args:
+        asked: the recipe's own word.
         size: of the whole model before.
         scored: the criterion by which the heads' experts stay.
     """
     if facts is None:
-        return plan
+        line = f"--mtp {asked}: these statistics know of no MTP head"
+        return replace(plan, notes=[*plan.notes, line]) if asked else plan
     line = _line(plan, choice, facts, scored)
     return replace(plan, before=size, mtp=choice, notes=[*plan.notes, line])
 
@@ -148,7 +151,7 @@ def _line(plan: Plan, choice: str | None, facts: Mapping[str, Any], scored: str)
     if choice == "keep":
         if not facts["experts"]:
             return f"{name}: has no routed experts and stays as it is"
-        return f"{name}: kept whole; only a reader of the config's `moe_fair` knows its experts"
+        return f"{name}: kept whole; the config's number of experts is still that of its layer"
     kept = [g for g in plan.groups if g.follows]
     counts = ", ".join(f"{len(g.kept)} of {g.size}" for g in kept)
     equal = "" if plan.uniform else "; with unequal counts no other software runs it"

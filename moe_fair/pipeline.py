@@ -181,7 +181,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
-    made = with_heads(made, size, choice, facts, scored)
+    made = with_heads(made, size, choice, facts, scored, recipe.mtp)
     return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made
 
 

@@ -48,6 +48,7 @@ class Replica:
         config: beside SMALL.
         last: prefix of the stored names of the layer that the head's is like.
         head: prefix of the head's layer.
+        before: the same two of a layer of the head before that one.
         around: role -> stored name.
         copies: names under which the head repeats embeddings and output matrix.
         promise: what the config's number of heads is called.
@@ -60,6 +61,12 @@ class Replica:
     around: Mapping[str, str]
     copies: Mapping[str, str]
     promise: str = "num_nextn_predict_layers"
+    before: tuple[str, str] | None = None
+
+    @property
+    def block(self) -> str:
+        """Where the head's experts lie."""
+        return self.head + ("mixer" if self.kind == "nemotron_h" else "mlp")
 
 
 def _one_more_layer(kind: str, depth: int, config: Mapping[str, Any]) -> Replica:
@@ -100,7 +107,18 @@ QWEN3_5 = Replica(
     "qwen3_5_moe_text", LINEAR, "model.layers.3.", "mtp.layers.0.", QWEN, {},
     promise="mtp_num_hidden_layers",
 )  # fmt: skip
-REPLICAS = {r.kind: r for r in (GLM, DEEPSEEK, QWEN3_NEXT, QWEN3_5)}
+NEMOTRON = Replica(
+    "nemotron_h",
+    {"layers_block_type": ["moe", "linear_attention", "full_attention", "moe"],
+     "n_routed_experts": 8, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 16,
+     "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8,
+     "mamba_n_groups": 1, "chunk_size": 8},
+    "backbone.layers.3.", "mtp.layers.1.",
+    {"projection": "mtp.layers.0.eh_proj.weight", "embedding": "mtp.layers.0.enorm.weight",
+     "hidden": "mtp.layers.0.hnorm.weight", "output": "mtp.layers.1.final_layernorm.weight"},
+    {}, before=("backbone.layers.2.", "mtp.layers.0."),
+)  # fmt: skip
+REPLICAS = {r.kind: r for r in (GLM, DEEPSEEK, QWEN3_NEXT, QWEN3_5, NEMOTRON)}
 
 
 def random_model(replica: Replica, seed: int) -> Any:
@@ -155,10 +173,12 @@ def _head(
     replica: Replica, body: Mapping[str, Tensor], other: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(9)
+    layers = [(replica.last, replica.head), *([replica.before] if replica.before else [])]
     own = {
-        replica.head + n.removeprefix(replica.last): t.clone()
+        head + n.removeprefix(last): t.clone()
+        for last, head in layers
         for n, t in other.items()
-        if n.startswith(replica.last)
+        if n.startswith(last)
     }
     assert own, replica.kind
     for role, name in replica.around.items():
