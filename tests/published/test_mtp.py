@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flow import DOMAINS, batches, fused_expert
-from places import CALIBRATION, HELDOUT
+from places import CALIBRATION, HELDOUT, MODEL
 from published.mtp_replicas import (
     DEEPSEEK,
     GLM,
@@ -24,6 +25,7 @@ from published.mtp_replicas import (
     write_replica,
 )
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import MtpCache
@@ -555,3 +557,41 @@ def test_statistics_without_the_head_cannot_cut_it(published: Callable[[str], Pa
 def test_a_word_on_heads_where_there_is_none_is_told(statistics_folder: Path) -> None:
     made = moe_fair.plan(statistics_folder, experts=40, mtp="drop")
     assert "--mtp drop: these statistics know of no MTP head" in made.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
+def test_a_multimodal_model_keeps_its_head_beside(tmp_path: Path, fused: bool) -> None:
+    """As Qwen3.5 is published: the body under `model.language_model.`, the head in a file apart."""
+    source, names = tmp_path / "model", ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    tiny_model(
+        "qwen3_5_moe", vocab_size=4096, architectures=["Qwen3_5MoeForConditionalGeneration"]
+    ).save_pretrained(source)
+    body, last = load_file(source / "model.safetensors"), "model.language_model.layers.3."
+    own = {
+        "mtp.layers.0." + n.removeprefix(last): t.flip(0).contiguous()
+        for n, t in body.items()
+        if n.startswith(last)
+    }
+    own |= {f"mtp.{n}.weight": torch.full((64,), 0.1) for n in names}
+    own["mtp.fc.weight"] = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) / 8
+    if fused:
+        prefix = "mtp.layers.0.mlp.experts."
+        per = [{p: own.pop(f"{prefix}{e}.{p}_proj.weight") for p in ("gate", "up", "down")}
+               for e in range(12)]  # fmt: skip
+        own[prefix + "gate_up_proj"] = torch.stack([torch.cat([m["gate"], m["up"]]) for m in per])
+        own[prefix + "down_proj"] = torch.stack([m["down"] for m in per])
+    save_file(own, source / "mtp.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (source / "config.json").write_text(json.dumps(config))
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, source)
+    for name, given in {"cut": UNIFORM, "dropped": {**UNIFORM, "mtp": "drop"}}.items():
+        moe_fair.prune(str(source), tmp_path / name, **SMALL, **given)
+        assert verify(tmp_path / name, Checkpoint(str(source))).ok
+        assert not any(loaded(tmp_path / name)[1].values())
+    assert Checkpoint(str(tmp_path / "cut")).heads.blocks[0].num_experts == 6
+    text = json.loads((tmp_path / "dropped" / "config.json").read_text())["text_config"]
+    assert text["mtp_num_hidden_layers"] == 0
+    assert head_names(tmp_path / "dropped") == set()
