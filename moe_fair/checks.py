@@ -15,6 +15,7 @@ from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.distributed import processes
 from moe_fair.engines.names import destinations
+from moe_fair.heads import choose_heads, head_facts, size_without
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint
@@ -149,23 +150,26 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
     removal, protection, rule_name = method(recipe)
-    check_target(recipe, source.groups, source.size)
+    check_target(recipe, tuple(g for g in source.groups if not g.follows), source.size)
+    facts = head_facts(source)
+    choice = choose_heads(recipe, facts, rule_name)
+    groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
     # whether a target can be met depends on no score: any will do to try it
     placeholder = Scores(
-        "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in source.groups}
+        "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in groups}
     )
     trial = make_plan(
-        source.groups,
+        groups,
         placeholder,
         placeholder,
         target=target(recipe),
         allocator=rule_name,
-        before=source.size,
+        before=size_without(source.size, choice, facts),
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
-        costs={g.name: np.zeros(g.size + 1) for g in source.groups},
-        rows={g.name: np.zeros((1, g.size)) for g in source.groups},
-        grams={g.name: np.zeros((g.size, g.size)) for g in source.groups},
+        costs={g.name: np.zeros(g.size + 1) for g in groups},
+        rows={g.name: np.zeros((1, g.size)) for g in groups},
+        grams={g.name: np.zeros((g.size, g.size)) for g in groups},
     )
     for rule in (removal, protection):
         for name in rule.needs if rule else ():

@@ -15,11 +15,13 @@ from moe_fair.distributed import ALONE, Team
 from moe_fair.elastic import Elastic
 from moe_fair.engines.batch import Batch, Losses
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
+from moe_fair.heads import collects_heads, head_facts
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import Choice, choose, weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, pick_device
+from moe_fair.moe.mtp_head import HeadRunner
 from moe_fair.moe.placement import placement
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe, parse_bytes
@@ -53,6 +55,8 @@ def collect(
         f"calibrating on {len(text.sequences)} sequences, {text.tokens:,} tokens of "
         f"{', '.join(text.domains)}"
     )
+    if collects_heads(recipe, source):
+        say(f"MTP head {source.heads.name}: runs behind the model on the same text")
     batches = text.batches(recipe.batch_size)
     chunks = [batches[i : i + recipe.save_every] for i in range(0, len(batches), recipe.save_every)]
     homes = [work / f"chunk-{i:05d}" if work else None for i in range(len(chunks))]
@@ -102,14 +106,19 @@ def collect(
 def _collector(
     recipe: Recipe, source: Checkpoint, text: CalibrationSet, model: nn.Module
 ) -> ExpertCollector:
+    runner = None
+    if collects_heads(recipe, source):
+        device = pick_device(recipe.device)
+        runner = HeadRunner(source, model, weight_dtype(source, recipe.dtype, device), device)
     return ExpertCollector(
-        find_blocks(model),
-        source.groups,
+        [*find_blocks(model), *(runner.blocks if runner else ())],
+        tuple(g for g in source.groups if runner or not g.follows),
         text.domains,
         taylor=recipe.taylor,
         counterfactual=recipe.counterfactual,
         u_score=recipe.u_score,
         gram=recipe.gram,
+        after=runner,
     )
 
 
@@ -149,6 +158,7 @@ def _run(recipe: Recipe, source: Checkpoint) -> str:
     kind += " counterfactual" if recipe.counterfactual else ""
     kind += " u-score" if recipe.u_score else ""
     kind += " gram" if recipe.gram else ""
+    kind += " mtp" if collects_heads(recipe, source) else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 
@@ -161,7 +171,10 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
-    return {"calibration": run, "size": asdict(source.size), "model_type": source.config.model_type}
+    facts = {"calibration": run, "size": asdict(source.size)}
+    if (heads := head_facts(source)) is not None:
+        facts["mtp"] = heads
+    return {**facts, "model_type": source.config.model_type}
 
 
 def discard(work: Path) -> None:

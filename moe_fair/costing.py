@@ -57,9 +57,10 @@ def measure_curves(
             killed goes on at the next layer.
     """
     check_costs(recipe, source, CURVE_COSTS)
-    scores = criterion(removal)(statistics, recipe.weights)
+    body = statistics.without_following()
+    scores = criterion(removal)(body, recipe.weights)
     wanted: Sets = {}
-    for g in statistics.groups:
+    for g in body.groups:
         order = block_order(scores.values[g.name].numpy(), g.blocks).tolist()
         wanted[g.name] = [order[:m] for m in depths_to_measure(g)]
     part = share(text, recipe.curve_samples)
@@ -91,11 +92,12 @@ def measure_alone(
     """
     check_costs(recipe, source, ALONE_COSTS)
     part = share(text, recipe.curve_samples)
-    wanted = {g.name: [[e] for e in range(g.size)] for g in statistics.groups}
+    groups = statistics.without_following().groups
+    wanted = {g.name: [[e] for e in range(g.size)] for g in groups}
     layers = work / "layers" if work else None
     removals = _measured(recipe, source, part, wanted, layers, "each expert's removal alone", say)
     only = recipe.with_settings(
-        {"taylor": True, "counterfactual": True, "u_score": False, "gram": False}
+        {"taylor": True, "counterfactual": True, "u_score": False, "gram": False, "mtp": "drop"}
     )
     near = collect(only, source, part, work=work)
     assert near is not None  # the other processes take no part
@@ -107,15 +109,18 @@ def measure_alone(
             "alone_fisher": 0.5 * near.sums[g.name]["removed_gram"].diagonal(dim1=1, dim2=2),
             "alone_tokens": near.tokens.unsqueeze(1).expand(-1, g.size).contiguous(),
         }
-        for g in statistics.groups
+        for g in groups
     }
     facts = {"sequences": len(part.sequences), "tokens": part.tokens}
-    return replace(statistics, sums=sums, facts={**statistics.facts, "alone": facts})
+    return replace(
+        statistics, sums={**statistics.sums, **sums}, facts={**statistics.facts, "alone": facts}
+    )
 
 
 def holds_alone(statistics: Statistics) -> bool:
     """The statistics hold what `measure_alone` adds."""
-    return all(n in statistics.sums.get(g.name, {}) for g in statistics.groups for n in MEASURED)
+    groups = statistics.without_following().groups
+    return all(n in statistics.sums.get(g.name, {}) for g in groups for n in MEASURED)
 
 
 def _measured(

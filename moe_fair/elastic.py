@@ -16,22 +16,35 @@ done its share reads along until all have done theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_fair.distributed import ALONE, Team, aloud
-from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.batch import After, Batch, Engine, Observer
 from moe_fair.engines.lack import out_of_memory, release
 from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.choose import Choice, start
-from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, first_line
 from moe_fair.progress import Progress
 from moe_fair.recipe import Recipe
 
 T = TypeVar("T")
+
+
+class Watching(Observer, Protocol):
+    """An observer that is entered while an engine runs, and what goes on after its model."""
+
+    @property
+    def after(self) -> After | None: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+W = TypeVar("W", bound=Watching)
 
 
 class Elastic:
@@ -82,16 +95,16 @@ class Elastic:
     def collect(
         self,
         batches: Sequence[Batch],
-        collector: Callable[[nn.Module], ExpertCollector],
+        collector: Callable[[nn.Module], W],
         *,
         backward: bool,
-    ) -> ExpertCollector:
+    ) -> W:
         """Run the batches before a collector, a new one for every attempt."""
 
-        def attempt(parts: Sequence[Batch]) -> ExpertCollector:
+        def attempt(parts: Sequence[Batch]) -> W:
             found = collector(self.model)
             with found:
-                self.engine.run(parts, found, backward=backward)
+                self.engine.run(parts, found, backward=backward, after=found.after)
             return found
 
         return self._until_it_fits(batches, attempt)

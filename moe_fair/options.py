@@ -193,6 +193,15 @@ Reduce = Annotated[
         panel=SCORE,
     ),
 ]
+Mtp = Annotated[
+    str | None,
+    option(
+        "--mtp",
+        text="Heads for multi-token prediction: cut (as many experts as the layers have), drop, or "
+        "keep (unequal counts only)  [default: cut where the head's layer is like the body's]",
+        panel=SCORE,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(

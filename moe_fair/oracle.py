@@ -69,6 +69,7 @@ def agreements(oracle: Oracle, statistics: Statistics) -> dict[str, Agreement]:
     for part in ("model", "tokenizer"):
         if oracle.fingerprint.get(part) != statistics.fingerprint.get(part):
             raise ValueError(f"the statistics were made from another {part} than the oracle")
+    statistics = statistics.without_following()
     found = {
         name: agreement(rule(statistics).values, oracle)
         for name, rule in criteria().items()

@@ -24,7 +24,10 @@ from moe_fair.costing import (
     measure_curves,
 )
 from moe_fair.distributed import ALONE, Team, is_first, team
+from moe_fair.drafting import measure_drafts
 from moe_fair.evaluate import HeldoutLoss
+from moe_fair.evaluate.record import save_drafts
+from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.checkpoint import write_model
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.merge import write_merged
@@ -151,7 +154,8 @@ def oracle(
         text = calibration_set(recipe, source, say)
         work = work_folder(place, recipe)
         if statistics is None:
-            statistics = collect(recipe, source, text, say, work)
+            body = recipe.with_settings({"mtp": "drop"})  # no removal of theirs is measured
+            statistics = collect(body, source, text, say, work)
             assert statistics is not None  # there is no other process
         found = measure_oracle(recipe, source, text, work / "oracle", say)
         table = agreements(found, statistics)
@@ -200,6 +204,7 @@ def _prune(
         run.write(made, statistics)
     before, after = run.losses()
     if us.first:
+        run.measure_heads(made, job.heldout)
         run.finish(before, after)
     return Pruned(output, made, before, us.told(lambda: after))
 
@@ -266,14 +271,17 @@ class _Pruning:
         if made.merges:
             changed = fresh(self.work / "merged")
             write_merged(self.source, made, changed)
+        drop = made.mtp == "drop"
         try:
-            beside = write_model(self.source, made.kept, self.folder, repaired=changed)
+            beside = write_model(
+                self.source, made.kept, self.folder, repaired=changed, drop_heads=drop
+            )
         except UnknownLayoutError as e:  # what headers could not tell before
             if made.merges:
                 raise
             self.say(f"note: not repaired: {e}")
             repairs = []
-            beside = write_model(self.source, made.kept, self.folder)
+            beside = write_model(self.source, made.kept, self.folder, drop_heads=drop)
         self.say(f"written in {time.perf_counter() - started:.1f} s")
         if (left := in_a_line(beside)) is not None:
             self.say(left)
@@ -298,6 +306,20 @@ class _Pruning:
             pruned = Checkpoint(str(self.folder), trust_remote_code=recipe.trust_remote_code)
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
+
+    def measure_heads(self, made: Plan, heldout: CalibrationSet | None) -> None:
+        """What becomes of the tokens that MTP heads draft, where there is text for it."""
+        if heldout is None or made.mtp not in ("cut", "keep") or not self.source.heads.blocks:
+            return
+        trusted = self.recipe.trust_remote_code
+        pruned = Checkpoint(str(self.folder), trust_remote_code=trusted)
+        drafts = [
+            measure_drafts(self.recipe, model, heldout, f"drafted tokens, {name}", self.say)
+            for model, name in ((self.source, "original"), (pruned, "pruned"))
+        ]
+        save_drafts(self.folder / FOLDER, *drafts)
+        rates = " and ".join(f"{d.rate:.1%}" for d in drafts)
+        self.say(f"MTP head: original and pruned accept {rates} of the drafted tokens")
 
     def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
         """Report, manifest and verification; then the result gets its name."""

@@ -7,6 +7,7 @@ from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.units import Statistics
+from moe_fair.heads import choose_heads, head_scores, size_without, with_heads
 from moe_fair.moe.merge import merging
 from moe_fair.recipe import Recipe
 
@@ -14,10 +15,14 @@ from moe_fair.recipe import Recipe
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
-    before = ModelSize(**statistics.facts["size"])
-    check_target(recipe, statistics.groups, before)
+    size = ModelSize(**statistics.facts["size"])
+    check_target(recipe, statistics.without_following().groups, size)
+    facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
+    choice = choose_heads(recipe, facts, rule, measured=measured)
+    if choice != "cut":
+        statistics = statistics.without_following()
     costs = rows = grams = None
-    scores = removal(statistics, recipe.weights)
+    scores, scored = head_scores(removal, statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
         costs = curves(statistics, removal.name, recipe.weights)
     if needs(allocator(rule), "rows"):
@@ -28,10 +33,10 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     made = make_plan(
         statistics.groups,
         scores,
-        protection(statistics, recipe.weights) if protection else None,
+        head_scores(protection, statistics, recipe.weights)[0] if protection else None,
         target=target(recipe),
         allocator=rule,
-        before=before,
+        before=size_without(size, choice, facts),
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
         costs=costs,
@@ -40,4 +45,5 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         fingerprint=statistics.fingerprint,
         recipe={**statistics.facts["calibration"], **recipe.planning()},
     )
+    made = with_heads(made, size, choice, facts, scored, recipe.mtp)
     return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made

@@ -30,6 +30,7 @@ from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.costing import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
 from moe_fair.distributed import Team
+from moe_fair.heads import check_heads, choose_heads, head_facts
 from moe_fair.moe.calibration import (
     CalibrationSet,
     parse_source,
@@ -146,10 +147,16 @@ def check_prune(
     alone, costly = False, None
     if ready is not None:
         _check_plan(ready, source)
+        check_heads(recipe, source, ready)
         run = Run(plans=False)
     else:
         if statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
+            # of before they said anything of heads
+            facts = {"mtp": head_facts(source), **statistics.facts}
+            statistics = replace(statistics, facts=facts)
+            measured = any(g.follows for g in statistics.groups)
+            choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
         alone, costly = _measured(recipe, source, statistics)
         run = Run(
             collects=statistics is None,

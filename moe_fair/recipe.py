@@ -28,10 +28,11 @@ TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 TEXT = ("calibration", "samples", "length", "seed")
 MADE = ("stats", "plan")  # files of an earlier stage
 REDUCTIONS = ("prune", "merge")
+HEADS = ("cut", "drop", "keep")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
-    "weights", "reduce",
+    "weights", "reduce", "mtp",
 )  # fmt: skip
 
 
@@ -77,6 +78,8 @@ class Recipe:
             Exactly one of the five.
         min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
         weights: calibration domain -> weight of its statistics in the scores.
+        mtp: what becomes of heads for multi-token prediction: `cut`, `drop` or `keep` (see
+            `heads`); unset: `cut` where their layer is like the body's.
         reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
             `moe.merge`), the budget by frequency and uniform unless a method is given.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
@@ -128,6 +131,7 @@ class Recipe:
     min_experts: int = 0
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
+    mtp: str | None = None
     reduce: str = "prune"
     repair: str | None = None
     heldout: tuple[str, ...] = ()
@@ -151,11 +155,15 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} is below {least}")
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(
-                f"--reduce {quote(self.reduce)}{nearest(self.reduce, REDUCTIONS)} is none of "
-                f"{', '.join(REDUCTIONS)}"
-            )
+        for name, value, known in (
+            ("reduce", self.reduce, REDUCTIONS), ("mtp", self.mtp, (None, *HEADS)),
+        ):  # fmt: skip
+            if value not in known:
+                words = [k for k in known if k is not None]
+                raise ValueError(
+                    f"--{name} {quote(value)}{nearest(str(value), words)} is none of "
+                    f"{', '.join(words)}"
+                )
         if self.size is not None:
             parse_size(self.size)
         if self.max_memory is not None:

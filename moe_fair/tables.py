@@ -25,6 +25,7 @@ from moe_fair.report.numbers import (
     amount,
     benchmark_table,
     heldout_table,
+    layer_label,
 )
 from moe_fair.terminal import console as new_console
 
@@ -48,7 +49,7 @@ def plan_table(plan: Plan) -> None:
     table.add_column("kept of all", justify="left")
     for g in plan.groups:
         table.add_row(
-            str(g.layer),
+            layer_label(g),
             str(g.size),
             str(len(g.kept)),
             str(g.depth),

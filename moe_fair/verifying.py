@@ -215,7 +215,7 @@ def _code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:
     """The plan's counts are those of the config and of the tensors, and the sizes add up."""
-    blocks = {b.name: b for b in found.blocks}
+    blocks = {b.name: b for b in [*found.blocks, *found.heads.blocks]}
     for name, kept in plan.kept.items():
         if name not in blocks:
             raise _Wrong(f"the plan names {name}, which the model does not have")
@@ -283,9 +283,12 @@ def _experts(
     merged = _merged_names(plan, original)
     find = destinations(original.skeleton)
     left = {t.name: t for t in found.tensors}
+    dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
     same, size, repaired, joined = 0, 0, 0, 0
     with _Reading() as reading:
         for t in original.tensors:
+            if t.name in dropped:
+                continue
             want = _wanted(t, original.parts.get(t.name), plan.kept)
             if want is None:
                 continue

@@ -118,10 +118,14 @@ def attach(
             DEPTHS: torch.tensor(depths_to_measure(g), dtype=torch.int64),
             CHANGES: changes[g.name].to(torch.float64),
         }
-        for g in statistics.groups
+        for g in statistics.without_following().groups
     }
     about = {"removal": removal, "weights": _plain(weights), **facts}
-    return replace(statistics, constants=constants, facts={**statistics.facts, FACTS: about})
+    return replace(
+        statistics,
+        constants={**statistics.constants, **constants},
+        facts={**statistics.facts, FACTS: about},
+    )
 
 
 def curves(
@@ -150,7 +154,7 @@ def curves(
             statistics.constants[g.name][CHANGES].numpy(),
             g.size,
         )
-        for g in statistics.groups
+        for g in statistics.without_following().groups
     }
 
 

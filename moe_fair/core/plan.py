@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_fair.core.allocate import Allocator, tod
 from moe_fair.core.allocate import allocator as find_allocator
+from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
@@ -82,6 +82,7 @@ class GroupPlan:
         null_depth: depth that independent rankings would reach at the plan's tolerance.
         ceiling: deepest that any rankings reach at the plan's tolerance.
         removal, protection: the scores, [N].
+        follows: of the unit group.
         merged: kept id -> id of each unit merged into it, itself included -> its weight there; of
             kept units that stand for themselves alone nothing.
     """
@@ -96,6 +97,7 @@ class GroupPlan:
     removal: list[float]
     protection: list[float] | None
     merged: dict[str, dict[str, float]] = field(default_factory=dict)
+    follows: bool = False
 
     @property
     def depth(self) -> int:
@@ -110,6 +112,7 @@ class Plan:
     Attributes (those that do not say it themselves):
         expert_parallel: numbers of devices that divide every group's kept units evenly, as
             expert-parallel serving wants it; always with 1.
+        mtp: what becomes of heads for multi-token prediction: cut, drop, keep; None without any.
     """
 
     groups: list[GroupPlan]
@@ -125,6 +128,7 @@ class Plan:
     fingerprint: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     expert_parallel: list[int] = field(default_factory=list)
+    mtp: str | None = None
 
     @property
     def kept(self) -> dict[str, list[int]]:
@@ -198,21 +202,30 @@ def make_plan(
         ValueError: the target cannot be met; says why.
     """
     rule = find_allocator(allocator)
+    allocated = tuple(g for g in groups if not g.follows)
     ranked = rank(
-        groups, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
+        allocated, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
         rows=rows, grams=grams,
     )  # fmt: skip
-    size = sum(g.size for g in groups)
+    following = rank(
+        tuple(g for g in groups if g.follows), removal, protection, min_units=min_units,
+        multiple_of=multiple_of,
+    )  # fmt: skip
+
+    def allocate(remove: int | None = None, tolerance: float | None = None) -> Budget:
+        return _followed(rule.allocate(ranked, remove=remove, tolerance=tolerance), following)
+
+    size = sum(g.size for g in allocated)
     if target.tolerance is not None:
-        budget = rule.allocate(ranked, tolerance=target.tolerance)
+        budget = allocate(tolerance=target.tolerance)
     elif target.parameters is not None or target.bytes is not None:
-        budget = _within_size(ranked, rule, groups, before, target)
+        budget = _within_size(ranked, allocate, groups, before, target)
     else:
-        remove = size - _total(target, groups)
+        remove = size - _total(target, allocated)
         if target.ratio is not None:  # any other target is a number that is meant exactly
             wanted, remove = remove, nearest_total(ranked, target.ratio)
-        budget = rule.allocate(ranked, remove=remove)
-    plan = _explain(ranked, budget, removal, protection, target, before)
+        budget = allocate(remove)
+    plan = _explain([*ranked, *following], budget, removal, protection, target, before)
     if target.ratio is not None and remove != wanted:
         note = (
             f"a share of {target.ratio:g} is {wanted} of {size}; kept counts go in steps, and "
@@ -220,6 +233,16 @@ def make_plan(
         )
         plan = replace(plan, notes=[*plan.notes, note])
     return replace(plan, fingerprint=dict(fingerprint or {}), recipe=dict(recipe or {}))
+
+
+def _followed(budget: Budget, following: list[RankedGroup]) -> Budget:
+    """The budget with what follows it: the mean of what is allocated, to the nearest allowed."""
+    mean = sum(budget.kept.values()) / len(budget.kept)
+    kept = dict(budget.kept)
+    for r in following:
+        counts = (r.group.size - r.depths).tolist()  # falling: of two as near the larger
+        kept[r.group.name] = min(counts, key=lambda n: abs(n - mean))
+    return replace(budget, kept=kept)
 
 
 def _total(target: Target, groups: tuple[UnitGroup, ...]) -> int:
@@ -242,7 +265,7 @@ def _total(target: Target, groups: tuple[UnitGroup, ...]) -> int:
 
 def _within_size(
     ranked: list[RankedGroup],
-    rule: Allocator,
+    allocate: Callable[[int], Budget],
     groups: tuple[UnitGroup, ...],
     before: ModelSize,
     target: Target,
@@ -253,7 +276,7 @@ def _within_size(
     possible = totals(ranked)
 
     def at(index: int) -> Budget:
-        return rule.allocate(ranked, remove=possible[index])
+        return allocate(possible[index])
 
     def fits(budget: Budget) -> bool:
         return getattr(before.without(groups, budget.kept), unit) <= limit
@@ -298,6 +321,7 @@ def _explain(
             ceiling=None if alpha is None else tod.ceiling(r.group.size, alpha),
             removal=r.removal.tolist(),
             protection=None if r.protection is None else r.protection.tolist(),
+            follows=r.group.follows,
         )
         for r, m, t in zip(ranked, depths, tods, strict=True)
     ]

@@ -45,6 +45,8 @@ class UnitGroup:
         blocks: the units lie in this many equal consecutive runs, and every run must keep the same
             number (group-limited routing); 1 where there is no such rule.
         multiple: kept counts are multiples of this.
+        follows: no budget is allocated to it: it keeps as many units as the other groups on
+            average (the head for multi-token prediction, whose loss is another).
     """
 
     name: str
@@ -55,6 +57,7 @@ class UnitGroup:
     unit_bytes: int = 0
     blocks: int = 1
     multiple: int = 1
+    follows: bool = False
 
     def __post_init__(self) -> None:
         numbers = (self.layer, self.size, self.floor, self.blocks, self.multiple)
@@ -147,6 +150,10 @@ class Statistics:
     lost: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sketches: dict[str, Sketch] = field(default_factory=dict)
     digest: str = ""
+
+    def without_following(self) -> Statistics:
+        """The same of the groups that are allocated a budget."""
+        return replace(self, groups=tuple(g for g in self.groups if not g.follows))
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""

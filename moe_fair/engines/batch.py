@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,21 @@ class Observer(Protocol):
         ...
 
 
+class After(Protocol):
+    """What goes on from the model's last hidden states; its weights are there while it is entered.
+
+    Embeddings and output matrix are in memory then.
+    """
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def run(self, batch: Batch, last: Tensor, observer: Observer, *, backward: bool) -> None:
+        """Go on with one batch from `last` [B, L, D], the output of the final norm."""
+        ...
+
+
 class Losses(Protocol):
     """What can measure next-token losses."""
 
@@ -98,8 +113,19 @@ class Engine(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
-    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
-        """Forward, and backward of the summed sequence losses, over the batches."""
+    def run(
+        self,
+        batches: Sequence[Batch],
+        observer: Observer,
+        *,
+        backward: bool = True,
+        after: After | None = None,
+    ) -> None:
+        """Forward, and backward of the summed sequence losses, over the batches.
+
+        Args:
+            after: is handed every batch's last hidden states.
+        """
         ...
 
     def losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

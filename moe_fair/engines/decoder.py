@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Decoder(NamedTuple):
@@ -43,3 +45,29 @@ def find_decoder(model: Any) -> Decoder:
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return Decoder(base if base is not model else holder, holder, name)
     raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm between the last decoder layer and the output matrix.
+
+    Raises:
+        ValueError: there is not one such module, or the output matrix is elsewhere.
+    """
+    text = model.get_decoder()
+    found = [m for n, m in text.named_children() if "norm" in n.lower()]
+    if len(found) != 1 or not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no plain norm and output matrix at its end")
+    return found[0]
+
+
+@contextmanager
+def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """What the final norm gives while this is entered: [B, L, D] a forward, without gradient."""
+    found: list[Tensor] = []
+    hook = final_norm(model).register_forward_hook(
+        lambda module, inputs, output: found.append(output.detach())
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class LayeredModel:
         dtype, device: of the weights in memory.
         trust_remote_code: as for transformers.
         team: processes that go through the layers at the same time; see `reading`.
+        tensors: name in the checkpoint -> the stored tensor that is read as it, which may be stored
+            under another name; by default all of the checkpoint as they are.
 
     Raises:
         ValueError: the model has no plain list of decoder layers, or tensors are missing.
@@ -60,6 +62,7 @@ class LayeredModel:
         device: torch.device,
         trust_remote_code: bool = False,
         team: Team = ALONE,
+        tensors: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         self.dtype, self.device = dtype, device
         with init_empty_weights(include_buffers=False):
@@ -72,7 +75,10 @@ class LayeredModel:
         except ValueError as e:
             raise ValueError(f"{e} to stream; use --engine resident") from e
         self._destinations: dict[str, Destination] = {}
-        self._stored = self._group([t for f in shard_files(folder) for t in stored_tensors(f)])
+        if tensors is None:
+            tensors = {t.name: t for f in shard_files(folder) for t in stored_tensors(f)}
+        self._own_names = {name: t.name for name, t in tensors.items()}
+        self._stored = self._group([t.renamed(name) for name, t in tensors.items()])
         self.reader = reader(team)
         self.seconds = 0.0  # spent bringing weights in
         for buffer in self.model.buffers():
@@ -161,7 +167,7 @@ class LayeredModel:
             [piece] = t.pieces
             if piece.file not in handles:
                 handles[piece.file] = safe_open(str(piece.file), framework="pt", device="cpu")
-            state[t.name] = handles[piece.file].get_slice(t.name)
+            state[t.name] = handles[piece.file].get_slice(self._own_names[t.name])
         self._stack_experts(state)
         self._convert(state)
         for p in self.model.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_fair.engines.batch import Batch, Observer, Visit, quietly, sequence_losses, token_losses
-from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.batch import (
+    After,
+    Batch,
+    Observer,
+    Visit,
+    quietly,
+    sequence_losses,
+    token_losses,
+)
+from moe_fair.engines.decoder import find_decoder, last_hidden_states
 
 
 class ResidentEngine:
@@ -40,17 +48,32 @@ class ResidentEngine:
         self.device = _input_device(model)
         self.layers = find_decoder(model).layers if checkpointing else ()
 
-    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        observer: Observer,
+        *,
+        backward: bool = True,
+        after: After | None = None,
+    ) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
         started = time.perf_counter()
-        for batch in self.visit("calibrating", None, batches):
-            batch = batch.to(self.device)
-            observer.begin(batch)
-            with torch.set_grad_enabled(backward), self._checkpointed(backward):
-                logits = self._logits(batch)
-                if backward:
-                    losses, weights = token_losses(logits, batch)
-                    sequence_losses(losses, weights, batch.predicted()).sum().backward()
+        with after or nullcontext():
+            for batch in self.visit("calibrating", None, batches):
+                batch = batch.to(self.device)
+                observer.begin(batch)
+                with torch.set_grad_enabled(backward), self._checkpointed(backward):
+                    if after is None:
+                        logits = self._logits(batch)
+                    else:
+                        with last_hidden_states(self.model) as last:
+                            logits = self._logits(batch)
+                    if backward:
+                        losses, weights = token_losses(logits, batch)
+                        sequence_losses(losses, weights, batch.predicted()).sum().backward()
+                del logits
+                if after is not None:
+                    after.run(batch, last[0], observer, backward=backward)
         self.seconds = {
             "forward and backward" if backward else "forward": time.perf_counter() - started
         }

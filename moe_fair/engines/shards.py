@@ -115,6 +115,26 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
+def unnamed_files(folder: Path, belongs: Callable[[str], bool]) -> list[Path]:
+    """Files beside those of `shard_files` of which every tensor belongs to the model by its name.
+
+    Raises:
+        ValueError: as `shard_files`.
+    """
+    named = set(shard_files(folder))
+    found = []
+    for file in sorted(set(folder.glob("*.safetensors")) - named):
+        try:
+            names = [t.name for t in stored_tensors(file)]
+        except ValueError:
+            if belongs(file.name):  # by its name it is needed: said by whoever reads it
+                found.append(file)
+            continue
+        if names and all(map(belongs, names)):
+            found.append(file)
+    return found
+
+
 def indexed(index: Path) -> list[str]:
     """The files that an index names, in the order of their names.
 

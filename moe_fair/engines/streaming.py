@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_fair.engines.batch import (
+    After,
     Batch,
     Observer,
     Visit,
@@ -33,7 +34,7 @@ from moe_fair.engines.batch import (
     sequence_losses,
     token_losses,
 )
-from moe_fair.engines.decoder import Decoder
+from moe_fair.engines.decoder import Decoder, last_hidden_states
 from moe_fair.engines.layers import OUTSIDE, LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 
@@ -91,12 +92,19 @@ class StreamingEngine:
         """What this process has asked of the checkpoint's files."""
         return self.layered.bytes_read
 
-    def run(self, batches: Sequence[Batch], observer: Observer, *, backward: bool = True) -> None:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        observer: Observer,
+        *,
+        backward: bool = True,
+        after: After | None = None,
+    ) -> None:
         """Forward, and with `backward` also backward, over the batches, telling the observer."""
         batches = [b.to(self.layered.device) for b in batches]
         self.seconds = {"reading weights": self.layered.seconds}
         layers = range(len(self.layered))
-        back = [OUTSIDE, *reversed(layers)] if backward else []
+        back = [OUTSIDE, *reversed(layers)] if backward else [OUTSIDE] if after else []
         with (
             self.layered.in_step([OUTSIDE, *layers, *back]),
             _Activations(self.activation_bytes) as kept,
@@ -104,9 +112,12 @@ class StreamingEngine:
             with self._timed("forward"):
                 calls, hidden = self.embed(batches)
                 hidden = self._forward(batches, calls, hidden, observer, kept if backward else None)
-            if backward:
+            if backward or after is not None:
                 with self._timed("loss"), self.layered.outside():
-                    gradients = self._gradients(batches, hidden)
+                    gradients = self._gradients(batches, hidden) if backward else []
+                    if after is not None:
+                        self._go_on(batches, hidden, observer, after, backward)
+            if backward:
                 with self._timed("backward"):
                     self._backward(batches, calls, gradients, observer, kept)
 
@@ -152,19 +163,11 @@ class StreamingEngine:
         first: list[Tensor] = []
         with self.layered.outside():
             for batch in batches:
-                stubs = _Stubs(self.layered.decoder)
-                with stubs.standing_in():
-                    try:
-                        self.layered.decoder.entry(
-                            input_ids=batch.input_ids,
-                            attention_mask=batch.attention_mask(),
-                            use_cache=False,
-                        )
-                    except (ValueError, TypeError) as e:  # more than hidden states was unpacked
-                        layer = type(stubs.real[0]).__name__
-                        raise NotLayerwise(NOT_ALONE.format(layer)) from e
-                calls.append(stubs.calls)
-                first.append(stubs.first)
+                embedded, called = call_layers(
+                    self.layered.decoder, batch.input_ids, batch.attention_mask()
+                )
+                calls.append(called)
+                first.append(embedded)
         return calls, first
 
     @torch.no_grad()
@@ -190,6 +193,26 @@ class StreamingEngine:
                         kept.put((i, j), hidden[j])
                     hidden[j] = calls[j][i].run(layer, hidden[j])
         return hidden
+
+    def _go_on(
+        self,
+        batches: Sequence[Batch],
+        hidden: Sequence[Tensor],
+        observer: Observer,
+        after: After,
+        backward: bool,
+    ) -> None:
+        """Hand on what the final norm makes of the last layer's output."""
+        with after:
+            for batch, output in zip(batches, hidden, strict=True):
+                stubs = _Stubs(self.layered.decoder, output=output)
+                with torch.no_grad(), stubs.standing_in(), last_hidden_states(self.model) as last:
+                    self.layered.decoder.entry(
+                        input_ids=batch.input_ids,
+                        attention_mask=batch.attention_mask(),
+                        use_cache=False,
+                    )
+                after.run(batch, last[0], observer, backward=backward)
 
     def _gradients(self, batches: Sequence[Batch], hidden: list[Tensor]) -> list[Tensor]:
         """dL/d(last hidden states) for every batch, [B, L, D]."""
@@ -252,6 +275,24 @@ class StreamingEngine:
                     output.backward(gradients[j])
                     assert entry.grad is not None
                     gradients[j] = entry.grad
+
+
+@torch.no_grad()
+def call_layers(
+    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, list[LayerCall]]:
+    """What a model hands to its first layer, and to every layer beside the hidden states.
+
+    Raises:
+        NotLayerwise: layers hand on more than hidden states.
+    """
+    stubs = _Stubs(decoder)
+    with stubs.standing_in():
+        try:
+            decoder.entry(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except (ValueError, TypeError) as e:  # more than hidden states was unpacked
+            raise NotLayerwise(NOT_ALONE.format(type(stubs.real[0]).__name__)) from e
+    return stubs.first, stubs.calls
 
 
 class _Stubs:

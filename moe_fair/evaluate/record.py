@@ -11,9 +11,11 @@ from typing import Any
 from moe_fair.core.output import write_whole
 from moe_fair.evaluate.agreement import Agreement, Agreements
 from moe_fair.evaluate.compare import Row
+from moe_fair.evaluate.drafts import Drafts
 from moe_fair.evaluate.heldout import HeldoutLoss
 
 BENCHMARKS, AGREEMENT, HELDOUT = "benchmarks.json", "agreement.json", "heldout.json"
+DRAFTS = "drafts.json"
 
 
 def save_benchmarks(folder: Path, rows: Sequence[Row]) -> list[Row]:
@@ -63,6 +65,20 @@ def load_heldout(folder: Path) -> tuple[HeldoutLoss, HeldoutLoss] | None:
         return HeldoutLoss(**raw["original"]), HeldoutLoss(**raw["pruned"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder / HELDOUT} is not a table of ours: {e}; remove it") from e
+
+
+def save_drafts(folder: Path, original: Drafts, pruned: Drafts) -> None:
+    """Write what becomes of both models' drafted tokens."""
+    _write(folder / DRAFTS, {"original": asdict(original), "pruned": asdict(pruned)})
+
+
+def load_drafts(folder: Path) -> tuple[Drafts, Drafts] | None:
+    """Drafts of original and pruned, or None where they were not measured."""
+    raw = _read(folder / DRAFTS)
+    try:
+        return None if raw is None else (Drafts(**raw["original"]), Drafts(**raw["pruned"]))
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{folder / DRAFTS} is not a table of ours: {e}; remove it") from e
 
 
 def _read(path: Path) -> Any:

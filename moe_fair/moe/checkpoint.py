@@ -22,6 +22,7 @@ from moe_fair.moe.blocks import COUNTERS, rows_of
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.file_surgery import cut_tensors
 from moe_fair.moe.load import Checkpoint, first_line
+from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs
 from moe_fair.moe.own_code import (
     MODELING_CLASS,
@@ -41,6 +42,7 @@ def write_model(
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
     repaired: Path | None = None,
+    drop_heads: bool = False,
 ) -> SideFiles:
     """Write the pruned weights, config, modeling file and side files into `folder`.
 
@@ -50,6 +52,8 @@ def write_model(
         kept: block name -> ids that stay.
         advance: told the number of bytes after each copy.
         repaired: folder of repaired layers whose tensors replace the original ones.
+        drop_heads: leave out heads for multi-token prediction; else those that `kept` does not name
+            stay whole.
 
     Returns:
         what lay beside the original's weights and went along, and what did not.
@@ -57,14 +61,15 @@ def write_model(
     Raises:
         ValueError: the plan does not fit the model, or the checkpoint's layout is unknown.
     """
-    check_all(source.blocks, kept)
+    check_all([*source.blocks, *source.heads.blocks], kept)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(source, kept, folder)
+    _write_config(source, kept, folder, drop_heads)
     if repaired is not None:
         tensors = with_repairs(source, kept, repaired)
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
-    write_shards(tensors, folder, advance=advance)
+    dropped = {t.name for t in source.heads.tensors} if drop_heads else set()
+    write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
     beside = side_files(source.home, packed(source.config))
     for name in beside.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,7 @@ def check_writable(source: Checkpoint, unequal: bool) -> None:
     some |= {b.name: fewer[b.name] for b in source.blocks[:1]}
     for kept in (fewer, some) if unequal else (fewer,):
         with tempfile.TemporaryDirectory(prefix="moe_fair-config-") as folder:
-            _write_config(source, kept, Path(folder))
+            _write_config(source, kept, Path(folder), drop_heads=True)
             brought = (Path(folder) / MODELING_FILE).exists()
         if brought and not source.trust_remote_code and (name := naming_file(source.home)):
             raise ValueError(
@@ -97,7 +102,9 @@ def check_writable(source: Checkpoint, unequal: bool) -> None:
             )
 
 
-def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path) -> None:
+def _write_config(
+    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path, drop_heads: bool
+) -> None:
     """The stock config where the stock class can hold the result, else ours with its file.
 
     Raises:
@@ -105,8 +112,11 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
     """
     counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     shapes = _shapes(source, kept)
+    heads = _head_counts(source, kept) if source.heads.tensors and not drop_heads else None
     config = _own_config(source, kept)
-    if len(set(counts.values())) == 1:
+    if heads is None:
+        _without_heads(config, source)
+    if len({*counts.values(), *(heads or {}).values()}) == 1:
         _save(_stock_config(config, source, next(iter(counts.values()))), folder)
         if not _misfit(folder, shapes):
             return
@@ -114,7 +124,7 @@ def _write_config(source: Checkpoint, kept: Mapping[str, Sequence[int]], folder:
     config["auto_map"] = {
         **config.get("auto_map", {}), auto_class(source.config).__name__: REFERENCE
     }  # fmt: skip
-    config["moe_fair"] = _unequal_settings(source, counts)
+    config["moe_fair"] = _unequal_settings(source, counts, heads)
     _save(_with_layers(config, source, counts), folder)
     if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
         _save(config, folder)
@@ -190,6 +200,26 @@ def _home(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
+def _head_counts(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """MoE block of a head -> experts in the result."""
+    layers = [layer for h in source.heads.chain for layer in h.layers if layer.block]
+    return {
+        layer.block.name: len(kept.get(layer.block.name, range(layer.experts)))
+        for layer in layers
+        if layer.block is not None
+    }
+
+
+def _without_heads(config: dict[str, Any], source: Checkpoint) -> None:
+    """Say in the config that there is no head, where it or its class promises one."""
+    names = [(c, n) for c in (config, _home(config)) for n in settings_of(c)]
+    text = source.config.get_text_config()
+    if not names and getattr(text, "num_mtp_layers", None):  # the class's default
+        names = [(_home(config), text.attribute_map.get("num_mtp_layers", "num_mtp_layers"))]
+    for where, name in names:
+        where[name] = 0
+
+
 def _stock_config(config: dict[str, Any], source: Checkpoint, count: int) -> dict[str, Any]:
     """The config with the new number wherever it says how many routed experts there are."""
     config = copy.deepcopy(config)
@@ -205,10 +235,13 @@ def _stock_config(config: dict[str, Any], source: Checkpoint, count: int) -> dic
     return config
 
 
-def _unequal_settings(source: Checkpoint, counts: Mapping[str, int]) -> dict[str, Any]:
-    """What our modeling file reads in the config."""
+def _unequal_settings(
+    source: Checkpoint, counts: Mapping[str, int], heads: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What our modeling file reads in the config; `mtp`, which it does not, is for `verify`."""
     return {
         "experts": dict(counts),
+        **({"mtp": dict(heads)} if heads else {}),
         "tensors": {b.path(m, t): dim for b in source.blocks for m, t, dim in b.tensors()},
         "numbers": sorted({b.path(m, n) for b in source.blocks for m, n in b.numbers()}),
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_fair.core.exact_sum import two_sum
 from moe_fair.core.sketch import Sketch, directions
 from moe_fair.core.units import Statistics, UnitGroup
-from moe_fair.engines.batch import Batch
+from moe_fair.engines.batch import After, Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
 from moe_fair.moe.counterfactual import CELLS, Candidates, Rerouting
 
@@ -54,6 +54,7 @@ class ExpertCollector:
         counterfactual: also collect what each expert's removal would change, see `counterfactual`.
         u_score: also keep the distribution of each expert's gated outputs, see `core.sketch`.
         gram: also collect the Gram matrix of the experts' gated outputs, see `core.allocate.naee`.
+        after: what goes on from the last hidden states, if some of the blocks are there.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class ExpertCollector:
         counterfactual: bool = False,
         u_score: bool = False,
         gram: bool = False,
+        after: After | None = None,
     ) -> None:
+        self.after = after
         self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
         self.taylor, self.counterfactual = taylor, counterfactual
         self.u_score, self.gram = u_score, gram

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,19 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
 from moe_fair.distributed import team
 from moe_fair.engines.auto import auto_class
-from moe_fair.engines.names import destinations
+from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.pickles import convert, pickle_files
-from moe_fair.engines.shards import StoredTensor, checkpoint_tensors, shard_files
+from moe_fair.engines.shards import (
+    StoredTensor,
+    checkpoint_tensors,
+    shard_files,
+    unnamed_files,
+)
 from moe_fair.engines.stock import read_config, stock_config
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.folder_kind import check_folder, other_weights
+from moe_fair.moe.mtp import Heads, find_heads, is_head
 from moe_fair.moe.own_code import named_kernel, not_ours
 from moe_fair.moe.placement import check_map, read_map, without_overlap
 from moe_fair.moe.quantised import check_admitted, unpacking
@@ -158,16 +165,21 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The safetensors files that hold the weights, downloaded where needed.
 
+        A file that the index does not name is one of them where all that it holds is of MTP heads.
+
         Raises:
             ValueError: there are none.
         """
         if not Path(self.model).is_dir() and not self.allow_pickle:
             _locate(self.model, self.revision, "*.safetensors")
         try:
-            return shard_files(self.path)
+            named = shard_files(self.path)
         except ValueError as e:
             found = other_weights(self.home)
             raise ValueError(f"{self.model}: {found}" if found else str(e)) from e
+        depth = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        more = unnamed_files(self.path, lambda name: is_head(name, depth)) if depth else []
+        return [*named, *more]
 
     @cached_property
     def tensors(self) -> list[StoredTensor]:
@@ -191,28 +203,47 @@ class Checkpoint:
             ValueError: the checkpoint's layout of experts is unknown, or its weights are packed
                 and its config does not say so.
         """
-        find = destinations(self.skeleton)
-        names = {t.name: find(t.name).name for t in self.tensors}
+        names = {t.name: self.find(t.name).name for t in self.tensors}
         state = self.skeleton.state_dict()
         places = {n: place for n, place in names.items() if place in state}
         try:
-            check_admitted(self.home, self.config, self.tensors, places)
+            check_admitted(self.home, self.config, self.tensors, places | dict(self.heads.places))
         except ValueError as e:
             raise ValueError(f"{self.model}: {e}") from e
-        return classify(self.tensors, names, self.blocks)
+        names |= dict(self.heads.places)
+        return classify(self.tensors, names, [*self.blocks, *self.heads.blocks])
+
+    @cached_property
+    def find(self) -> Callable[[str], Destination]:
+        """Stored name -> place in the model, see `names.destinations`."""
+        return destinations(self.skeleton)
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Its heads for multi-token prediction, see `mtp`."""
+        inner = self.published.get("text_config")
+        text = self.published | inner if isinstance(inner, dict) else self.published
+        return find_heads(self.skeleton, self.tensors, self.find, text)
 
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
         """The routed experts of every MoE layer as unit groups, with their sizes on disk.
 
+        Those of MTP heads come last, and follow the others.
+
         Raises:
             ValueError: as `parts`.
         """
         sizes = unit_sizes(self.tensors, self.parts)
+        heads = self.heads.blocks
+        following = {b.name for b in heads}
         return tuple(
-            replace(b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1])
-            for b in self.blocks
-        )
+            replace(
+                b.unit_group(0), unit_parameters=sizes[b.name][0], unit_bytes=sizes[b.name][1],
+                follows=b.name in following,
+            )
+            for b in [*self.blocks, *heads]
+        )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -45,13 +45,16 @@ Shares = Mapping[int, Mapping[int, float]]
 
 
 def merging(plan: Plan, statistics: Statistics, weights: Mapping[str, float] | None = None) -> Plan:
-    """The plan with the same counts, its experts merged instead of removed.
+    """The plan with the same counts, its experts merged instead of removed (not those of a head).
 
     Args:
         weights: calibration domain -> weight of its statistics.
     """
     groups = {g.name: g for g in statistics.groups}
-    plans = [_merge_group(p, statistics.view(groups[p.name], weights)) for p in plan.groups]
+    plans = [
+        p if p.follows else _merge_group(p, statistics.view(groups[p.name], weights))
+        for p in plan.groups
+    ]
     count, into = _counts(plans)
     note = (
         f"{count} experts are merged into {into} by hierarchical clustering of their mean outputs, "

@@ -21,6 +21,7 @@ from moe_fair.report.numbers import (
     benchmark_table,
     change,
     heldout_table,
+    layer_label,
 )
 from moe_fair.report.sources import Sources, gather
 
@@ -127,7 +128,7 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     yield "## What it is worth"
     yield from _numbers(s)
     yield "## The plan"
-    rows = ((str(g.layer), str(g.size), str(len(g.kept))) for g in plan.groups)
+    rows = ((layer_label(g), str(g.size), str(len(g.kept))) for g in plan.groups)
     yield table(Table(("layer", "experts", "kept"), tuple(rows)))
     yield (
         "Every number behind it is in `moe_fair/plan.json`; `moe_fair/report.html` draws it "

@@ -11,6 +11,7 @@ from moe_fair.core.allocate import tod
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.evaluate.drafts import Drafts
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.report import figures
 from moe_fair.report.document import (
@@ -30,7 +31,9 @@ from moe_fair.report.numbers import (
     amount,
     benchmark_table,
     change,
+    drafts_table,
     heldout_table,
+    layer_label,
     repair_table,
     size_table,
 )
@@ -59,6 +62,7 @@ def document(s: Sources) -> Document:
                 *([("Repair", _repair(s.repairs))] if s.repairs else []),
                 ("Size", [size_table(s.plan.before, s.plan.after)]),
                 ("Held-out loss", _heldout(s)),
+                *([("Multi-token prediction", _drafts(s.drafts))] if s.drafts else []),
                 ("Agreement with the original", _agreement(s)),
                 ("Benchmarks", _benchmarks(s)),
                 ("Recipe", _recipe(s)),
@@ -108,7 +112,7 @@ def _budget(plan: Plan) -> Iterator[Block]:
     groups = plan.groups
     null = [g.size - g.null_depth for g in groups if g.null_depth is not None]
     picture = figures.kept_bars(
-        [str(g.layer) for g in groups],
+        [layer_label(g) for g in groups],
         [g.size for g in groups],
         [len(g.kept) for g in groups],
         null if len(null) == len(groups) else None,
@@ -129,7 +133,7 @@ def _budget(plan: Plan) -> Iterator[Block]:
     yield Table(
         ("layer", "experts", "kept", "removed", *limits),
         tuple(
-            (str(g.layer), str(g.size), str(len(g.kept)), str(g.depth),
+            (layer_label(g), str(g.size), str(len(g.kept)), str(g.depth),
              *("-" if x is None else x for x in (_limits(g) if limits else ())))
             for g in groups
         ),
@@ -150,7 +154,7 @@ def _tod(s: Sources) -> Iterator[Block]:
         # group-limited routing without the statistics that say so, or ids changed by hand
         yield Text("The kept experts do not follow from the scores alone: there is no ToD to draw.")
         return
-    curves = [figures.Curve(f"layer {g.layer}", tod.curve(r), g.depth) for g, r in pairs]
+    curves = [figures.Curve(f"layer {layer_label(g)}", tod.curve(r), g.depth) for g, r in pairs]
     yield Figure(
         "tod",
         figures.tod_curves(curves, s.plan.tolerance),
@@ -162,7 +166,8 @@ def _tod(s: Sources) -> Iterator[Block]:
 
 
 def _ranks(plan: Plan) -> Iterator[Block]:
-    groups = [_marked(g, np.array(g.removal)) for g in plan.groups]
+    # a head's scores are of another loss, and no threshold is held to them
+    groups = [_marked(g, np.array(g.removal)) for g in plan.groups if not g.follows]
     reading = f"Every layer's {UNIT}s in the order of their removal score ({plan.removal})."
     line = None
     if plan.allocator == "global":
@@ -222,7 +227,7 @@ def _scores(plan: Plan) -> Iterator[Block]:
 
 
 def _marked(g: GroupPlan, values: np.ndarray) -> figures.Marked:
-    return figures.Marked(str(g.layer), values, sorted(set(range(g.size)) - set(g.kept)))
+    return figures.Marked(layer_label(g), values, sorted(set(range(g.size)) - set(g.kept)))
 
 
 def _routing(s: Sources) -> Iterator[Block]:
@@ -268,6 +273,15 @@ def _heldout(s: Sources) -> Iterator[Block]:
         return
     yield Text(f"Next-token loss in nats on {s.heldout[0].tokens:,} tokens of held-out text.")
     yield heldout_table(*s.heldout)
+
+
+def _drafts(drafts: tuple[Drafts, Drafts]) -> Iterator[Block]:
+    yield Text(
+        "Of the tokens that the MTP head drafts on held-out text, behind the true tokens before "
+        "them, the share that the model itself ranks first: what greedy decoding with use_mtp "
+        "accepts."
+    )
+    yield drafts_table(*drafts)
 
 
 def _agreement(s: Sources) -> Iterator[Block]:

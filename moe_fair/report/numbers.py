@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_fair.core.plan import ModelSize
+from moe_fair.core.plan import GroupPlan, ModelSize
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
+from moe_fair.evaluate.drafts import Drafts
 from moe_fair.evaluate.heldout import HeldoutLoss
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.report.document import Table
@@ -25,6 +26,22 @@ def amount(n: float) -> str:
 def change(before: float, after: float) -> str:
     """`-27.7%`."""
     return f"{after / before - 1:+.1%}"
+
+
+def layer_label(group: GroupPlan) -> str:
+    """The layer's number; of a head for multi-token prediction with what it is."""
+    return f"{group.layer} MTP" if group.follows else str(group.layer)
+
+
+def drafts_table(original: Drafts, pruned: Drafts) -> Table:
+    """How many drafted tokens both models accept."""
+    return Table(
+        ("MTP head", "drafted tokens", "accepted", "acceptance rate"),
+        tuple(
+            (name, f"{d.drafted:,}", f"{d.accepted:,}", f"{d.rate:.2%}")
+            for name, d in (("original", original), ("pruned", pruned))
+        ),
+    )
 
 
 def size_table(before: ModelSize, after: ModelSize) -> Table:

@@ -15,8 +15,14 @@ from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
 from moe_fair.engines.auto import auto_name
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
+from moe_fair.evaluate.drafts import Drafts
 from moe_fair.evaluate.heldout import HeldoutLoss
-from moe_fair.evaluate.record import load_agreement, load_benchmarks, load_heldout
+from moe_fair.evaluate.record import (
+    load_agreement,
+    load_benchmarks,
+    load_drafts,
+    load_heldout,
+)
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.vision.checkpoint import PRUNED_FILE
 
@@ -58,6 +64,7 @@ class Sources:
     heldout: tuple[HeldoutLoss, HeldoutLoss] | None
     agreement: Agreements | None
     benchmarks: list[Row] | None
+    drafts: tuple[Drafts, Drafts] | None = None
 
     @property
     def model(self) -> str:
@@ -95,6 +102,7 @@ def gather(output: Path) -> Sources:
         heldout=load_heldout(folder),
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
+        drafts=load_drafts(folder),
     )
 
 
