@@ -43,11 +43,17 @@ WRITTEN = tuple(
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
 
 
-def check_config(counts: Mapping[str, int], original: Checkpoint, output: Path) -> str:
+def check_config(
+    counts: Mapping[str, int],
+    original: Checkpoint,
+    output: Path,
+    heads: Mapping[str, int] | None = None,
+) -> str:
     """The config is the original's, but for what the plan changes, and that is as planned.
 
     Args:
-        counts: block -> experts kept, of every block.
+        counts: block -> experts kept, of every block of a layer.
+        heads: the same of heads for multi-token prediction that are still there.
 
     Returns:
         what was found, in a line.
@@ -60,7 +66,7 @@ def check_config(counts: Mapping[str, int], original: Checkpoint, output: Path) 
     own = new.pop("moe_fair", None)
     again = old.pop("moe_fair", None) is not None  # the original was pruned before
     if own is not None:
-        _same("moe_fair", own, _told(counts, original))
+        _same("moe_fair", own, _told(counts, original, heads))
     elif len(set(counts.values())) > 1:
         raise ValueError("config.json has one number of experts, and the plan has several")
     changed = _take_layers(old, new, counts, original, again)
@@ -142,10 +148,13 @@ def _check_code(old: dict[str, Any], new: dict[str, Any], original: Checkpoint) 
         _same("architectures", kinds, [built])
 
 
-def _told(counts: Mapping[str, int], original: Checkpoint) -> dict[str, Any]:
+def _told(
+    counts: Mapping[str, int], original: Checkpoint, heads: Mapping[str, int] | None
+) -> dict[str, Any]:
     """What the modeling file is told: the plan's counts, every tensor and number of a block."""
     return {
         "experts": dict(counts),
+        **({"mtp": dict(heads)} if heads else {}),
         "tensors": {b.path(m, t): dim for b in original.blocks for m, t, dim in b.tensors()},
         "numbers": sorted({b.path(m, n) for b in original.blocks for m, n in b.numbers()}),
     }
@@ -181,7 +190,8 @@ def _allowed(path: tuple[str, ...], before: Any, after: Any, counts: Mapping[str
     if path[-1] in COUNTERS and type(after) is int:
         return set(counts.values()) == {after}
     if path[-1] in MTP_COUNTS:
-        return type(after) is int and type(before) is int and 0 <= after <= before
+        least = type(after) is int and after == 0  # also where the class promises one by itself
+        return least or (type(after) is int and type(before) is int and 0 <= after <= before)
     if path[-1] in REPEATED and isinstance(before, list) and isinstance(after, list):
         return len(after) == len(before) and set(after) <= {*before, max(counts.values())}
     if "expert" in path[-1] and isinstance(before, list) and isinstance(after, list):

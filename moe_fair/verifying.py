@@ -128,8 +128,14 @@ def verify(
     if original is not None:
         source = original
         counts = {b.name: b.num_experts for b in source.blocks}
-        counts |= {name: len(kept) for name, kept in made.kept.items()}
-        checks.append(_check("config", lambda: check_config(counts, source, output)))
+        counts |= {name: len(made.kept[name]) for name in counts if name in made.kept}
+        left = {
+            b.name: len(made.kept.get(b.name, range(b.num_experts)))
+            for b in source.heads.blocks
+            if made.mtp != "drop"
+        }
+        look = partial(check_config, counts, source, output, left)
+        checks.append(_check("config", look))
         beside = partial(check_files_beside, output, source, found)
         checks.append(_check("side files", beside))
     checks.append(_check("tensors", lambda: _tensors(made, found)))
