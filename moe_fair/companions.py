@@ -1,4 +1,4 @@
-"""A pruned checkpoint's config and the files beside its weights, against the original's.
+"""A pruned checkpoint's code, config and the files beside its weights, against the original's.
 
 Nothing here asks how the result was written: the config may differ in the few keys that a plan
 changes, and these must say what the plan says; every other key and file is the original's, or a
@@ -19,7 +19,14 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import INDEX
 from moe_fair.moe.blocks import COUNTERS
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, REFERENCE
+from moe_fair.moe.own_code import (
+    MODELING_CLASS,
+    MODELING_FILE,
+    REFERENCE,
+    changed,
+    code_files,
+    not_ours,
+)
 
 ABSENT = object()
 LAYERS, LAYERS_ALLOWED = "per_layer_config", "allow_global_per_layer_attribute_access"
@@ -39,6 +46,33 @@ WRITTEN = tuple(
     for name in ("plan.json", "recipe.yaml", "statistics.safetensors", "repair.json")
 )
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
+
+
+def check_code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
+    """No code but our own, and the original's where it is known, comes with the checkpoint.
+
+    Args:
+        trusted: what else it brings may run.
+
+    Returns, raises: as `check_config`.
+    """
+    config = _config(output)
+    others = [name for name in code_files(output) if name != MODELING_FILE]
+    for name in others:
+        theirs = original.path / name if original is not None else None
+        if theirs is None or not theirs.is_file() or not same_bytes(output / name, theirs):
+            raise ValueError(f"{name} is not a file that moe_fair writes")
+    named, brought = config.get("auto_map"), (output / MODELING_FILE).exists()
+    if original is None:
+        brought |= named is not None
+    else:  # the original's own entry, without its files, is run by nobody
+        brought |= named is not None and named != _config(original.path).get("auto_map")
+    if brought and (wrong := changed(output) if trusted else not_ours(output)):
+        raise ValueError(wrong)
+    # the structure that the config stands for
+    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
+    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
+    return text + (f"; of the original's own: {', '.join(others)}" if others else "")
 
 
 def check_config(counts: Mapping[str, int], original: Checkpoint, output: Path) -> str:
@@ -61,14 +95,14 @@ def check_config(counts: Mapping[str, int], original: Checkpoint, output: Path) 
         _same("moe_fair", own, _told(counts, original))
     elif len(set(counts.values())) > 1:
         raise ValueError("config.json has one number of experts, and the plan has several")
-    changed = _take_layers(old, new, counts, original, again)
+    differing = _take_layers(old, new, counts, original, again)
     for path, before, after in _differences(old, new):
         key = ".".join(path)
         if not _allowed(path, before, after, counts):
             raise ValueError(f"config.json: {key} is {_said(after)}, not {_said(before)}")
-        changed.append(key)
-    changed += ["moe_fair"] if own is not None else []
-    return f"the original's but for {', '.join(changed) or 'nothing'}"
+        differing.append(key)
+    differing += ["moe_fair"] if own is not None else []
+    return f"the original's but for {', '.join(differing) or 'nothing'}"
 
 
 def check_files_beside(output: Path, original: Checkpoint, found: Checkpoint) -> str:

@@ -6,7 +6,6 @@ checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from pathlib import Path
 
 import torch
 
-from moe_fair.companions import check_config, check_files_beside
+from moe_fair.companions import check_code, check_config, check_files_beside
 from moe_fair.core.manifest import (
     CHUNK,
     FOLDER,
     MANIFEST,
     check_files,
-    same_bytes,
     write_manifest,
 )
 from moe_fair.core.plan import Plan
@@ -31,7 +29,6 @@ from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
-from moe_fair.moe.own_code import MODELING_FILE, changed, code_files, not_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
@@ -120,7 +117,7 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
-    checks.append(_check("code", lambda: _code(output, original, trust_remote_code)))
+    checks.append(_check("code", lambda: check_code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
     made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
@@ -186,32 +183,6 @@ def _check(name: str, look: Callable[[], str]) -> Check:
     except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         # a damaged config or table breaks whatever reads it, here or in transformers
         return Check(name, False, " ".join(str(e).split()))
-
-
-def _code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
-    """No code but our own, and the original's where it is known, comes with the checkpoint."""
-    config = json.loads((output / "config.json").read_text())
-    others = [name for name in code_files(output) if name != MODELING_FILE]
-    for name in others:
-        theirs = original.path / name if original is not None else None
-        if theirs is None or not theirs.is_file() or not same_bytes(output / name, theirs):
-            raise _Wrong(f"{name} is not a file that moe_fair writes")
-    brought = (output / MODELING_FILE).exists()
-    named = config.get("auto_map")
-    if named is not None and original is not None and not brought:
-        before = json.loads((original.path / "config.json").read_text()).get("auto_map")
-        brought = named != before  # the original's own, without its files, is run by nobody
-    elif named is not None:
-        brought = True
-    wrong = not_ours(output) if brought and not trusted else ""
-    if brought and trusted:
-        wrong = changed(output)
-    if wrong:
-        raise _Wrong(wrong)
-    # the structure that the config stands for
-    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
-    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
-    return text + (f"; of the original's own: {', '.join(others)}" if others else "")
 
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:
