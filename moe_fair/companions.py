@@ -1,4 +1,4 @@
-"""A pruned checkpoint's config and the files beside its weights, against the original's.
+"""A pruned checkpoint's code, config and the files beside its weights, against the original's.
 
 Nothing here asks how the result was written: the config may differ in the few keys that a plan
 changes, and these must say what the plan says; every other key and file is the original's, or a
@@ -20,8 +20,15 @@ from moe_fair.engines.shards import INDEX
 from moe_fair.moe.blocks import COUNTERS
 from moe_fair.moe.expert_lists import REPEATED
 from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.own_code import MODELING_CLASS, MODELING_FILE, REFERENCE
-from moe_fair.moe.side_files import READER_CLASSES
+from moe_fair.moe.own_code import (
+    MODELING_CLASS,
+    MODELING_FILE,
+    REFERENCE,
+    changed,
+    code_files,
+    not_ours,
+)
+from moe_fair.moe.side_files import READER_CLASSES, reader_code
 
 ABSENT = object()
 LAYERS, LAYERS_ALLOWED = "per_layer_config", "allow_global_per_layer_attribute_access"
@@ -38,9 +45,35 @@ REQUIRED = (
 TOKENIZER = REQUIRED[:7]  # without which there is none
 WRITTEN = tuple(
     f"{FOLDER}/{name}"
-    for name in ("plan.json", "recipe.yaml", "statistics.safetensors", "repair.json")
+    for name in ("plan.json", "recipe.yaml", "statistics.safetensors", "repair.json", "drafts.json")
 )
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
+
+
+def check_code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
+    """No code but our own, its tokenizer's and the original's comes with the checkpoint.
+
+    Args:
+        trusted: what else it brings may run.
+
+    Returns, raises: as `check_config`.
+    """
+    config = _config(output)
+    readers = reader_code(output)
+    others = [name for name in code_files(output) if name != MODELING_FILE]
+    for name in others:
+        theirs = original.home / name if original is not None else None
+        known = theirs is not None and theirs.is_file() and same_bytes(output / name, theirs)
+        if not known and (original is not None or name not in readers):
+            raise ValueError(f"{name} is not a file that moe_fair writes")
+    named = {k for k in config.get("auto_map") or {} if k not in READER_CLASSES}
+    brought = bool(named) or (output / MODELING_FILE).exists()
+    if brought and (wrong := changed(output) if trusted else not_ours(output)):
+        raise ValueError(wrong)
+    # the structure that the config stands for
+    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
+    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
+    return text + (f"; of the tokenizer's: {', '.join(others)}" if others else "")
 
 
 def check_config(
@@ -69,14 +102,14 @@ def check_config(
         _same("moe_fair", own, _told(counts, original, heads))
     elif len(set(counts.values())) > 1:
         raise ValueError("config.json has one number of experts, and the plan has several")
-    changed = _take_layers(old, new, counts, original, again)
+    differing = _take_layers(old, new, counts, original, again)
     for path, before, after in _differences(old, new):
         key = ".".join(path)
         if not _allowed(path, before, after, counts):
             raise ValueError(f"config.json: {key} is {_said(after)}, not {_said(before)}")
-        changed.append(key)
-    changed += ["moe_fair"] if own is not None else []
-    return f"the original's but for {', '.join(changed) or 'nothing'}"
+        differing.append(key)
+    differing += ["moe_fair"] if own is not None else []
+    return f"the original's but for {', '.join(differing) or 'nothing'}"
 
 
 def check_files_beside(output: Path, original: Checkpoint, found: Checkpoint) -> str:

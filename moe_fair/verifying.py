@@ -6,7 +6,6 @@ checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from pathlib import Path
 
 import torch
 
-from moe_fair.companions import check_config, check_files_beside
+from moe_fair.companions import check_code, check_config, check_files_beside
 from moe_fair.core.manifest import (
     CHUNK,
     FOLDER,
     MANIFEST,
     check_files,
-    same_bytes,
     write_manifest,
 )
 from moe_fair.core.plan import Plan
@@ -31,9 +29,7 @@ from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
-from moe_fair.moe.own_code import MODELING_FILE, changed, code_files, not_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
-from moe_fair.moe.side_files import READER_CLASSES, reader_code
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
@@ -121,7 +117,7 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
-    checks.append(_check("code", lambda: _code(output, original, trust_remote_code)))
+    checks.append(_check("code", lambda: check_code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
     made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
@@ -194,29 +190,6 @@ def _check(name: str, look: Callable[[], str]) -> Check:
     except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         # a damaged config or table breaks whatever reads it, here or in transformers
         return Check(name, False, " ".join(str(e).split()))
-
-
-def _code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
-    """No code but our own, its tokenizer's and the original's comes with the checkpoint."""
-    config = json.loads((output / "config.json").read_text())
-    readers = reader_code(output)
-    others = [name for name in code_files(output) if name != MODELING_FILE]
-    for name in others:
-        theirs = original.home / name if original is not None else None
-        known = theirs is not None and theirs.is_file() and same_bytes(output / name, theirs)
-        if not known and (original is not None or name not in readers):
-            raise _Wrong(f"{name} is not a file that moe_fair writes")
-    named = {k for k in config.get("auto_map") or {} if k not in READER_CLASSES}
-    brought = bool(named) or (output / MODELING_FILE).exists()
-    wrong = not_ours(output) if brought and not trusted else ""
-    if brought and trusted:
-        wrong = changed(output)
-    if wrong:
-        raise _Wrong(wrong)
-    # the structure that the config stands for
-    Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
-    text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"
-    return text + (f"; of the tokenizer's: {', '.join(others)}" if others else "")
 
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:
