@@ -306,7 +306,7 @@ def test_devices_are_written_into(
 @pytest.mark.parametrize("command", [["prune", "--ratio"], ["sparsify", "--sparsity"]])
 def test_image_classifiers_in_a_volume(command: list[str], volume: Path) -> None:
     runs(
-        "vision", *command, 0.5, "vision.architectures:small", "--data", "digits",
+        "vision", *command, 0.5, "moe_fair.vision.zoo:ResNet(1, 10, 1, 4)", "--data", "digits",
         "--samples", 12, "--batch-size", 12, "-o", volume, "--json",
     )  # fmt: skip
     assert "pruned.json" in [p.name for p in volume.iterdir()]
