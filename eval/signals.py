@@ -109,11 +109,12 @@ def disturbed(folder: Path, number: signal.Signals, after: float, repairing: boo
         running.kill()
         return "still runs a minute after the signal"
     text = log.read_text()
-    begun = ", in main" in text or "Traceback" not in text
-    if begun and "Traceback" in text:
+    # while our own modules are being imported, Python ends by itself
+    early = ", in main" not in text if "Traceback" in text else not text
+    if "Traceback" in text and not early:
         return "a traceback"
-    # a run may have ended before; one that is still being imported is Python's to end
-    if code not in (0, 128 + number, -number) and (begun and text or code != 1):
+    # a run may also have ended before the signal
+    if code not in (0, 128 + number, -number, *((1,) if early else ())):
         return f"exit code {code}"
     if code == 0 and not output.exists():
         return "exit code 0 and no result"
