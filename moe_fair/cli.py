@@ -450,12 +450,12 @@ def _say(line: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _quieten()
     if arguments[:1] not in TOGETHER:
         if not distributed.is_first():
             sys.exit(0)
         distributed.stay_alone()
     with terminal.streams(), interrupts.handled(alone=distributed.processes() == 1):
+        _quieten()
         code = _run(arguments)
     # out here, where nothing holds the frames of what failed: after a lack of memory, what torch
     # does when Python ends needs some

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from moe_fair.core.interrupts import caught
 from moe_fair.core.lock import release_all
 from moe_fair.core.printable import printable
 
@@ -349,6 +350,8 @@ class _Watch(threading.Thread):
         if number == signal.SIGINT:
             # the main thread leaves by itself where it can, and at once at a second signal
             select.select([self._signals], [], [], 3)
+            if self.rank == 0 and caught() is None:  # it waits for the others
+                _print("moe-fair: interrupted; the same command goes on where it stopped")
             _end_now(130)
         if number == signal.SIGTERM:
             with suppress(RuntimeError):  # a launcher that lost a process ends the others this way

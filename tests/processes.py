@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -63,9 +64,10 @@ class Python:
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
         return code
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """SIGKILL, or another signal; nothing where it has ended."""
+        if self._process.exitcode is None and self._process.pid is not None:
+            os.kill(self._process.pid, number)
 
 
 def python(

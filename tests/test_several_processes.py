@@ -267,6 +267,29 @@ def test_a_killed_process_ends_the_run_and_the_rerun_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_is_answered_once(tmp_path: Path, number: signal.Signals) -> None:
+    """As Ctrl-C and schedulers send it; the first process's lock goes with it."""
+    where, out = port(), tmp_path / "out"
+    both = [by_hand(tmp_path, 2, where, rank, *LONG, "-o", str(out)) for rank in (0, 1)]
+    give_up = time.monotonic() + 200
+    while not (tmp_path / "out.calibrating" / "chunk-00001" / STATISTICS_FILE).exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    assert (tmp_path / "out.lock").exists()
+    for process in both:
+        process.kill(number)
+    assert [p.wait(timeout=30) for p in both] == [128 + number] * 2
+    lines = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
+    said = "interrupted" if number == signal.SIGINT else "ended by a signal"
+    assert lines[0].count(f"moe-fair: {said}") == 1, lines[0]
+    assert not any("Traceback" in x for x in lines), lines
+    assert "moe-fair: " not in lines[1]
+    assert not (tmp_path / "out.lock").exists()
+    assert (tmp_path / "out.calibrating").is_dir()
+
+
+@pytest.mark.slow
 def test_a_machine_that_is_lost_ends_the_others(tmp_path: Path) -> None:
     where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port()]
     launchers = []

@@ -53,7 +53,7 @@ def find_place(output: Path) -> Place:
     folder in which the command was started.
 
     Raises:
-        ValueError: it is a file, or links lead nowhere or in a circle.
+        ValueError: it is a file, its links lead in a circle, or its name cannot be written to.
     """
     try:
         path = output.resolve()
@@ -62,6 +62,10 @@ def find_place(output: Path) -> Place:
         circle = True
     if circle:
         raise ValueError(f"output {output}: its links lead in a circle; name a directory")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as e:  # safetensors takes no other
+        raise ValueError(f"output {output} is not UTF-8; give another name") from e
     if path.exists() and not path.is_dir():
         raise ValueError(f"output {output} is a file; give a new or empty directory")
     inside = path.is_dir() and (
