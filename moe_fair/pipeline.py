@@ -22,6 +22,7 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves, holds_curves
+from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import check_output, fresh, partial_path, settle
@@ -85,6 +86,7 @@ def calibrate(
     if every.alone:
         check_costs(recipe, source, ALONE_COSTS)
     text, _ = us.told(lambda: parted(recipe, calibration_set(recipe, source, say), say))
+    domain_weights(text.domains, recipe.weights)
     work = work_folder(output, recipe) if output is not None else None
     statistics = collect(every, source, text, say, work, us)
     if every.alone and statistics is not None:
@@ -221,6 +223,8 @@ class _Pruning:
             check_disk(size, self.output)
         self.say(f"disk: about {size / 1e9:.2f} GB for the result")
         check_rivals(recipe, source)
+        if statistics is not None:
+            domain_weights(statistics.domains, recipe.weights)
         every = with_needs(recipe, *rivals(recipe).values())
         alone = every.alone and (statistics is None or not holds_alone(statistics))
         costly = _unmeasured(recipe, statistics)
@@ -230,6 +234,7 @@ class _Pruning:
             check_costs(recipe, source, ALONE_COSTS)
         if statistics is None:
             self._text = self.us.told(lambda: calibration_set(recipe, source, self.say))
+            domain_weights(self._text.domains, recipe.weights)
             text, self._trial = parted(recipe, self._text, self.say)
             statistics = collect(every, source, text, self.say, self.work, self.us)
         if self.us.first and statistics is not None:
