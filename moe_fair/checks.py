@@ -12,12 +12,12 @@ from moe_fair.core.allocate import allocator, allocators
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import Plan, Target, make_plan
 from moe_fair.core.registry import pick
-from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.distributed import processes
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.placement import check_map, read_map
-from moe_fair.recipe import Recipe, parse_size
+from moe_fair.recipe import PLANNING, TARGETS, Recipe, parse_size
 
 # methods that pair a removal score with |Taylor|, by ToD
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
@@ -174,6 +174,28 @@ def check_device_map(recipe: Recipe, source: Checkpoint) -> None:
             "device: leave one of the two out"
         )
     check_map(recipe.device_map, read_map(recipe.device_map), source.skeleton)
+
+
+def check_given(recipe: Recipe, statistics: Statistics | None, ready: Plan | None) -> None:
+    """What is given to `prune` does not contradict a plan that is given too, which is a decision.
+
+    Raises:
+        ValueError: it does; says which.
+    """
+    if ready is None:
+        return
+    if statistics is not None:
+        raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
+    if any(getattr(recipe, t) is not None for t in TARGETS):
+        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
+    usual = Recipe()
+    for name in (*PLANNING, "rivals"):
+        if name != "reduce" and getattr(recipe, name) != getattr(usual, name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"a --plan already holds its decision, and {flag} would be passed over; leave it "
+                "out, or give --stats"
+            )
 
 
 def check_disk(need: int, output: Path) -> None:

@@ -202,13 +202,8 @@ def prune(
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import TARGETS
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
 
-    if plan is not None and stats is not None:
-        raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
-    if plan is not None and any(getattr(settings, t) is not None for t in TARGETS):
-        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
     done = pipeline.prune(
         settings,
         output,

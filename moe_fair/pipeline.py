@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_fair.checks import (
     check_device_map,
     check_disk,
+    check_given,
     check_plan_settings,
     check_same_model,
     check_target,
@@ -68,6 +71,8 @@ class Pruned:
     after: HeldoutLoss | None = None
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def calibrate(
     recipe: Recipe, output: Path | None = None, say: Say = lambda _: None
 ) -> Statistics | None:
@@ -104,6 +109,8 @@ def calibrate(
     return statistics
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def oracle(
     recipe: Recipe,
     output: Path,
@@ -138,6 +145,8 @@ def oracle(
     return found, table
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
@@ -169,6 +178,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def prune(
     recipe: Recipe,
     output: Path,
@@ -182,6 +193,7 @@ def prune(
     Where several processes do it together, they share the measuring; the first plans and writes.
     """
     us = team()
+    check_given(recipe, statistics, ready)
     if us.first:
         check_output(output)
     source = open_model(recipe)

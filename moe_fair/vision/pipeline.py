@@ -66,6 +66,8 @@ class _Run:
     say: Say
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def prune(
     settings: Settings, output: Path, *, start_over: bool = False, say: Say = lambda _: None
 ) -> Pruned:
@@ -77,6 +79,7 @@ def prune(
     Raises:
         ValueError: bad input, or a target that cannot be met.
     """
+    output = Path(output)  # text will do
     check_output(output)
     run = _open(settings, output, start_over, say)
     started = time.perf_counter()
