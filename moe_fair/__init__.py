@@ -10,14 +10,17 @@ Settings are those of `moe_fair.Recipe`. Heavy packages load when a function is 
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from moe_fair.core.plan import Plan
     from moe_fair.core.units import Statistics
     from moe_fair.pipeline import Pruned
     from moe_fair.recipe import Recipe
+
+T = TypeVar("T")
 
 __version__ = "0.1.0"
 __all__ = ["Plan", "Pruned", "Recipe", "Statistics", "calibrate", "plan", "prune"]
@@ -30,7 +33,9 @@ _HOMES = {
 }
 
 
-def calibrate(model: str, output: str | Path | None = None, **settings: Any) -> Statistics:
+def calibrate(
+    model: str | PathLike[str], output: str | PathLike[str] | None = None, **settings: Any
+) -> Statistics:
     """Run calibration text through a model and gather statistics of every routed expert.
 
     Args:
@@ -43,16 +48,17 @@ def calibrate(model: str, output: str | Path | None = None, **settings: Any) -> 
     """
     from moe_fair import pipeline
     from moe_fair.distributed import team
-    from moe_fair.recipe import Recipe
+    from moe_fair.recipe import Recipe, check_used
 
+    check_used(settings, "calibrate")
     recipe = Recipe().with_settings({"model": model, **settings})
-    statistics = pipeline.calibrate(recipe, Path(output) if output else None)
+    statistics = pipeline.calibrate(recipe, None if output is None else _path("output", output))
     everywhere = team().told(lambda: statistics)
     assert everywhere is not None  # the first process has them
     return everywhere
 
 
-def plan(statistics: Statistics | str | Path, **settings: Any) -> Plan:
+def plan(statistics: Statistics | str | PathLike[str], **settings: Any) -> Plan:
     """Decide which experts stay, in milliseconds.
 
     Args:
@@ -65,19 +71,19 @@ def plan(statistics: Statistics | str | Path, **settings: Any) -> Plan:
     """
     from moe_fair import pipeline
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe
+    from moe_fair.recipe import Recipe, check_used
 
-    if isinstance(statistics, (str, Path)):
-        statistics = Statistics.load(Path(statistics))
-    return pipeline.plan(statistics, Recipe().with_settings(settings))
+    check_used(settings, "plan")
+    recipe = Recipe().with_settings(settings)
+    return pipeline.plan(_loaded("statistics", statistics, Statistics), recipe)
 
 
 def prune(
-    model: str,
-    output: str | Path,
+    model: str | PathLike[str],
+    output: str | PathLike[str],
     *,
-    plan: Plan | str | Path | None = None,
-    statistics: Statistics | str | Path | None = None,
+    plan: Plan | str | PathLike[str] | None = None,
+    statistics: Statistics | str | PathLike[str] | None = None,
     **settings: Any,
 ) -> Pruned:
     """Cut a model's experts and save a checkpoint that loads with transformers.
@@ -94,14 +100,41 @@ def prune(
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe
+    from moe_fair.recipe import Recipe, check_used
 
-    if isinstance(plan, (str, Path)):
-        plan = Plan.load(Path(plan))
-    if isinstance(statistics, (str, Path)):
-        statistics = Statistics.load(Path(statistics))
+    check_used(settings, "prune")
     recipe = Recipe().with_settings({"model": model, **settings})
-    return pipeline.prune(recipe, Path(output), statistics=statistics, ready=plan)
+    return pipeline.prune(
+        recipe,
+        _path("output", output),
+        statistics=None if statistics is None else _loaded("statistics", statistics, Statistics),
+        ready=None if plan is None else _loaded("plan", plan, Plan),
+    )
+
+
+def _path(name: str, value: Any) -> Path:
+    """An argument that names a place on disk."""
+    from moe_fair.core.quote import quote
+
+    if not isinstance(value, (str, PathLike)) or not str(value):
+        raise ValueError(f"{name} must be a path, not {quote(value)}")
+    return Path(value)
+
+
+def _loaded(name: str, value: Any, kind: type[T]) -> T:
+    """An argument that is an object, or the path of a saved one."""
+    import torch
+
+    from moe_fair.core.quote import quote
+
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, (str, PathLike)):
+        raise ValueError(
+            f"{name} must be a {kind.__name__} or the path of a saved one, not {quote(value)}"
+        )
+    with torch.inference_mode(False):  # tensors that may be changed, whatever the caller's mode
+        return kind.load(Path(value))  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:

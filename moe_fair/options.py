@@ -255,7 +255,11 @@ TrialSamples = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    option("--weights", text="Domain weights in the scores: python=2,rust-docs=1", panel=SCORE),
+    option(
+        "--weights",
+        text="Domain weights in the scores, 1 for those not named: python=2,rust-docs=0",
+        panel=SCORE,
+    ),
 ]
 MinExperts = Annotated[
     int | None,

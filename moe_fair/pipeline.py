@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from moe_fair.checks import check_disk, check_same_model, with_needs
 from moe_fair.collecting import Say, collect, discard, measure
 from moe_fair.core.interrupts import closing
@@ -73,6 +75,8 @@ class Pruned:
     after: HeldoutLoss | None = None
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def calibrate(
     recipe: Recipe, output: Path | None = None, say: Say = lambda _: None
 ) -> Statistics | None:
@@ -132,6 +136,8 @@ def _calibrate(
     return statistics, recorded.to_yaml(without=left_out)
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def oracle(
     recipe: Recipe,
     output: Path,
@@ -170,6 +176,8 @@ def oracle(
     return found, table
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def prune(
     recipe: Recipe,
     output: Path,

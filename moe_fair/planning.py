@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from moe_fair.checks import check_target, method, target
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves
@@ -12,6 +14,7 @@ from moe_fair.moe.merge import merging
 from moe_fair.recipe import Recipe
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: its tensors may be changed later
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)

@@ -24,6 +24,7 @@ from moe_fair.checks import (
 from moe_fair.collecting import Say
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import holds_curves
+from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
@@ -152,6 +153,7 @@ def check_prune(
     else:
         if statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
+            domain_weights(statistics.domains, recipe.weights)
             # of before they said anything of heads
             facts = {"mtp": head_facts(source), **statistics.facts}
             statistics = replace(statistics, facts=facts)
@@ -301,14 +303,9 @@ def check_domains(
         )
     if not run.collects:
         return
-    weights = recipe.weights or {}
-    unknown = sorted(set(weights) - set(text.domains))
-    if unknown:
-        raise ValueError(
-            f"no calibration domain {unknown[0]!r}; there are {', '.join(text.domains)}"
-        )
+    weights = domain_weights(text.domains, recipe.weights)
     named = rivals(recipe) if recipe.rivals is not None else {}
-    compared = [d for d in text.domains if weights.get(d, 1) > 0]
+    compared = [w for w in weights if w > 0]
     for name, its in {"": recipe, **named}.items():
         scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
         if scores and len(compared) < 2:

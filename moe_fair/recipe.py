@@ -34,6 +34,13 @@ PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
     "weights", "reduce", "mtp",
 )  # fmt: skip
+# what the others do not look at; the command line has no options for it either
+UNUSED = {
+    "calibrate": (
+        *TARGETS, "min_experts", "multiple_of", "repair", "heldout", "heldout_samples",
+    ),
+    "prune": ("curves",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -266,6 +273,19 @@ def read_settings(path: Path) -> dict[Any, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
     return raw
+
+
+def check_used(settings: Mapping[str, Any], command: str) -> None:
+    """Every setting that is given is one that the command looks at.
+
+    Raises:
+        ValueError: one is not; says which.
+    """
+    check_keys(settings, "settings")
+    for name, value in settings.items():
+        used = name in PLANNING if command == "plan" else name not in UNUSED[command]
+        if not used and value is not None:
+            raise ValueError(f"{command} does not use {name}={quote(value)}; leave it out")
 
 
 def check_keys(settings: Mapping[Any, Any], where: str) -> None:

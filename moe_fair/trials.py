@@ -182,11 +182,14 @@ def try_plans(
     different = _different(plans)
     if len(different) < 2:
         return plans[0].plan
-    losses, counts = _losses(recipe, source, text, different, home, say)
     weights = _sequence_weights(recipe, text)
-    losses, tokens = losses * weights, float(counts @ weights)
-    if not tokens:  # of domains that --weights leaves out
+    seen = weights > 0  # what --weights leaves out tells nothing, of the spread neither
+    if int(seen.sum()) < 2:
+        say("note: no plan is tried: the held-back text is of domains whose weight is 0")
         return plans[0].plan
+    losses, counts = _losses(recipe, source, text, different, home, say)
+    losses, counts, weights = (losses * weights)[:, seen], counts[seen], weights[seen]
+    tokens = float(counts @ weights)
     tried = [
         replace(t, change=_change(losses[p], losses[0], tokens),
                 stderr=_stderr(losses[p] - losses[1], tokens))
@@ -194,13 +197,13 @@ def try_plans(
     ]  # fmt: skip
     best = best_of(tried)
     about = {
-        "sequences": len(text.sequences), "tokens": int(counts.sum()), "taken": best.name,
+        "sequences": len(counts), "tokens": int(counts.sum()), "taken": best.name,
         "loss": float(losses[0].sum()) / tokens,
         "changes": {t.name: t.change for t in tried}, "stderr": {t.name: t.stderr for t in tried},
     }  # fmt: skip
     shown = ", ".join(f"{t.name} {t.change:+.4f}" for t in sorted(tried, key=lambda t: t.change))
     note = (
-        f"tried on {len(text.sequences)} held-back sequences, before any repair: {shown}; "
+        f"tried on {len(counts)} held-back sequences, before any repair: {shown}; "
         f"{best.name} was taken"
     )
     explanation = {**best.plan.explanation, "trials": about}

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moe_fair.cli import main
 from moe_fair.moe.load import Checkpoint
 
+ALL = "=0,".join(sorted(f.stem for f in CALIBRATION.iterdir()))
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 
 
@@ -61,6 +62,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--experts", "40", "--length", "9999"], "the model's 1024 positions"),
         (["--experts", "40", "--samples", "0"], "--samples 0 is below 1"),
         (["--experts", "40", "--weights", "python"], "write domain=weight"),
+        (["--experts", "40", "--weights", "pyton=0"], "domain 'pyton' (did you mean 'python'?)"),
+        (["--experts", "40", "--weights", f"{ALL}=0"], "every weight is 0"),
         (["--experts", "40", "--wrong"], "No such option"),
     ],
 )  # fmt: skip

@@ -108,6 +108,16 @@ def test_domain_weights_change_the_plan(statistics_folder: Path) -> None:
     assert plain.kept != weighted.kept
     with pytest.raises(ValueError, match="no calibration domain 'cobol'"):
         moe_fair.plan(statistics_folder, experts=30, weights={"cobol": 2})
+    # a weight of 0 leaves a domain out; the others stay 1
+    without = moe_fair.plan(statistics_folder, experts=30, weights={"python": 0})
+    others = ("javascript", "reference-manuals", "rust-docs")
+    ones = {"python": 0, **dict.fromkeys(others, 1)}
+    assert without.kept == moe_fair.plan(statistics_folder, experts=30, weights=ones).kept
+    assert without.groups[0].removal != plain.groups[0].removal
+    with pytest.raises(ValueError, match=r"no calibration domain 'pyton' \(did you mean 'python'"):
+        moe_fair.plan(statistics_folder, experts=30, weights={"pyton": 0})
+    with pytest.raises(ValueError, match="every weight is 0"):
+        moe_fair.plan(statistics_folder, experts=30, weights=dict.fromkeys(ones, 0))
 
 
 def test_a_tolerance_alone_sets_the_depths(statistics_folder: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.exact_sum import two_sum
 from moe_fair.core.sketch import Sketch
 
@@ -157,12 +158,7 @@ class Statistics:
 
     def view(self, group: UnitGroup, weights: Mapping[str, float] | None = None) -> GroupView:
         """One group's sums over the domains, each domain times its weight (default 1)."""
-        unknown = set(weights or {}) - set(self.domains)
-        if unknown:
-            raise ValueError(
-                f"no calibration domain {sorted(unknown)[0]!r}; there are {', '.join(self.domains)}"
-            )
-        w = torch.tensor([(weights or {}).get(d, 1.0) for d in self.domains], dtype=torch.float64)
+        w = torch.tensor(domain_weights(self.domains, weights), dtype=torch.float64)
         stored = self.sums.get(group.name, {})  # of scores without data there are none
         sums = {k: torch.tensordot(w, v, dims=1) for k, v in stored.items()}
         return GroupView(

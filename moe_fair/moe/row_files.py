@@ -163,7 +163,9 @@ def _parquet(path: Path) -> Found:
                 for found in batch.to_pylist():
                     n += 1
                     yield f"row {n}", found
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, OSError) as e:
+        if getattr(e, "errno", None):  # of the system; of damage there is none
+            raise
         raise ValueError(f"{path}: cannot be read as parquet: {clip(str(e), 200)}") from e
 
 

@@ -43,6 +43,8 @@ class Preprocessing:
                 raise ValueError(
                     f"{name} has {len(values)} values; the model has {self.channels} channels"
                 )
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite numbers")
         if min(self.std) <= 0:
             raise ValueError(f"--std {min(self.std)} is not above 0")
 

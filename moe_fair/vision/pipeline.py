@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import FOLDER, write_manifest
-from moe_fair.core.output import Place, claim, fresh, partial_path, settle
+from moe_fair.core.output import Place, claim, fresh, partial_path, settle, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Scores, Statistics
 from moe_fair.vision.accuracy import latency, top1
@@ -26,6 +26,7 @@ from moe_fair.vision.data import Data, ImageSet, open_data, sample
 from moe_fair.vision.finetune import finetune
 from moe_fair.vision.gradual import check_method, remove_gradually
 from moe_fair.vision.graph import Graph
+from moe_fair.vision.identity import identity
 from moe_fair.vision.load import Source, example, open_source
 from moe_fair.vision.plan import Goal, Rules, make
 from moe_fair.vision.proof import find_groups
@@ -67,6 +68,8 @@ class _Run:
     say: Say
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def prune(
     settings: Settings, output: Path, *, start_over: bool = False, say: Say = lambda _: None
 ) -> Pruned:
@@ -78,6 +81,7 @@ def prune(
     Raises:
         ValueError: bad input, or a target that cannot be met.
     """
+    output = Path(output)  # text will do
     with claim(output) as place:
         return _prune(settings, output, place, start_over, say)
 
@@ -125,7 +129,7 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
 
 def _open(settings: Settings, place: Place, start_over: bool, say: Say) -> _Run:
     source, data = open_inputs(settings)
-    work = _work(settings, place, start_over, say)
+    work = _work(settings, identity(source, data), place, start_over, say)
     x = example(source)
     dense = copy.deepcopy(source.model)
     cpu = copy.deepcopy(source.model).cpu()
@@ -279,19 +283,34 @@ def _home(run: _Run, step: int) -> Path:
     return run.work / f"step-{step}"
 
 
-def _work(settings: Settings, place: Place, start_over: bool, say: Say) -> Path:
-    """Where finished steps and epochs wait for the result; emptied where settings differ."""
+def _work(
+    settings: Settings, about: dict[str, str], place: Place, start_over: bool, say: Say
+) -> Path:
+    """Where finished steps and epochs wait for the result; emptied where they are another run's.
+
+    Args:
+        about: what they depend on beside the settings, see `identity`.
+    """
     work = place.beside("pruning")
-    text = json.dumps(settings.plain(), sort_keys=True)
+    key = {"settings": json.loads(json.dumps(settings.plain())), **about}
     record = work / "settings.json"
-    same = record.is_file() and record.read_text() == text
-    if work.exists() and (start_over or not same):
+    found = _read_key(record)
+    if work.exists() and (start_over or found != key):
         if not start_over:
-            say(f"{work} holds a run with other settings: starting over")
+            other = [k for k, v in key.items() if k in found and found[k] != v] or ["settings"]
+            say(f"{work} holds a run with other {' and '.join(other)}: starting over")
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    record.write_text(text)
+    write_whole(record, json.dumps(key, sort_keys=True))
     return work
+
+
+def _read_key(record: Path) -> dict[str, Any]:
+    """What an earlier run noted down; empty where there was none."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _matched(images: ImageSet, names: tuple[str, ...] | None) -> ImageSet:

@@ -71,6 +71,7 @@ class Settings(Subject):
     distill: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [t for t in TARGETS if getattr(self, t) is not None]
         if len(given) != 1:
             names = " and ".join("--" + t for t in given) or "none"
@@ -90,7 +91,7 @@ class Settings(Subject):
             raise ValueError("--distill acts in fine-tuning: give --finetune-epochs too")
         if self.steps > 1 and not self.finetune_epochs:
             raise ValueError("--steps fine-tunes between the steps: give --finetune-epochs too")
-        if self.learning_rate is not None and self.learning_rate <= 0:
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--lr {self.learning_rate:g} is not above 0")
         rule = allocator(self.allocate)
         if self.method is None and self.tolerance is not None and not rule.needs_protection:

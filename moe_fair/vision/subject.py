@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from moe_fair.core.quote import quote
 from moe_fair.core.registry import check_settings
 
 
@@ -34,6 +36,14 @@ class Subject:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, PathLike):
+                object.__setattr__(self, name, str(value))
+            elif not isinstance(value, str) and not (name == "weights" and value is None):
+                raise ValueError(f"{name} must be text or a path, not {quote(value)}")
 
     @classmethod
     def check_names(cls, values: Iterable[str]) -> None:

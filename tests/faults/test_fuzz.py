@@ -1,10 +1,11 @@
-"""Recipes, plans, statistics, indices and calibration lines of any content: only ValueError.
+"""Recipes, plans, statistics, indices and calibration rows of any content: only ValueError.
 
 MOE_FAIR_FUZZ sets how many of each kind are tried.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +25,9 @@ from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
-from moe_fair.moe.calibration import Source, documents, parse_source
+from moe_fair.moe.calibration import Source, expand, parse_source
+from moe_fair.moe.row_files import read_rows
+from moe_fair.moe.rows import BadRow, Chat
 from moe_fair.recipe import Recipe, load_recipe
 
 EXAMPLES = int(os.environ.get("MOE_FAIR_FUZZ", "60"))
@@ -45,11 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def only_value_errors(run: Callable[[], object]) -> bool:
-    """True where it passed; anything but ValueError fails the test."""
+def only_value_errors(run: Callable[[], object], most: int | None = None) -> bool:
+    """True where it passed; anything but ValueError, or one that says more, fails the test."""
     try:
         run()
-    except ValueError:
+    except ValueError as e:
+        if most is not None and len(str(e)) > most:
+            raise AssertionError(f"{len(str(e))} characters") from e
         return False
     return True
 
@@ -237,26 +244,114 @@ def test_safetensors_headers(folder: Path, data: st.DataObject) -> None:
     only_value_errors(read)
 
 
-lines = st.text(max_size=40) | st.builds(
-    json.dumps,
-    anything
-    | st.fixed_dictionaries({"text": anything})
-    | st.fixed_dictionaries({"messages": st.lists(anything, max_size=2)}),
+parts = anything | st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image"]), "text": anything}
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "tool"]) | anything, "content": st.lists(parts) | anything},
+    optional={"tool_calls": anything, "name": anything},
+)
+rows = anything | st.fixed_dictionaries(
+    {},
+    optional={"text": st.text() | anything, "messages": st.lists(messages, max_size=2) | anything,
+              "tools": anything, "domain": st.text(max_size=4) | anything, "other": anything},
+)  # fmt: skip
+WRITERS: dict[str, Callable[[list[Any]], str]] = {
+    ".txt": str,
+    ".jsonl": lambda rows: "\r\n".join(map(json.dumps, rows)),
+    ".json": json.dumps,
+    ".csv": lambda rows: "text,domain\n" + "\n".join(f'"{r}",{r!r}' for r in rows),
+}
+
+
+def damaged(data: st.DataObject, content: bytes) -> bytes:
+    """The bytes, sometimes with some of them cut out or put in."""
+    if data.draw(st.integers(0, 3)):
+        return content
+    at = data.draw(st.integers(0, len(content)))
+    gone = data.draw(st.integers(0, 8))
+    return content[:at] + data.draw(st.binary(max_size=4)) + content[at + gone :]
+
+
+@fuzz
+@given(data=st.data(), found=st.lists(rows, max_size=4), suffix=st.sampled_from(sorted(WRITERS)))
+def test_calibration_rows(folder: Path, data: st.DataObject, found: list[Any], suffix: str) -> None:
+    text = data.draw(st.text(max_size=60)) if not data.draw(st.integers(0, 5)) else None
+    written = (WRITERS[suffix](found) if text is None else text).encode(errors="surrogatepass")
+    path = folder / f"rows{suffix}"
+    content = damaged(data, data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + written)
+    if data.draw(st.booleans()):
+        path = folder / f"rows{suffix}.gz"
+        content = damaged(data, gzip.compress(content, mtime=0))
+    path.write_bytes(content)
+
+    def read() -> None:
+        for row in read_rows(path):
+            if isinstance(row, BadRow):
+                assert row.why
+                assert len(row.why) < 300
+                assert "\n" not in row.why
+            elif isinstance(row.document, Chat):
+                for m in row.document.messages:
+                    assert isinstance(m["role"], str)
+                    assert isinstance(m.get("content"), str) or m["tool_calls"]
+                json.dumps(row.document.messages, ensure_ascii=False).encode()
+            else:
+                row.document.encode()
+
+    only_value_errors(read)
+    only_value_errors(lambda: expand([Source(str(path))]))
+
+
+@fuzz
+@given(data=st.data(), found=st.lists(rows, min_size=1, max_size=4))
+def test_parquet_rows(folder: Path, data: st.DataObject, found: list[Any]) -> None:
+    texts = [r.get("text") if isinstance(r, dict) else r for r in found]
+    table = pyarrow.table({"text": [t if isinstance(t, str) and safe(t) else None for t in texts]})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    path = folder / "damaged.parquet"
+    path.write_bytes(damaged(data, (folder / "rows.parquet").read_bytes()))
+    only_value_errors(lambda: list(read_rows(path)))
+
+
+def safe(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+@fuzz
+@given(spec=st.text(max_size=30) | st.from_regex(r"\A([a=:@/.]|[0-9]{1,3}|x\.jsonl){1,8}\Z"))
+def test_sources(spec: str) -> None:
+    if only_value_errors(lambda: parse_source(spec)):
+        found = parse_source(spec)
+        assert 0 < found.weight < float("inf")
+        assert found.where
+
+
+anchored = st.recursive(
+    st.sampled_from(["*a", "*b", "1", "x", "050", ".nan", "{<<: *a}", "!!int 7", "'q'"]),
+    lambda x: (
+        st.builds(lambda tag, v: tag + v, st.sampled_from(["&a ", "&b ", ""]), x)
+        | st.lists(x, max_size=9).map(lambda v: f"[{', '.join(v)}]")
+        | st.lists(x, max_size=3).map(
+            lambda v: "{" + ", ".join(f"k{i % 2}: {w}" for i, w in enumerate(v)) + "}"
+        )
+    ),
+    max_leaves=30,
 )
 
 
 @fuzz
-@given(text=st.lists(lines, min_size=1, max_size=3).map("\n".join), spec=st.text(max_size=30))
-def test_calibration_lines(folder: Path, text: str, spec: str) -> None:
-    path = folder / "text.jsonl"
-    path.write_text(text, encoding="utf-8", errors="surrogatepass")
-
-    def read() -> None:
-        for document in documents(Source(str(path)), 0):
-            if isinstance(document, str):
-                document.encode()
-            else:
-                assert all({"role", "content"} <= set(m) for m in document)
-
-    only_value_errors(read)
-    only_value_errors(lambda: parse_source(spec))
+@given(
+    pairs=st.lists(
+        st.tuples(st.sampled_from(["model", "seed", "weights", "calibration", "ratio"]), anchored),
+        min_size=1, max_size=4,
+    )
+)  # fmt: skip
+def test_recipes_with_aliases(folder: Path, pairs: list[tuple[str, str]]) -> None:
+    path = folder / "aliases.yaml"
+    path.write_text("\n".join(f"{k}: {v}" for k, v in pairs))
+    if only_value_errors(lambda: load_recipe(path), most=300 + 2 * len(str(path))):
+        assert len({k for k, _ in pairs}) == len(pairs)
+        assert "*" not in "".join(v for _, v in pairs)
+        made = load_recipe(path)
+        assert Recipe(**made.to_dict()) == made

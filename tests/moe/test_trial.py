@@ -212,6 +212,47 @@ def test_what_a_killed_run_measured_is_found(
     assert "packed weights are not streamed" in said[-1]
 
 
+def test_domains_without_weight_leave_no_trace(tmp_path: Path, statistics_folder: Path) -> None:
+    """The trial with a weight of 0 is that on the text without the domain, standard errors too."""
+    recipe = Recipe(
+        model=str(MODEL), calibration=(str(CALIBRATION),), samples=8, length=32, experts=30
+    )
+    source = pipeline.open_model(recipe)
+    text = pipeline.calibration_set(recipe, source, print)
+    statistics = Statistics.load(statistics_folder)
+    plans = [
+        trials.Tried(m, pipeline.plan(statistics, recipe.with_settings({"method": m})))
+        for m in ("second-order", "random", "reap")
+    ]
+    zero = {text.domains[0]: 0.0, text.domains[3]: 0.0, text.domains[2]: 2.0}
+    weighed = recipe.with_settings({"weights": zero})
+    said: list[str] = []
+    home = tmp_path / "a.json"
+    found = trials.try_plans(weighed, source, text, plans, home, said.append)
+    less = replace(text, sequences=tuple(q for q in text.sequences if q[1] in (1, 2)))
+    want = trials.try_plans(weighed, source, less, plans, tmp_path / "b.json")
+    told, direct = (x.explanation["trials"] for x in (found, want))
+    assert told["sequences"] == direct["sequences"] == 4
+    assert told["tokens"] == direct["tokens"]
+    for name in told["stderr"]:
+        assert told["changes"][name] == pytest.approx(direct["changes"][name], rel=1e-6)
+        assert told["stderr"][name] == pytest.approx(direct["stderr"][name], rel=1e-6)
+    # and by hand, from the losses that were measured
+    stored = json.loads(home.read_text())
+    losses, counts = (torch.tensor(stored[k], dtype=torch.float64) for k in ("losses", "counts"))
+    domains = [b.domain for b in text.batches(recipe.batch_size) for _ in b.sequence_ids]
+    rows = [(i, 2.0 if d == 2 else 1.0) for i, d in enumerate(domains) if d in (1, 2)]
+    d = torch.stack([w * (losses[2, i] - losses[1, i]) for i, w in rows])
+    by_hand = (
+        float(d.std(correction=1)) * len(d) ** 0.5 / sum(w * float(counts[i]) for i, w in rows)
+    )
+    assert told["stderr"]["random"] == pytest.approx(by_hand, rel=1e-9)
+    only = recipe.with_settings({"weights": dict.fromkeys(text.domains[:3], 0.0)})
+    one = replace(text, sequences=text.sequences[:7])
+    assert trials.try_plans(only, source, one, plans, home, said.append) is plans[0].plan
+    assert "whose weight is 0" in said[-1]
+
+
 @pytest.mark.slow
 def test_nothing_is_tried_where_a_method_is_named_or_text_is_short(
     capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_fair.core.interrupts import closing
@@ -41,6 +42,8 @@ class Sparse:
     result: dict[str, Any]
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
 def sparsify(
     settings: SparseSettings, output: Path, *, say: Callable[[str], None] = lambda _: None
 ) -> Sparse:
@@ -49,6 +52,7 @@ def sparsify(
     Raises:
         ValueError: bad input, or a sparsity that cannot be met.
     """
+    output = Path(output)  # text will do
     with claim(output) as place:
         return _sparsify(settings, output, place, say)
 

@@ -32,6 +32,7 @@ class SparseSettings(Subject):
     samples: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ValueError(
                 f"--sparsity {self.sparsity:g} is not between 0 and 1 (the share of zeros)"
