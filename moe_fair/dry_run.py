@@ -17,10 +17,9 @@ from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import share
 from moe_fair.distributed import team
-from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import PACKED, free_memory, weight_dtype
-from moe_fair.moe.load import pick_device
+from moe_fair.moe.load import first_line, pick_device
 from moe_fair.moe.own_words import MOST
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.routed import KEPT_FEATURES
@@ -106,8 +105,8 @@ def dry_run(
         say("timing one layer")
         try:
             costs = _timed(job, chosen.engine)
-        except NotLayerwise as e:
-            notes.append(f"no estimate of the time: {e}")
+        except (ValueError, RuntimeError) as e:  # the checks have passed all the same
+            notes.append(f"no estimate of the time: {first_line(e)}")
     stages = list(_stages(job, chosen.engine, costs, us.size))
     return DryRun(
         output=str(output),
@@ -127,10 +126,10 @@ def _timed(job: Job, engine: str) -> Costs:
     """One layer's costs, of text as long as the run's.
 
     Raises:
-        NotLayerwise: layers do not run alone.
+        ValueError, RuntimeError: layers do not run alone, or not on this machine.
     """
     if job.source.unpacking:
-        raise NotLayerwise(PACKED)
+        raise ValueError(PACKED)
     texts = [t for t in (job.text, job.heldout) if t is not None]
     length = max(len(ids) for t in texts for ids, _ in t.sequences)
     return probe(job.collected, job.source, engine, job.repair, _kept(job), length)

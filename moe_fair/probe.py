@@ -98,7 +98,7 @@ def probe(
         length: tokens of a sequence.
 
     Raises:
-        ValueError: layers of this model do not run alone.
+        ValueError, RuntimeError: layers of this model do not run alone, or not on this machine.
     """
     device = pick_device(recipe.device)
     layered = LayeredModel(
@@ -117,27 +117,27 @@ def probe(
 def _alone(layered: LayeredModel, index: int) -> Iterator[tuple[Any, int]]:
     """The model as if this loaded layer were its only one; and how many ids it knows."""
     model, decoder = layered.model, layered.decoder
-    every = decoder.layers
-    rows = min(ROWS, model.config.get_text_config().vocab_size)
+    config, every = model.config.get_text_config(), decoder.layers
+    depth, rows = config.num_hidden_layers, min(ROWS, config.vocab_size)
     setattr(decoder.holder, decoder.name, nn.ModuleList([every[index]]))
+    config.num_hidden_layers = 1
     text = {id(m): m for m in (*model.get_decoder().modules(), *model.children())}
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
     draw = torch.Generator().manual_seed(0)
     try:
         for module in text.values():
+            short = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
             for name, p in module._parameters.items():
                 if p is None or not p.is_meta:
                     continue
-                shape = list(p.shape)
-                if module is first or module is last:
-                    shape[0] = rows
+                shape = [min(rows, p.shape[0]) if short else p.shape[0], *p.shape[1:]]
                 values = torch.randn(shape, generator=draw) if p.dim() > 1 else torch.ones(shape)
                 new = nn.Parameter(values.to(layered.device, p.dtype), requires_grad=False)
                 module._parameters[name] = new
-        if first is not None:
-            first.padding_idx = None  # it may lie beyond the rows
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # it may lie beyond the rows
         yield model, rows
     finally:
+        config.num_hidden_layers = depth
         setattr(decoder.holder, decoder.name, every)
 
 
