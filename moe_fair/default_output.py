@@ -32,7 +32,11 @@ def pruned_output(recipe: Recipe, target: Mapping[str, Any] | None = None) -> Pa
     for name in TARGETS[1:]:
         value = getattr(recipe, name)
         if value is not None:
-            ends = [f"{name}-{value:g}" if isinstance(value, float) else f"{name}-{value}"]
+            ends = [
+                f"{name}-{value:g}"
+                if isinstance(value, float)
+                else f"{name}-{value}".replace(" ", "")
+            ]
     if not ends:
         raise ValueError(f"give exactly one target ({', '.join(map(flag, TARGETS))}); got nothing")
     return Path(f"{model_name(recipe)}-{plain(ends[0])}")

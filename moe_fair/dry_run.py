@@ -18,15 +18,15 @@ from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.units import Statistics
 from moe_fair.costing import share
 from moe_fair.distributed import team
-from moe_fair.engines.streaming import NotLayerwise
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.choose import PACKED, free_memory, weight_dtype
-from moe_fair.moe.load import pick_device
+from moe_fair.moe.load import first_line, pick_device
+from moe_fair.moe.own_words import MOST
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.routed import KEPT_FEATURES
 from moe_fair.moe.tune import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.preflight import Job, check_prune
-from moe_fair.probe import Costs, hidden_width, probe
+from moe_fair.probe import Costs, Line, hidden_width, probe
 from moe_fair.recipe import TARGETS, Recipe, flag
 from moe_fair.repairing import copies_of, step_sequences
 from moe_fair.trials import rivals
@@ -109,8 +109,8 @@ def dry_run(
         say("timing one layer")
         try:
             costs = _timed(job, chosen.engine)
-        except NotLayerwise as e:
-            notes.append(f"no estimate of the time: {e}")
+        except (ValueError, RuntimeError) as e:  # the checks have passed all the same
+            notes.append(f"no estimate of the time: {first_line(e)}")
     stages = list(_stages(job, chosen.engine, costs, us.size))
     return DryRun(
         output=str(output),
@@ -130,10 +130,10 @@ def _timed(job: Job, engine: str) -> Costs:
     """One layer's costs, of text as long as the run's.
 
     Raises:
-        NotLayerwise: layers do not run alone.
+        ValueError, RuntimeError: layers do not run alone, or not on this machine.
     """
     if job.source.unpacking:
-        raise NotLayerwise(PACKED)
+        raise ValueError(PACKED)
     texts = [t for t in (job.text, job.heldout) if t is not None]
     length = max(len(ids) for t in texts for ids, _ in t.sequences)
     return probe(job.collected, job.source, engine, job.repair, _kept(job), length)
@@ -161,22 +161,25 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
 
     if job.run.collects and job.seen is not None:
         n, again = job.seen.tokens, job.collected.taylor
-        chunks = -(-len(job.seen.batches(job.recipe.batch_size)) // job.recipe.save_every)
         what = "forward and backward" if again else "forward"
+        batches = len(job.seen.batches(job.recipe.batch_size))
+        chunks = -(-batches // job.recipe.save_every)
         reads = chunks * (2 if again else 1) if streamed else 1
-        head = c and (c.head_learned if again else c.head)
-        work = n * (layers * c.learned + (head or 0.0)) if c else 0.0
+        work = layers * c.learned.at(n, batches) if c else 0.0
+        work += n * (c.head_learned if again else c.head) if c else 0.0
         yield stage("calibrate", n, what, work / processes + reads * load)
     if job.run.measures and job.text is not None:
         part, sets = share(job.text, job.recipe.curve_samples), 0
         for g in source.groups:
             sets += g.size if job.alone else 0
             sets += len(depths_to_measure(g)) if job.costly else 0
-        work = part.tokens * sets * (layers / 2 * c.forward + c.head) if c else 0.0
+        batches = len(part.batches(job.recipe.batch_size))
+        work = sets * _through(c, part.tokens, batches, layers / 2)
         yield stage("measure removals", part.tokens, f"{sets} removals, forward", work + load)
     if job.trial is not None:
         n, plans = job.trial.tokens, 1 + len(rivals(job.recipe))
-        work = n * (1 + plans) * (layers * c.tried + c.head) if c else 0.0
+        batches = len(job.trial.batches(job.recipe.batch_size))
+        work = (1 + plans) * (layers * c.tried.at(n, batches) + n * c.head) if c else 0.0
         yield stage("try plans", n, f"the model and up to {plans} plans, forward", work + load)
     if job.repair is not None and job.text is not None:
         yield _repair(job, c, load)
@@ -185,7 +188,7 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
     yield stage("cut and verify", 0, f"{job.after.bytes / 1e9:.2f} GB written", work)
     if job.heldout is not None:
         n = job.heldout.tokens
-        work = n * (layers * c.forward + c.head) if c else 0.0
+        work = _through(c, n, len(job.heldout.batches(job.recipe.batch_size)), layers)
         text = "original and pruned, forward"
         yield stage("held-out losses", n, text, 2 * (work / processes + load))
 
@@ -209,11 +212,19 @@ def _repair(job: Job, c: Costs | None, load: float) -> Stage:
     steps = -(-n // (step_sequences(job.recipe) * job.recipe.length))
     features = n * block.top_k * hidden_width(block.experts) * 4
     token = c.fit.token * (RECOMPUTED if features > KEPT_FEATURES else 1)
-    seconds = blocks * (c.fit.fixed + n * token)
-    seconds += blocks * epochs * (steps * c.train.fixed + n * c.train.token)
+    fit = Line(c.fit.fixed, token)
+    seconds = blocks * (fit.at(n, 1) + epochs * c.train.at(n, steps))
+    seconds += 3 * layers * c.forward.at(n, steps)  # original, cut, and repaired
     if copies:
-        seconds += text.tokens * (layers * c.forward + c.head + c.drawn * copies / 3) + load
+        batches = -(-len(text.sequences) // step_sequences(job.recipe))
+        seconds += _through(c, text.tokens, batches, layers)
+        seconds += text.tokens * c.drawn * copies / MOST + load
     return Stage("repair", n, what, seconds + load)
+
+
+def _through(c: Costs | None, tokens: int, batches: int, layers: float) -> float:
+    """Seconds of a text once forward through so many layers and the output layer."""
+    return layers * c.forward.at(tokens, batches) + tokens * c.head if c else 0.0
 
 
 def _checks(job: Job, output: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ Shape legend: V vocabulary, of which `rows` are there.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,66 +17,72 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch, sequence_losses
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
-from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.engines.streaming import LayerCall, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.choose import weight_dtype
 from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint, pick_device
 from moe_fair.moe.own_words import MOST, own_words
-from moe_fair.moe.repair import HELD_OUT, Repairer
-from moe_fair.moe.repairs import repair
+from moe_fair.moe.repair import HELD_OUT, judges
+from moe_fair.moe.repairs import Repair, repair
 from moe_fair.moe.repairs.refit import DIRECT
+from moe_fair.moe.routed import Routed
 from moe_fair.moe.surgery import cut_block
 from moe_fair.moe.trial import trial_losses
-from moe_fair.moe.tune import epochs_for
+from moe_fair.moe.tune import tune
+from moe_fair.moe.watch import Watch
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import step_sequences
 
 ROWS = 8192  # of embeddings and output layer
-SECONDS = 2.0  # about so long may one measurement take
+SECONDS = 1.5  # about so long may one measurement take
 FIRST = 64  # tokens of the first, which sizes the others
-REPAIRS = 30  # forwards that a repair of a token costs, about: to size its measurement
+FITTED = 8  # forwards that a fit at one strength costs, about: to size its measurement
 LARGE = 2**28  # bytes of experts above which a repair is timed on some of them
 
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds that do not depend on the tokens (or are of one step), and seconds a token."""
+    """Seconds a batch (or step, or layer) that do not depend on its tokens, and seconds a token."""
 
     fixed: float = 0.0
     token: float = 0.0
 
+    def at(self, tokens: float, times: float) -> float:
+        """Seconds of so many tokens in so many batches."""
+        return times * self.fixed + tokens * self.token
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds a token and layer, where nothing else is said.
+    """What was measured, of one layer where nothing else is said.
 
     Attributes:
-        load: reading one layer's weights; `bytes` of them.
-        forward: of a layer.
+        load: seconds to read it; `bytes` of weights.
+        forward: a batch through it.
         learned: forward and backward with all statistics that are wanted, by the engine.
-        tried: of a layer without some experts, a plan.
-        head, head_learned: of the output layer: forward, with the backward.
-        drawn: drawing a token's copies from the prediction.
-        fit: a layer's repair without training; train: an epoch of its training, by steps.
+        tried: without some experts, a plan.
+        fit: its repair without training, by layers; train: an epoch of training, by steps.
+        head, head_learned, drawn: seconds a token of the output layer: forward, with the backward,
+            and drawing copies from its prediction.
     """
 
     load: float
     bytes: int
-    forward: float
-    learned: float
-    tried: float
+    forward: Line
+    learned: Line
+    tried: Line
+    fit: Line
+    train: Line
     head: float
     head_learned: float
     drawn: float
-    fit: Line
-    train: Line
 
 
 def probe(
@@ -93,7 +98,7 @@ def probe(
         length: tokens of a sequence.
 
     Raises:
-        ValueError: layers of this model do not run alone.
+        ValueError, RuntimeError: layers of this model do not run alone, or not on this machine.
     """
     device = pick_device(recipe.device)
     layered = LayeredModel(
@@ -112,32 +117,36 @@ def probe(
 def _alone(layered: LayeredModel, index: int) -> Iterator[tuple[Any, int]]:
     """The model as if this loaded layer were its only one; and how many ids it knows."""
     model, decoder = layered.model, layered.decoder
-    every = decoder.layers
-    rows = min(ROWS, model.config.get_text_config().vocab_size)
+    config, every = model.config.get_text_config(), decoder.layers
+    depth, rows = config.num_hidden_layers, min(ROWS, config.vocab_size)
     setattr(decoder.holder, decoder.name, nn.ModuleList([every[index]]))
+    config.num_hidden_layers = 1
     text = {id(m): m for m in (*model.get_decoder().modules(), *model.children())}
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
     draw = torch.Generator().manual_seed(0)
     try:
         for module in text.values():
+            short = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
             for name, p in module._parameters.items():
                 if p is None or not p.is_meta:
                     continue
-                shape = list(p.shape)
-                if module is first or module is last:
-                    shape[0] = rows
+                shape = [min(rows, p.shape[0]) if short else p.shape[0], *p.shape[1:]]
                 values = torch.randn(shape, generator=draw) if p.dim() > 1 else torch.ones(shape)
                 new = nn.Parameter(values.to(layered.device, p.dtype), requires_grad=False)
                 module._parameters[name] = new
-        if first is not None:
-            first.padding_idx = None  # it may lie beyond the rows
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # it may lie beyond the rows
         yield model, rows
     finally:
+        config.num_hidden_layers = depth
         setattr(decoder.holder, decoder.name, every)
 
 
 class _Probe:
-    """Measurements on a model of one layer."""
+    """Measurements on a model of one layer.
+
+    Of a large layer only some experts take part: what a token costs does not depend on their
+    number, and the rest grows with it.
+    """
 
     def __init__(
         self,
@@ -152,33 +161,49 @@ class _Probe:
         self.layered, self.device, self.length = layered, layered.device, length
         self.share = model.config.get_text_config().vocab_size / rows
         self.block: MoeBlock = find_blocks(model)[0]
+        self.layer: nn.Module = layered.decoder.layers[0]
 
     def costs(self, engine: str, kind: str | None, kept: int) -> Costs:
-        """All of them. What is cut for the repair comes last."""
+        """All of them."""
+        size = self.block.num_experts
+        some = self._fewer(kept)
+        scale = size / self.block.num_experts
         few = self.text(1, min(self.length, FIRST))
         rate = max(self.seconds(partial(self._forward, few)) / _tokens(few), 1e-9)
-        affordable = int(SECONDS / rate / 4)
-        length = max(2, min(self.length, affordable))
-        batches = self.text(max(1, min(self.recipe.batch_size, affordable // length)), length)
-        n = _tokens(batches)
-        head, head_learned = (self.seconds(partial(self._head, batches, b)) / n for b in (0, 1))
-        forward = self.seconds(partial(self._forward, batches)) / n - head
-        learned = self.seconds(partial(self._learn, batches, engine))
-        learned = learned / n - (head_learned if self.recipe.taylor else head)
-        tried = self.seconds(partial(self._try, batches, kept)) / 2 / n - head
-        drawn = self.seconds(partial(self._draw, batches)) / n - forward - head
-        fit, train = self.repair(kind, kept, max(forward, 1e-9)) if kind else (Line(), Line())
+        affordable = max(8, int(SECONDS / rate / 4))
+        length = min(self.length, affordable)
+        sequences = max(1, min(self.recipe.batch_size, affordable // length))
+        small = self.text(1, length) if sequences > 1 else self.text(1, length // 4)
+        large = self.text(sequences, length)
+
+        def line(work: Callable[[list[Batch]], object], less: float, streams: int = 1) -> Line:
+            points = []
+            for b in (small, large):
+                m = float(_tokens(b))
+                points.append((m, max(0.0, self.seconds(partial(work, b)) / streams - less * m)))
+            found = _line(points)
+            return replace(found, fixed=found.fixed * scale)
+
+        n = _tokens(large)
+        head = self.seconds(partial(self._head, large, False)) / n
+        head_learned = self.seconds(partial(self._head, large, True)) / n
+        forward = line(self._forward, head)
+        through = self.seconds(partial(self._forward, large))
+        drawn = max(0.0, self.seconds(partial(self._draw, large)) - through) / n
+        learned = line(partial(self._learn, engine), head_learned if self.recipe.taylor else head)
+        tried = line(partial(self._try, some), head, 2)
+        fit, train = self.repair(kind, some, max(forward.token, 1e-9)) if kind else (Line(), Line())
         return Costs(
             load=self.layered.seconds,
             bytes=self.layered.bytes_read,
-            forward=max(forward, 0.0),
-            learned=max(learned, 0.0),
-            tried=max(tried, 0.0),
+            forward=forward,
+            learned=learned,
+            tried=tried,
+            fit=self._fits(kind, fit, kept / some) if kind else fit,
+            train=replace(train, fixed=train.fixed * kept / some),
             head=head * self.share,
             head_learned=head_learned * self.share,
-            drawn=max(drawn, 0.0) * self.share,
-            fit=fit,
-            train=train,
+            drawn=drawn * self.share,
         )
 
     def text(self, sequences: int, length: int, most: int | None = None) -> list[Batch]:
@@ -188,10 +213,13 @@ class _Probe:
         whole = Batch(ids, torch.ones_like(ids), torch.arange(sequences), 0)
         return [b.to(self.device) for b in whole.parts(most)]
 
-    def seconds(self, work: Callable[[], object]) -> float:
+    def seconds(
+        self, work: Callable[[], object], before: Callable[[], object] = lambda: None
+    ) -> float:
         """How long a piece of work takes: the best of three where it is short."""
         found: list[float] = []
         while len(found) < 3 and sum(found) < SECONDS / 2:
+            before()
             started = time.perf_counter()
             work()
             if self.device.type != "cpu":
@@ -209,17 +237,17 @@ class _Probe:
         for _ in self.engine().losses(batches):
             pass
 
-    def _head(self, batches: list[Batch], backward: int) -> None:
+    def _head(self, batches: list[Batch], backward: bool) -> None:
         engine, width = self.engine(), self.model.config.get_text_config().hidden_size
         for batch in batches:
             last = torch.randn(*batch.mask.shape, width, device=self.device).to(self.layered.dtype)
-            last.requires_grad_(bool(backward))
-            with torch.set_grad_enabled(bool(backward)):
+            last.requires_grad_(backward)
+            with torch.set_grad_enabled(backward):
                 for losses, weights in engine.losses_of(batch, last):
                     if backward:
                         sequence_losses(losses, weights, batch.predicted()).sum().backward()
 
-    def _learn(self, batches: list[Batch], engine: str) -> None:
+    def _learn(self, engine: str, batches: list[Batch]) -> None:
         group = replace(self.source.groups[0], name=self.block.name, layer=self.block.layer)
         collector = ExpertCollector(
             [self.block], [group], ["probe"],
@@ -230,7 +258,7 @@ class _Probe:
         with collector:
             runs.run(batches, collector, backward=self.recipe.taylor)
 
-    def _try(self, batches: list[Batch], kept: int) -> None:
+    def _try(self, kept: int, batches: list[Batch]) -> None:
         gone = sorted(set(range(self.block.num_experts)) - set(_some(self.block, kept)))
         trial_losses(self.engine(), batches, [{self.block.name: gone}])
 
@@ -238,64 +266,66 @@ class _Probe:
         own_words(self.engine(), batches, MOST, seed=0)
 
     def repair(self, kind: str, kept: int, rate: float) -> tuple[Line, Line]:
-        """The fit and an epoch of training, each from runs of two sizes.
-
-        Of a large layer only some experts take part: what a token costs does not depend on their
-        number, and the rest grows with it.
-        """
-        some = self._fewer(kept)
-        share = kept / some
-        length = max(4, min(self.length, int(SECONDS * 2 / rate / REPAIRS / HELD_OUT)))
-        whole = length == self.length  # then steps are as large as a run's, else one a batch
+        """A fit at one strength, and an epoch of training, each from two sizes of text."""
+        rule = repair(kind)
+        affordable = int(SECONDS * 2 / rate / FITTED)
+        whole = affordable >= HELD_OUT * self.length  # then steps are as large as a run's
+        length = self.length if whole else max(2, FIRST // 2 // HELD_OUT)
+        more = 4 if whole else max(4, affordable // (length * HELD_OUT))
         step = step_sequences(self.recipe.with_settings({"length": length})) if whole else None
-        trains = bool(getattr(repair(kind), "trains", False))
+        cut_block(self.block, _some(self.block, kept))
         fits, trained = [], []
-        for sequences in (HELD_OUT, HELD_OUT * (4 if whole else 2)):
+        for sequences in (HELD_OUT, HELD_OUT * more):
             batches = self.text(sequences, length, step)
-            n = _tokens(batches)
-            fit = self.seconds(partial(self._repair, batches, "refit" if trains else kind, some))
-            fits.append((n, fit))
-            if trains:
-                both = self.seconds(partial(self._repair, batches, kind, some))
-                trained.append((n, max(0.0, both - fit) / epochs_for(batches), len(batches)))
-        fit_line = _line([x[:2] for x in fits])
-        if not trained:
-            return replace(fit_line, fixed=fit_line.fixed * share), Line()
-        if whole:
-            return replace(fit_line, fixed=fit_line.fixed * share), Line(
-                0.0, trained[-1][1] / trained[-1][0]
-            )
-        one = _line([(n / steps, seconds / steps) for n, seconds, steps in trained])
-        return (
-            replace(fit_line, fixed=fit_line.fixed * share),
-            Line(one.fixed * share, one.token),
-        )
+            n = float(_tokens(batches))
+            calls, hidden = self.engine().embed(batches)
+            first = [row[0] for row in calls]
+            fits.append((n, self.seconds(partial(self._fit, rule, first, hidden))))
+            if getattr(rule, "trains", False):
+                work = partial(self._train, batches, first, hidden)
+                trained.append((n, self.seconds(work)))
+        if whole and trained:
+            n, seconds = trained[-1]
+            return _line(fits), Line(0.0, seconds / n)
+        return _line(fits), _line(trained) if trained else Line()
+
+    @torch.no_grad()
+    def _fit(self, rule: Repair, calls: list[LayerCall], hidden: list[Tensor]) -> None:
+        watch, parts = Watch(self.block), []
+        with watch:
+            for call, x in zip(calls, hidden, strict=True):
+                call.run(self.layer, x)
+                parts.append((watch.x, watch.index, watch.weights, watch.y))
+        x, ids, weights, y = (torch.cat(t) for t in zip(*parts, strict=True))
+        target = (y + torch.randn_like(y)).to(torch.promote_types(y.dtype, torch.float32))
+        rule.fit(Routed(self.block.experts, x, ids, weights), target, rule.ridges[-1])
+
+    @torch.no_grad()
+    def _train(self, batches: list[Batch], calls: list[LayerCall], hidden: list[Tensor]) -> None:
+        targets = [c.run(self.layer, x) * 1.01 for c, x in zip(calls, hidden, strict=True)]
+        block = self.block.block
+        tune(self.layer, block, calls, batches, hidden, targets, judges, epochs=1)
+
+    def _fits(self, kind: str, one: Line, scale: float) -> Line:
+        """What a layer takes: every strength on what teaches, the best one on all."""
+        strengths = len(repair(kind).ridges)
+        taught = strengths * (HELD_OUT - 1) / HELD_OUT
+        return Line(one.fixed * scale * (strengths + 1), one.token * (taught + 1))
 
     def _fewer(self, kept: int) -> int:
-        """Leave as many experts as are needed; how many of these a repair keeps."""
+        """Leave as many experts as are needed; how many of these a plan keeps."""
         block, size = self.block, self.block.num_experts
         weights = sum(p.numel() * p.element_size() for p in block.experts.parameters())
         if weights <= LARGE:
             return kept
-        width = hidden_width(block.experts)
-        groups = block.n_group
-        for each in range(1, size // groups):
-            some = round(each * groups * kept / size) // groups * groups
+        width, groups = hidden_width(block.experts), block.n_group
+        for count in range(2 * block.floor(), size, groups):
+            some = round(count * kept / size) // groups * groups
             same_way = kept * width <= DIRECT or some * width > DIRECT
-            if some >= block.floor() and some < each * groups and same_way:
-                cut_block(block, _some(block, each * groups))
+            if count > some >= block.floor() and same_way:
+                cut_block(block, _some(block, count))
                 return some
         return kept
-
-    def _repair(self, batches: list[Batch], kind: str, kept: int) -> None:
-        holder, name = self.layered.decoder.holder, self.layered.decoder.name
-        layer = getattr(holder, name)
-        setattr(holder, name, copy.deepcopy(layer))  # what is cut is the copy
-        try:
-            block = find_blocks(self.model)[0]
-            Repairer(self.engine(), {block.name: _some(block, kept)}, kind).run(batches)
-        finally:
-            setattr(holder, name, layer)
 
 
 def hidden_width(experts: Any) -> int:

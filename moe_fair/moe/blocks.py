@@ -107,6 +107,14 @@ class MoeBlock:
         """
         return stock(rows, ids.unsqueeze(1), torch.ones_like(weights).unsqueeze(1))
 
+    def routed_output(self, stock: Forward, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Σ_K weight f_e(x) [T, D], by the stock kernel.
+
+        Args:
+            x, ids, weights: [T, D], [T, K], [T, K]: what `attach` gives to a forward.
+        """
+        return stock(x, ids, weights)
+
     def chosen(self, output: Any) -> tuple[Tensor, Tensor] | None:
         """Ids and weights [T, K] from what the router gives, where it does not give just these."""
         return None

@@ -50,9 +50,9 @@ class Watch:
 
     def _forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if self._instead is not None:
-            return self.stock(x, *self._instead)
+            return self.block.routed_output(self.stock, x, *self._instead)
         if self._change is not None:
-            return self.stock(x, index, weights) + self._change
+            return self.block.routed_output(self.stock, x, index, weights) + self._change
         self.x, self.index, self.weights = x, index, weights
-        self.y = self.stock(x, index, weights)
+        self.y = self.block.routed_output(self.stock, x, index, weights)
         return self.y

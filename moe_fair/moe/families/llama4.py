@@ -63,6 +63,13 @@ class Llama4Block(MoeBlock):
 
         return stock, detach
 
+    def routed_output(self, stock: Forward, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The stock experts take inputs that are scaled already: run by `outputs`, and summed."""
+        rows = x.repeat_interleave(ids.shape[1], dim=0)
+        f = self.outputs(stock, rows, ids.flatten(), weights.flatten())
+        weighted = f * weights.flatten().unsqueeze(1)
+        return weighted.view(*ids.shape, -1).sum(1).to(x.dtype)
+
     def outputs(self, stock: Forward, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """mlp_e(g x) / g of every row, by the stock kernel on E equally long runs [E, N, D]."""
         counts = torch.bincount(ids, minlength=self.num_experts)

@@ -15,6 +15,7 @@ from flow import (
     check_generation,
     check_naive,
     check_streaming,
+    check_trial,
 )
 from tiny import tiny_model
 from torch import Tensor
@@ -95,3 +96,7 @@ def test_without_each_expert(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
 def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: bool) -> None:
     check_generation(check_cut(checkpoint, tmp_path / "out", uniform), ())
+
+
+def test_plans_are_tried(checkpoint: Checkpoint) -> None:
+    check_trial(checkpoint)
