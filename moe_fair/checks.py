@@ -95,16 +95,18 @@ def target(recipe: Recipe) -> Target:
     )
 
 
-def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...], before: ModelSize) -> None:
+def check_target(recipe: Recipe, every: tuple[UnitGroup, ...], before: ModelSize) -> None:
     """The budget lies between the fewest experts that routing allows and all of them.
 
     Args:
-        before: size of the whole model.
+        every: the groups that are cut; of those that follow only the size counts.
+        before: size of the model with all of their units.
 
     Raises:
         ValueError: it does not; says the range, and why it ends there.
     """
     wanted = target(recipe)
+    groups = tuple(g for g in every if not g.follows)
     most, least = max(g.size for g in groups), min(g.floor for g in groups)
     why = floor_reason(min(groups, key=lambda g: g.floor))
     if recipe.experts is not None and not least <= recipe.experts <= most:
@@ -120,7 +122,7 @@ def check_target(recipe: Recipe, groups: tuple[UnitGroup, ...], before: ModelSiz
         raise ValueError(
             f"--ratio {recipe.ratio:g}: {why}; at most {(total - floor) / total:.3g} can leave"
         )
-    fewest = before.without(groups, {g.name: g.floor for g in groups})
+    fewest = before.without(every, {g.name: g.floor for g in every})
     for unit in ("parameters", "bytes"):
         limit, smallest = getattr(wanted, unit), getattr(fewest, unit)
         if limit is not None and limit < smallest:
@@ -150,10 +152,10 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
     removal, protection, rule_name = method(recipe)
-    check_target(recipe, tuple(g for g in source.groups if not g.follows), source.size)
     facts = head_facts(source)
     choice = choose_heads(recipe, facts, rule_name)
     groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
+    check_target(recipe, groups, size_without(source.size, choice, facts))
     # whether a target can be met depends on no score: any will do to try it
     placeholder = Scores(
         "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in groups}

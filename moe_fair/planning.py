@@ -19,11 +19,11 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     size = ModelSize(**statistics.facts["size"])
-    check_target(recipe, statistics.without_following().groups, size)
     facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
     choice = choose_heads(recipe, facts, rule, measured=measured)
     if choice != "cut":
         statistics = statistics.without_following()
+    check_target(recipe, statistics.groups, size_without(size, choice, facts))
     costs = rows = grams = None
     scores, scored = head_scores(removal, statistics, recipe.weights)
     if needs(allocator(rule), "costs"):

@@ -31,7 +31,7 @@ from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.costing import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
 from moe_fair.distributed import Team
-from moe_fair.heads import check_heads, choose_heads, head_facts
+from moe_fair.heads import check_heads, choose_heads, head_facts, size_without
 from moe_fair.moe.calibration import (
     CalibrationSet,
     parse_source,
@@ -147,8 +147,7 @@ def check_prune(
     check_writable(source, unequal=not uniform)
     alone, costly = False, None
     if ready is not None:
-        _check_plan(ready, source)
-        check_heads(recipe, source, ready)
+        _check_plan(recipe, ready, source)
         run = Run(plans=False)
     else:
         if statistics is not None:
@@ -223,16 +222,18 @@ def _with_text_of(recipe: Recipe, earlier: _Earlier) -> Recipe:
     return recipe.with_settings({**found, "calibration_digest": recipe.calibration_digest})
 
 
-def _check_plan(ready: Plan, source: Checkpoint) -> None:
+def _check_plan(recipe: Recipe, ready: Plan, source: Checkpoint) -> None:
     """The plan is of this model, and fits it.
 
     Raises:
-        ValueError: it is another model's, routing cannot work with what it keeps, or its sizes are
-            not those of what it keeps.
+        ValueError: it is another model's, says something else of MTP heads than the recipe, routing
+            cannot work with what it keeps, or its sizes are not those of what it keeps.
     """
     check_same_model(ready.fingerprint, source, "plan was")
-    check_all(source.blocks, ready.kept)
-    check_fits(ready, source.groups, source.size)
+    check_heads(recipe, source, ready)
+    check_all([*source.blocks, *source.heads.blocks], ready.kept)
+    groups = tuple(g for g in source.groups if ready.mtp == "cut" or not g.follows)
+    check_fits(ready, groups, source.size, size_without(source.size, ready.mtp, head_facts(source)))
 
 
 def _measured(

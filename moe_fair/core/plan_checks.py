@@ -30,8 +30,14 @@ def check_plan(plan: Plan) -> None:
     _check_kept_counts(plan)
 
 
-def check_fits(plan: Plan, groups: Sequence[UnitGroup], before: ModelSize) -> None:
+def check_fits(
+    plan: Plan, groups: Sequence[UnitGroup], before: ModelSize, cut: ModelSize | None = None
+) -> None:
     """The plan is of these groups, and the sizes that it states are those of the model.
+
+    Args:
+        before: size of the model.
+        cut: of what units leave from, where something else leaves before them.
 
     Raises:
         ValueError: says what differs.
@@ -47,7 +53,7 @@ def check_fits(plan: Plan, groups: Sequence[UnitGroup], before: ModelSize) -> No
         ):  # fmt: skip
             if said != have:
                 raise ValueError(f"{name}: {what} {said} in the plan, {have} in the model")
-    after = before.without(tuple(groups), {n: len(g.kept) for n, g in planned.items()})
+    after = (cut or before).without(tuple(groups), {n: len(g.kept) for n, g in planned.items()})
     for when, found, wanted in (("before", plan.before, before), ("after", plan.after, after)):
         if found != wanted:
             raise ValueError(
@@ -67,7 +73,9 @@ def _check_types(plan: Plan) -> None:
     """What others rely on is of its type; json holds anything."""
     numbers = [g.size for g in plan.groups] + [g.layer for g in plan.groups]
     numbers += [getattr(s, n) for s in (plan.before, plan.after) for n in SIZES]
-    if not plan.groups or not all(type(n) is int and n >= 0 for n in numbers):
+    if not any(not g.follows for g in plan.groups) or not all(
+        type(n) is int and n >= 0 for n in numbers
+    ):
         raise ValueError("no groups, or sizes and layers that are not whole numbers")
     if not all(isinstance(g.name, str) and isinstance(g.kept, list) for g in plan.groups):
         raise ValueError("a group without a name or a list of kept ids")
@@ -80,6 +88,10 @@ def _check_types(plan: Plan) -> None:
     for name in ("allocator", "removal"):
         if not isinstance(getattr(plan, name), str):
             raise ValueError(f"its {name} is not a name")
+    if plan.mtp not in (None, "cut", "drop", "keep"):
+        raise ValueError("its mtp is none of cut, drop, keep")
+    if not all(type(g.follows) is bool for g in plan.groups):
+        raise ValueError("a group's follows is not true or false")
     if not isinstance(plan.protection, str | None):
         raise ValueError("its protection is not a name")
     if not isinstance(plan.notes, list) or not all(isinstance(n, str) for n in plan.notes):
@@ -127,12 +139,13 @@ def _check_merged(g: GroupPlan) -> None:
 def _check_kept_counts(plan: Plan) -> None:
     """The counts meet the target and the sizes go with them, as far as a plan alone can tell."""
     counts = [len(g.kept) for g in plan.groups]
-    kept, size = sum(counts), sum(g.size for g in plan.groups)
+    counted = [g for g in plan.groups if not g.follows]
+    kept, size = sum(len(g.kept) for g in counted), sum(g.size for g in counted)
     for n in SIZES:
         before, after = getattr(plan.before, n), getattr(plan.after, n)
         if after > before:
             raise ValueError(f"{after:,} {n} and more after the cut than the {before:,} before")
-        if kept == size and after != before:
+        if counts == [g.size for g in plan.groups] and plan.mtp != "drop" and after != before:
             raise ValueError(f"nothing leaves, and of {before:,} {n} {after:,} stay")
     if plan.expert_parallel not in ([], common_divisors(counts)):
         raise ValueError("its expert_parallel sizes are not those that divide the kept counts")
@@ -150,7 +163,7 @@ def _met(plan: Plan, name: str, value: float, kept: int, size: int) -> bool:
     if name == "total":
         return kept == value
     if name == "mean_kept":
-        return abs(value * len(plan.groups) - kept) < 1e-6
+        return abs(value * sum(not g.follows for g in plan.groups) - kept) < 1e-6
     if name == "ratio":  # where steps forbid it, a note says what is nearest
         gone = size - kept
         nearest = f"{gone} is the nearest that they allow"

@@ -206,8 +206,11 @@ class Checkpoint:
         names = {t.name: self.find(t.name).name for t in self.tensors}
         state = self.skeleton.state_dict()
         places = {n: place for n, place in names.items() if place in state}
+        apart = {t.name for t in self.heads.tensors}  # packed ones are dropped, and told
         try:
-            check_admitted(self.home, self.config, self.tensors, places | dict(self.heads.places))
+            check_admitted(
+                self.home, self.config, [t for t in self.tensors if t.name not in apart], places
+            )
         except ValueError as e:
             raise ValueError(f"{self.model}: {e}") from e
         names |= dict(self.heads.places)

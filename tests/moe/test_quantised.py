@@ -161,6 +161,6 @@ def test_other_packings_are_refused_before_anything_is_loaded(how: str, tmp_path
 
 def test_experts_under_unknown_names_are_not_passed_over(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
-    _repack(tmp_path, {}, lambda name, t: {name.replace("_proj.weight", "_proj.weight_packed"): t})
+    _repack(tmp_path, {}, lambda name, t: {name.replace("_proj.weight", "_proj.weight_2"): t})
     with pytest.raises(ValueError, match="none of its experts' tensors was found"):
         open_model(Recipe(model=str(tmp_path), length=64))
