@@ -50,8 +50,8 @@ def calibrate(
     from moe_fair.distributed import team
     from moe_fair.recipe import Recipe, check_used
 
-    check_used(settings, "calibrate")
     recipe = Recipe().with_settings({"model": model, **settings})
+    check_used(settings, "calibrate")
     statistics = pipeline.calibrate(recipe, None if output is None else _path("output", output))
     everywhere = team().told(lambda: statistics)
     assert everywhere is not None  # the first process has them
@@ -73,8 +73,8 @@ def plan(statistics: Statistics | str | PathLike[str], **settings: Any) -> Plan:
     from moe_fair.core.units import Statistics
     from moe_fair.recipe import Recipe, check_used
 
-    check_used(settings, "plan")
     recipe = Recipe().with_settings(settings)
+    check_used(settings, "plan")
     return pipeline.plan(_loaded("statistics", statistics, Statistics), recipe)
 
 
@@ -102,8 +102,8 @@ def prune(
     from moe_fair.core.units import Statistics
     from moe_fair.recipe import Recipe, check_used
 
-    check_used(settings, "prune")
     recipe = Recipe().with_settings({"model": model, **settings})
+    check_used(settings, "prune")
     return pipeline.prune(
         recipe,
         _path("output", output),

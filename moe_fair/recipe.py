@@ -276,16 +276,17 @@ def read_settings(path: Path) -> dict[Any, Any]:
 
 
 def check_used(settings: Mapping[str, Any], command: str) -> None:
-    """Every setting that is given is one that the command looks at.
+    """Every setting that is given, other than as it is by default, is one that the command uses.
 
     Raises:
         ValueError: one is not; says which.
     """
-    check_keys(settings, "settings")
-    for name, value in settings.items():
+    given, usual = Recipe().with_settings(settings), Recipe()
+    for name in settings:
         used = name in PLANNING if command == "plan" else name not in UNUSED[command]
-        if not used and value is not None:
-            raise ValueError(f"{command} does not use {name}={quote(value)}; leave it out")
+        if not used and getattr(given, name) != getattr(usual, name):
+            value = quote(getattr(given, name))
+            raise ValueError(f"{command} does not use {name}={value}; leave it out")
 
 
 def check_keys(settings: Mapping[Any, Any], where: str) -> None:

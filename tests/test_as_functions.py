@@ -67,7 +67,7 @@ def test_a_plan_is_a_decision(
     [
         (lambda s, t: moe_fair.plan(s, experts=40, samples=9), "plan does not use samples=9"),
         (lambda s, t: moe_fair.plan(s, expert=40), "did you mean 'experts'"),
-        (lambda s, t: moe_fair.calibrate(MODEL, experts=40), "calibrate does not use experts=40"),
+        (lambda s, t: moe_fair.calibrate(MODEL, experts=40), "calibrate does not use experts=40.0"),
         (
             lambda s, t: moe_fair.prune(MODEL, t, experts=40, curves="reap"),
             "prune does not use cur",
@@ -115,6 +115,14 @@ def test_paths_and_numpys_numbers(tmp_path: Path) -> None:
     assert type(recipe.samples) is int
     assert Recipe(ratio=np.float32(0.5)).ratio == 0.5  # type: ignore[arg-type]
     assert type(Recipe(experts=np.int32(40)).experts) is float
+
+
+def test_a_whole_recipe_may_be_given(statistics_folder: Path) -> None:
+    """What is as by default contradicts nothing."""
+    plain = Recipe(experts=40).to_dict()
+    assert kept(moe_fair.plan(statistics_folder, **plain)) == kept(
+        moe_fair.plan(statistics_folder, experts=40)
+    )
 
 
 def kept(plan: Plan | None) -> dict[str, list[int]]:
