@@ -36,21 +36,14 @@ from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.moe.side_files import in_a_line
+from moe_fair.opening import calibration_set, heldout_set, open_model
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.planning import plan
-from moe_fair.preflight import (
-    PLAN_FILE,
-    Job,
-    calibration_set,
-    check_digest,
-    check_domains,
-    check_prune,
-    heldout_set,
-    open_model,
-)
+from moe_fair.preflight import PLAN_FILE, Job, check_prune
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_model
 from moe_fair.report.sources import FOLDER
+from moe_fair.text_checks import check_digest, check_domains
 from moe_fair.trials import best_plan, check_rivals, parted, rivals
 from moe_fair.unused import Run, check_used, unused
 from moe_fair.verifying import verify

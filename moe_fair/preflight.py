@@ -6,18 +6,14 @@ so that nothing is looked at twice. A dry run stops here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_fair.checks import (
-    check_device_map,
     check_disk,
-    check_embedding,
     check_plan_settings,
     check_same_model,
-    check_tokens,
     method,
     with_needs,
 )
@@ -32,22 +28,17 @@ from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.costing import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
 from moe_fair.distributed import Team
 from moe_fair.heads import check_heads, choose_heads, head_facts, size_without
-from moe_fair.moe.calibration import (
-    CalibrationSet,
-    parse_source,
-    sample,
-    split,
-    windows,
-)
-from moe_fair.moe.checkpoint import check_writable, count_path
-from moe_fair.moe.choose import PACKED
-from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.checkpoint import check_writable
+from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.merge import check_mergeable
 from moe_fair.moe.surgery import check_all
+from moe_fair.opening import calibration_set, heldout_set, open_model
 from moe_fair.planning import plan
-from moe_fair.recipe import PLANNING, TEXT, Recipe
+from moe_fair.recipe import PLANNING, Recipe
 from moe_fair.repairing import repair_kind
-from moe_fair.trials import check_rivals, parted, rivals
+from moe_fair.text_checks import Earlier, check_digest, check_domains, divided, with_text_of
+from moe_fair.trials import check_rivals, rivals
 from moe_fair.unused import Run, check_used, unused
 
 PLAN_FILE = "plan.json"
@@ -137,7 +128,7 @@ def check_prune(
     if ready is None and recipe.plan is not None:
         ready = Plan.load(Path(recipe.plan))
     earlier = _earlier(statistics, ready)
-    given, recipe = recipe, _with_text_of(recipe, earlier)
+    given, recipe = recipe, with_text_of(recipe, earlier)
     source = open_model(recipe)
     merges = _merges(recipe, ready)
     if merges:
@@ -175,7 +166,7 @@ def check_prune(
     text = us.told(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
     seen = trial = None
     if text is not None:
-        seen, trial = _divided(recipe, text, run, earlier, say)
+        seen, trial = divided(recipe, text, run, earlier, say)
         check_domains(recipe, seen, statistics, run)
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
@@ -188,38 +179,15 @@ def check_prune(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Earlier:
-    """What an earlier stage left: the settings that made it, and the digest of its text."""
-
-    what: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    digest: str | None = None
-
-    @property
-    def held_back(self) -> int:
-        """Sequences of its text that its numbers have not seen."""
-        return int(self.settings.get("held_back", 0))
-
-
-def _earlier(statistics: Statistics | None, ready: Plan | None) -> _Earlier:
+def _earlier(statistics: Statistics | None, ready: Plan | None) -> Earlier:
     if statistics is not None and ready is not None:
         raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
     if statistics is not None:
         about = statistics.facts["calibration"]
-        return _Earlier("statistics were", about, statistics.fingerprint.get("calibration"))
+        return Earlier("statistics were", about, statistics.fingerprint.get("calibration"))
     if ready is not None:
-        return _Earlier("plan was", ready.recipe, ready.fingerprint.get("calibration"))
-    return _Earlier()
-
-
-def _with_text_of(recipe: Recipe, earlier: _Earlier) -> Recipe:
-    """What of the text nobody named is that of the earlier stage."""
-    left = [n for n in TEXT if n not in recipe.given and n in earlier.settings]
-    if not left:
-        return recipe
-    found = {n: earlier.settings[n] for n in left}
-    return recipe.with_settings({**found, "calibration_digest": recipe.calibration_digest})
+        return Earlier("plan was", ready.recipe, ready.fingerprint.get("calibration"))
+    return Earlier()
 
 
 def _check_plan(recipe: Recipe, ready: Plan, source: Checkpoint) -> None:
@@ -255,68 +223,6 @@ def _measured(
     return alone, costly
 
 
-def _divided(
-    recipe: Recipe, text: CalibrationSet, run: Run, earlier: _Earlier, say: Say
-) -> tuple[CalibrationSet, CalibrationSet | None]:
-    """What the statistics see of the text, and what plans are tried on.
-
-    Raises:
-        ValueError: it is not the text that it should be.
-    """
-    check_digest("calibration", text, recipe)
-    if run.collects:
-        return parted(recipe, text, say)
-    held = earlier.held_back
-    parts = split(text, held) if held < len(text.sequences) else (text, text)
-    same = parts[0].digest == earlier.digest
-    recorded = all(recipe.to_dict().get(n) == earlier.settings.get(n) for n in TEXT)
-    if not same and recorded and earlier.digest is not None:
-        raise ValueError(
-            f"the calibration text is not that which the {earlier.what} made from: a file or data "
-            "set has changed since; restore it, or calibrate again"
-        )
-    return text, parts[1] if same and run.tries else None
-
-
-def check_digest(what: str, text: CalibrationSet, recipe: Recipe) -> None:
-    """The text is the one that the recipe was recorded with."""
-    wanted = getattr(recipe, f"{what}_digest")
-    if wanted is not None and text.digest != wanted:
-        raise ValueError(
-            f"the {what} text is not the one of the recipe's {what}_digest: a file, a data set, "
-            "the tokenizer or a setting of the text has changed; to run on it all the same, "
-            f"remove the line {what}_digest from the recipe"
-        )
-
-
-def check_domains(
-    recipe: Recipe, text: CalibrationSet, statistics: Statistics | None, run: Run
-) -> None:
-    """What depends on the text's domains can be done with these.
-
-    Raises:
-        ValueError: weights of a domain that is not there, or a method that compares domains.
-    """
-    if run.measures and statistics is not None and text.domains != statistics.domains:
-        raise ValueError(
-            f"removals are measured on text of {', '.join(text.domains)}, and the statistics are "
-            f"of {', '.join(statistics.domains)}; give text of the same domains"
-        )
-    if not run.collects:
-        return
-    weights = domain_weights(text.domains, recipe.weights)
-    named = rivals(recipe) if recipe.rivals is not None else {}
-    compared = [w for w in weights if w > 0]
-    for name, its in {"": recipe, **named}.items():
-        scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
-        if scores and len(compared) < 2:
-            raise ValueError(
-                (f"--rivals {name}: " if name else "")
-                + f"{scores[0].name} compares calibration domains and there are fewer than two: "
-                "give -c name=text for each"
-            )
-
-
 def _merges(recipe: Recipe, ready: Plan | None) -> bool:
     """Experts are merged; with a plan it is the plan that says so.
 
@@ -344,62 +250,3 @@ def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
         return None
     held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
     return None if held else removal.name
-
-
-def open_model(recipe: Recipe) -> Checkpoint:
-    """The model's files, checked as far as they can be without loading weights."""
-    if recipe.model is None:
-        raise ValueError("no model given: name a local directory or a Hub id")
-    pick_dtype(recipe.dtype, pick_device(recipe.device))
-    source = Checkpoint(
-        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
-    )
-    if source.unpacking and recipe.engine == "streaming":
-        raise ValueError(f"{recipe.model}: {PACKED}")
-    check_device_map(recipe, source)
-    assert source.blocks  # known from the config alone: before weights are downloaded
-    check_embedding(source)
-    assert source.groups  # finds the experts in the files as well, or says what was looked for
-    count_path(source.config)
-    if recipe.revision is not None and Path(recipe.model).is_dir():
-        raise ValueError(
-            f"--revision {recipe.revision}: {recipe.model} is a directory, which has no revisions; "
-            "leave it out, or name the model on the Hub"
-        )
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if limit and recipe.length > limit:
-        raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")
-    return source
-
-
-def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> CalibrationSet:
-    """The calibration sequences of a recipe."""
-    text = sample(
-        [parse_source(s) for s in recipe.calibration],
-        source.tokenizer(),
-        samples=recipe.samples,
-        length=recipe.length,
-        seed=recipe.seed,
-    )
-    for note in text.notes:
-        say(f"note: {note}")
-    check_tokens(text, source)
-    return text
-
-
-def heldout_set(
-    recipe: Recipe, source: Checkpoint, say: Say = lambda _: None
-) -> CalibrationSet | None:
-    """The held-out windows of a recipe, if it names any text."""
-    if not recipe.heldout:
-        return None
-    text = windows(
-        [parse_source(s) for s in recipe.heldout],
-        source.tokenizer(),
-        samples=recipe.heldout_samples,
-        length=recipe.length,
-    )
-    for note in text.notes:
-        say(f"note: held-out text: {note}")
-    check_tokens(text, source)
-    return text

@@ -10,8 +10,7 @@ Shape legend: V vocabulary, of which `rows` are there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from moe_fair.engines.batch import Batch, sequence_losses
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.one_layer import alone
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -40,7 +40,6 @@ from moe_fair.moe.watch import Watch
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import step_sequences
 
-ROWS = 8192  # of embeddings and output layer
 SECONDS = 1.5  # about so long may one measurement take
 FIRST = 64  # tokens of the first, which sizes the others
 FITTED = 8  # forwards that a fit at one strength costs, about: to size its measurement
@@ -109,36 +108,8 @@ def probe(
         trust_remote_code=source.trust_remote_code,
     )
     index = source.blocks[0].layer
-    with layered.layer(index), _alone(layered, index) as (model, rows):
+    with layered.layer(index), alone(layered, index) as (model, rows):
         return _Probe(recipe, source, layered, model, rows, length).costs(engine, kind, kept)
-
-
-@contextmanager
-def _alone(layered: LayeredModel, index: int) -> Iterator[tuple[Any, int]]:
-    """The model as if this loaded layer were its only one; and how many ids it knows."""
-    model, decoder = layered.model, layered.decoder
-    config, every = model.config.get_text_config(), decoder.layers
-    depth, rows = config.num_hidden_layers, min(ROWS, config.vocab_size)
-    setattr(decoder.holder, decoder.name, nn.ModuleList([every[index]]))
-    config.num_hidden_layers = 1
-    text = {id(m): m for m in (*model.get_decoder().modules(), *model.children())}
-    draw = torch.Generator().manual_seed(0)
-    try:
-        for module in text.values():
-            short = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
-            for name, p in module._parameters.items():
-                if p is None or not p.is_meta:
-                    continue
-                shape = [min(rows, p.shape[0]) if short else p.shape[0], *p.shape[1:]]
-                values = torch.randn(shape, generator=draw) if p.dim() > 1 else torch.ones(shape)
-                new = nn.Parameter(values.to(layered.device, p.dtype), requires_grad=False)
-                module._parameters[name] = new
-            if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # it may lie beyond the rows
-        yield model, rows
-    finally:
-        config.num_hidden_layers = depth
-        setattr(decoder.holder, decoder.name, every)
 
 
 class _Probe:

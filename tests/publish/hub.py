@@ -1,4 +1,5 @@
-"""A loopback server that speaks the Hub's protocol, as far as uploading and loading models need it.
+"""A loopback server that speaks the Hub's protocol, as far as uploading and loading models need it,
+and loading data sets.
 
 Repositories with branches and commits, large files by digest (in one piece or in parts), private
 repositories, and tokens that may read or write. It keeps a log of what came, so that a test can
@@ -18,11 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITES, READS = "hf_" + "w" * 34, "hf_" + "r" * 34  # tokens
 LARGE = (".safetensors", ".bin", ".gguf")
 NAME = r"([^/]+/[^/]+?)"
+DATA = r"(datasets/[^/]+/[^/]+?)"  # how a data set's repository is called here
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Hub:
     """The server's memory.
 
     Attributes:
-        repositories: by user/name.
+        repositories: by user/name, and datasets/user/name.
         objects: large files by SHA-256.
         arrived: how often each large file came in whole.
         parts: of large files that come in parts of `part` bytes.
@@ -282,18 +284,22 @@ class _Handler(BaseHTTPRequestHandler):
         names = [{"rfilename": f} for f in repository.branches[branch]]
         self._say(200, {"id": name, "sha": repository.head(branch), "siblings": names, "tags": []})
 
-    def _tree(self, body: bytes, name: str, branch: str) -> None:
+    def _tree(self, body: bytes, name: str, branch: str, folder: str = "") -> None:
+        """The files in a folder, with what lies deeper where that is asked for."""
         repository = self._repository(name)
         if repository is None:
             return
-        entries = []
-        for path, content in repository.branches[repository.branch(branch)].items():
-            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
-            entry["oid"] = _digest(path, content)
-            if path.endswith(LARGE):
-                entry["lfs"] = {"oid": entry["oid"], "size": len(content), "pointerSize": 134}
-            entries.append(entry)
-        self._say(200, entries)
+        files = repository.branches[repository.branch(branch)]
+        inside = {p: c for p, c in files.items() if not folder or p.startswith(folder + "/")}
+        if folder and not inside:
+            return self._say(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+        deep = parse_qs(urlsplit(self.path).query).get("recursive") != ["false"]
+        found = [_entry(p, c) for p, c in inside.items() if deep or "/" not in _below(p, folder)]
+        if not deep:
+            below = {_below(p, folder).split("/")[0] for p in inside if "/" in _below(p, folder)}
+            found += [{"type": "directory", "path": f"{folder}/{d}".strip("/"), "size": 0, "oid": d}
+                      for d in sorted(below)]  # fmt: skip
+        return self._say(200, found)
 
     def _resolve(self, body: bytes, name: str, branch: str, path: str) -> None:
         repository = self._repository(name)
@@ -315,6 +321,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _card_is_valid(self, body: bytes) -> None:
         self._say(200, {"errors": [], "warnings": []})
+
+
+def _below(path: str, folder: str) -> str:
+    """A path from this folder on."""
+    return path[len(folder) + 1 :] if folder else path
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file in a listing."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+    entry["oid"] = _digest(path, content)
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": entry["oid"], "size": len(content), "pointerSize": 134}
+    return entry
 
 
 def _digest(path: str, content: bytes) -> str:
@@ -339,4 +359,9 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/lfs-complete", _Handler._complete),
     (r"/lfs-verify", _Handler._verify),
     (rf"/{NAME}/resolve/([^/]+)/(.+)", _Handler._resolve),
+    (rf"/api/{DATA}/tree/([^/]+)", _Handler._tree),
+    (rf"/api/{DATA}/tree/([^/]+)/(.+)", _Handler._tree),
+    (rf"/api/{DATA}/revision/([^/]+)", _Handler._info),
+    (rf"/api/{DATA}", _Handler._info),
+    (rf"/{DATA}/resolve/([^/]+)/(.+)", _Handler._resolve),
 ]
