@@ -43,6 +43,7 @@ from moe_fair.options import (
     Format,
     Fresh,
     Gram,
+    HashLayers,
     Heldout,
     HeldoutSamples,
     IncludePath,
@@ -126,6 +127,7 @@ def calibrate(
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
     curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
+    hash_layers: HashLayers = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
@@ -188,7 +190,7 @@ def prune(
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, alone: Alone = None,
     curve_samples: CurveSamples = None,
-    reduce: Reduce = None, repair: RepairName = None,
+    reduce: Reduce = None, hash_layers: HashLayers = None, repair: RepairName = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
@@ -229,8 +231,9 @@ def prune(
 def oracle(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
-    length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
+    length: Length = None, seed: Seed = None, hash_layers: HashLayers = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    max_memory: MaxMemory = None, fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip

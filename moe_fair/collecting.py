@@ -161,6 +161,8 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
+    if source.hash_layers != "keep":
+        run["hash_layers"] = source.hash_layers
     return {"calibration": run, "size": asdict(source.size), "model_type": source.config.model_type}
 
 

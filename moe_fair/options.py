@@ -184,6 +184,15 @@ Reduce = Annotated[
         panel=SCORE,
     ),
 ]
+HashLayers = Annotated[
+    str | None,
+    option(
+        "--hash-layers",
+        text="Layers that look experts up by token id (DeepSeek V4's first): keep them whole, or "
+        "cut them like others, their table naming the nearest remaining experts  [default: keep]",
+        panel=SCORE,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(

@@ -12,6 +12,7 @@ from typing import Any
 from moe_fair.checks import (
     check_device_map,
     check_disk,
+    check_hash_layers,
     check_plan_settings,
     check_same_model,
     check_target,
@@ -52,6 +53,7 @@ from moe_fair.moe.merge import check_mergeable, merging, write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.moe.side_files import in_a_line
+from moe_fair.moe.table_surgery import check_tables
 from moe_fair.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.recipe import Recipe
 from moe_fair.repairing import repair_kind, repair_model
@@ -143,6 +145,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
     check_target(recipe, statistics.groups)
+    if recipe.hash_layers is not None:
+        check_hash_layers(statistics.fingerprint, recipe.hash_layers, "statistics were")
     costs = rows = grams = None
     scores = removal(statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
@@ -410,13 +414,18 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(
-        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
+        recipe.model,
+        recipe.revision,
+        recipe.trust_remote_code,
+        recipe.allow_pickle,
+        recipe.hash_layers or "keep",
     )
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
     check_device_map(recipe, source)
     assert source.blocks  # known from the config alone: before weights are downloaded
     assert source.groups  # finds the experts in the files as well, or says what was looked for
+    check_tables(source)
     count_path(source.config)
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and recipe.length > limit:

@@ -20,6 +20,7 @@ LARGEST = 10**18  # of any number in a recipe
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 REDUCTIONS = ("prune", "merge")
+HASH_LAYERS = ("keep", "cut")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
@@ -71,6 +72,9 @@ class Recipe:
         weights: calibration domain -> weight of its statistics in the scores.
         reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
             `moe.merge`), the budget by frequency and uniform unless a method is given.
+        hash_layers: `keep` leaves layers that look experts up by token id as they are; `cut` cuts
+            them like others, and their table then names the nearest of the remaining experts
+            (see `moe.token_table`). Unset: keep.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
             unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
@@ -116,6 +120,7 @@ class Recipe:
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
     reduce: str = "prune"
+    hash_layers: str | None = None
     repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
@@ -131,11 +136,12 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} is below {least}")
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(
-                f"--reduce {self.reduce!r}{nearest(self.reduce, REDUCTIONS)} is none of "
-                f"{', '.join(REDUCTIONS)}"
-            )
+        for name, known in (("reduce", REDUCTIONS), ("hash_layers", HASH_LAYERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(
+                    f"{_flag(name)} {value!r}{nearest(value, known)} is none of {', '.join(known)}"
+                )
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe_fair.core.manifest import (
     CHUNK,
@@ -33,6 +34,7 @@ from moe_fair.moe.overlay import TYPES
 from moe_fair.moe.own_code import MODELING_FILE, is_ours
 from moe_fair.moe.repair import LayerRepair, changed_tensors
 from moe_fair.moe.side_files import reader_code
+from moe_fair.moe.table_surgery import check_tables, new_tables
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
@@ -123,12 +125,14 @@ def verify(
     checks.append(_check("code", lambda: _code(output, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
-    made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
+    made, cut = plan, plan.fingerprint.get("hash_layers", "keep")
+    found = Checkpoint(str(output), trust_remote_code=trust_remote_code, hash_layers=cut)
     checks.append(_check("tensors", lambda: _tensors(made, found)))
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, found)))
     if checks[-1].ok and original is not None:
-        checks.append(_check("experts", lambda: _experts(made, repairs, original, found)))
+        before = original.with_hash_layers(cut)
+        checks.append(_check("experts", lambda: _experts(made, repairs, before, found)))
     elif original is None:
         text = "not compared; --against ORIGINAL compares them byte by byte"
         checks.append(Check("experts", None, text))
@@ -227,6 +231,7 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
         if part.expert is not None:
             kind = LAST_NUMBER.sub(r"\g<1>*\g<3>", stored)
             kinds.setdefault((part.block, kind), []).append((part.expert, tensors[stored]))
+    check_tables(found)
     for (block, kind), members in kinds.items():
         if sorted(e for e, _ in members) != list(range(blocks[block].num_experts)):
             raise _Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
@@ -276,6 +281,7 @@ def _experts(
     merged = _merged_names(plan, original)
     find = destinations(original.skeleton)
     left = {t.name: t for t in found.tensors}
+    tables = new_tables(original, plan.kept)
     same, size, repaired, joined = 0, 0, 0, 0
     with _Reading() as reading:
         for t in original.tensors:
@@ -290,6 +296,9 @@ def _experts(
                 raise _Wrong(
                     f"{name} is {new.dtype} {list(new.shape)}, expected {t.dtype} {list(shape)}"
                 )
+            if t.name in tables:
+                _same_table(tables[t.name], new, reading)
+                continue
             if find(t.name).name in changed:
                 repaired += 1
                 continue
@@ -305,6 +314,7 @@ def _experts(
         raise _Wrong(f"{min(left)} is not in the original")
     text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
     text += f"; {joined} hold merged experts" if joined else ""
+    text += f"; {len(tables)} tables of token ids name the remaining experts" if tables else ""
     return text + (f"; {repaired} were repaired" if repaired else "")
 
 
@@ -338,6 +348,13 @@ def _wanted(
         ranges.append((part.experts * one, t.bytes - part.experts * one))
     count = len(ids) * (length // part.experts) + rest
     return t.name, (*t.shape[: part.dim], count, *t.shape[part.dim + 1 :]), ranges
+
+
+def _same_table(want: Tensor, new: StoredTensor, reading: _Reading) -> None:
+    """The table holds these numbers."""
+    [piece] = new.pieces
+    if reading.bytes(piece.file, piece.start, piece.length) != want.numpy().tobytes():
+        raise _Wrong(f"{new.name} does not name the remaining experts by its rule")
 
 
 def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Reading) -> None:
