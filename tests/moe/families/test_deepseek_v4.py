@@ -26,6 +26,7 @@ from flow import (
     check_trial,
     kept_experts,
     original,
+    summed,
 )
 from masking import masked
 from places import CALIBRATION, MODEL
@@ -194,8 +195,6 @@ def test_removal_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpo
     model = original(checkpoint)
     text = batches()
     sets = {HASH[0]: [[3], [0, 5]], HASH[1]: [[1, 2, 7]]}
-    from flow import summed
-
     whole = summed(model)
     for name, changes in RemovalLosses(model, text, lambda *a: a[-1]).measure(sets):
         for r, gone in enumerate(sets[name]):
@@ -315,7 +314,9 @@ def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, 
     assert len(Plan.load(plan).groups) == 4
     for given in (("--stats", stats, "--experts", 6, "--method", "reap"), ("--plan", plan)):
         for other in ((), ("--hash-layers", "keep")):
-            line = fails("prune", readable, "-o", out, *given, *other, "--repair", "none")
+            line = fails(
+                "prune", readable, "-o", out, *given, *other, "--repair", "none", "--length", 32
+            )
             assert "made with --hash-layers cut" in line
             assert "--hash-layers keep is asked" in line
     recipe = tmp_path / "recipe.yaml"
@@ -325,7 +326,8 @@ def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, 
                  "--experts", 6, *TEXT)  # fmt: skip
     assert "does not lead to merged experts" in line
     assert not out.exists()
-    run("prune", readable, "-o", out, "--plan", plan, "--hash-layers", "cut", "--repair", "none")
+    run("prune", readable, "-o", out, "--plan", plan, "--hash-layers", "cut", "--repair", "none",
+        "--length", 32)  # fmt: skip
     assert AutoModelForCausalLM.from_pretrained(out).config.n_routed_experts == 6
 
 
@@ -373,4 +375,5 @@ def test_by_the_command(readable: Path, tmp_path: Path, capsys: pytest.CaptureFi
         len(g.kept) for g in plan.groups
     ]
     run("verify", out, "--against", readable)
-    run("oracle", readable, "-o", tmp_path / "oracle", "--hash-layers", "cut", *TEXT)
+    run("oracle", readable, "-o", tmp_path / "oracle", "--hash-layers", "cut",
+        *(*TEXT[:2], "--samples", 2, "--length", 16))  # fmt: skip
