@@ -233,9 +233,7 @@ def check_counterfactual(
     assert (got - want).abs().max() <= 1e-4 * want.max()
 
 
-def check_cut(
-    checkpoint: Checkpoint, folder: Path, uniform: bool, without: Without = masked
-) -> Any:
+def check_cut(checkpoint: Checkpoint, folder: Path, uniform: bool) -> Any:
     """Cut on disk = cut in memory = the original whose router cannot see the removed experts.
 
     Returns:
@@ -264,7 +262,7 @@ def check_cut(
     whole = original(checkpoint)
     with torch.no_grad():
         logits = loaded(batch.input_ids, attention_mask=batch.mask).logits
-        with without(whole, kept):
+        with masked(whole, kept):
             expected = whole(batch.input_ids, attention_mask=batch.mask).logits
         unmasked = whole(batch.input_ids, attention_mask=batch.mask).logits
     seen = batch.mask.bool()
@@ -317,7 +315,7 @@ def removals(source: Checkpoint, uniform: bool) -> dict[str, list[int]]:
     return {n: [e for e in range(sizes[n]) if e not in ids] for n, ids in kept.items()}
 
 
-def check_trial(source: Checkpoint, without: Without = masked) -> None:
+def check_trial(source: Checkpoint) -> None:
     """In memory and streamed: the losses of masked models, whatever the router."""
     model = original(source)
     plans = [removals(source, True), removals(source, False)]
@@ -326,7 +324,7 @@ def check_trial(source: Checkpoint, without: Without = masked) -> None:
     for plan in plans:
         sizes = {b.name: b.num_experts for b in source.blocks}
         kept = {n: [e for e in range(sizes[n]) if e not in gone] for n, gone in plan.items()}
-        with without(model, kept):
+        with masked(model, kept):
             wanted.append(summed(model))
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-5)
     assert float((found[1:] - found[0]).abs().min()) > 0

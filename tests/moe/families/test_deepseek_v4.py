@@ -1,13 +1,12 @@
 """DeepSeek V4's hash layers, cut: everything that a family of the contract must pass.
 
-What their tables shall say is recomputed here token by token in plain Python.
+`masking.masked` says independently what their tables shall name.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from flow import (
     original,
     summed,
 )
-from masking import masked
+from masking import masked, substitutes
 from places import CALIBRATION, MODEL
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -72,40 +71,6 @@ def checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(str(folder), hash_layers="cut")
 
 
-def substitutes(row: Sequence[int], kept: Sequence[int], rows: list[list[float]]) -> list[int]:
-    """One token's experts without those that are not kept, in their old numbers."""
-
-    def cosine(a: int, b: int) -> float:
-        dot = math.fsum(x * y for x, y in zip(rows[a], rows[b], strict=True))
-        return dot / math.sqrt(
-            math.fsum(x * x for x in rows[a]) * math.fsum(y * y for y in rows[b])
-        )
-
-    found = list(row)
-    for i, e in enumerate(row):
-        if e not in kept:
-            free = [k for k in kept if k not in found]
-            found[i] = max(free, key=lambda k: (cosine(e, k), -k))
-    return found
-
-
-@contextmanager
-def by_hand(model: Any, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Inside, the experts that are not kept have no score, and tables name their substitutes."""
-    tables = {}
-    for name, ids in kept.items():
-        gate = model.get_submodule(name).gate
-        if hasattr(gate, "tid2eid"):
-            tables[name] = gate.tid2eid.clone()
-            rows = gate.weight.tolist()
-            new = [substitutes(row, list(ids), rows) for row in gate.tid2eid.tolist()]
-            gate.tid2eid.copy_(torch.tensor(new))
-    with masked(model, kept):
-        yield
-    for name, table in tables.items():
-        model.get_submodule(name).gate.tid2eid.copy_(table)
-
-
 def test_the_blocks_are_those_that_are_asked_for(folder: Path, checkpoint: Checkpoint) -> None:
     plain = Checkpoint(str(folder))
     assert [b.layer for b in plain.blocks] == [1, 3]
@@ -133,7 +98,7 @@ def test_the_rule_equals_a_loop_over_tokens(count: int) -> None:
     table = torch.rand(60, 12, generator=g).argsort(1)[:, :4].to(torch.int32)
     kept = sorted(torch.randperm(12, generator=g)[:count].tolist())
     got = remapped(table, kept, rows)
-    want = [substitutes(row, kept, rows.double().tolist()) for row in table.tolist()]
+    want = substitutes(table.tolist(), kept, rows.tolist())
     assert got.dtype == table.dtype
     assert [[kept[i] for i in row] for row in got.tolist()] == want
     assert all(len(set(row)) == 4 for row in want)
@@ -180,25 +145,25 @@ def cut_for_real(model: Any, kept: Mapping[str, Sequence[int]]) -> Iterator[None
             setattr(model.get_submodule(parent), last, whole[name])
 
 
-@pytest.mark.parametrize("without", [by_hand, cut_for_real])
+@pytest.mark.parametrize("without", [masked, cut_for_real])
 def test_without_each_expert(tmp_path: Path, without: Any) -> None:
     kinds = {"mlp_layer_types": ["moe", "hash_moe"], "num_hidden_layers": 2}
     with_tables(tiny_model("deepseek_v4", **kinds)).save_pretrained(tmp_path)
     check_counterfactual(Checkpoint(str(tmp_path), hash_layers="cut"), without=without)
 
 
-def test_trial_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpoint) -> None:
-    check_trial(checkpoint, by_hand)
+def test_trial_losses_are_those_of_tables_replaced_masked(checkpoint: Checkpoint) -> None:
+    check_trial(checkpoint)
 
 
-def test_removal_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpoint) -> None:
+def test_removal_losses_are_those_of_tables_replaced_masked(checkpoint: Checkpoint) -> None:
     model = original(checkpoint)
     text = batches()
     sets = {HASH[0]: [[3], [0, 5]], HASH[1]: [[1, 2, 7]]}
     whole = summed(model)
     for name, changes in RemovalLosses(model, text, lambda *a: a[-1]).measure(sets):
         for r, gone in enumerate(sets[name]):
-            with by_hand(model, {name: [e for e in range(12) if e not in gone]}):
+            with masked(model, {name: [e for e in range(12) if e not in gone]}):
                 want = float((summed(model) - whole).sum())
             assert abs(float(changes[:, r].sum()) - want) <= 1e-4
             assert want != 0
@@ -206,7 +171,7 @@ def test_removal_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpo
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
 def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: bool) -> None:
-    loaded = check_cut(checkpoint, tmp_path / "out", uniform, by_hand)
+    loaded = check_cut(checkpoint, tmp_path / "out", uniform)
     assert (type(loaded).__name__ == "DeepseekV4ForCausalLM") == uniform
     assert (tmp_path / "out" / "modeling_moe_fair.py").exists() != uniform
     check_generation(loaded)
@@ -234,7 +199,7 @@ def test_a_uniform_result_is_stock(checkpoint: Checkpoint, tmp_path: Path, dtype
     assert loaded.config.n_routed_experts == 6
     whole = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     ids = batches()[0].input_ids
-    with torch.no_grad(), by_hand(whole, kept):
+    with torch.no_grad(), masked(whole, kept):
         want = whole(input_ids=ids).logits
     with torch.no_grad():
         got = loaded(input_ids=ids).logits
@@ -375,5 +340,3 @@ def test_by_the_command(readable: Path, tmp_path: Path, capsys: pytest.CaptureFi
         len(g.kept) for g in plan.groups
     ]
     run("verify", out, "--against", readable)
-    run("oracle", readable, "-o", tmp_path / "oracle", "--hash-layers", "cut",
-        *(*TEXT[:2], "--samples", 2, "--length", 16))  # fmt: skip
