@@ -253,6 +253,17 @@ def check_same_model(fingerprint: dict[str, str], source: Checkpoint, what: str)
                 f"the {what} made from another {part} than that of {source.model}; "
                 "calibrate this model, or give the one they belong to"
             )
+    check_hash_layers(fingerprint, source.hash_layers, what)
+
+
+def check_hash_layers(fingerprint: dict[str, str], hash_layers: str, what: str) -> None:
+    """The statistics or plan were made with this choice for layers with a table of token ids."""
+    made = fingerprint.get("hash_layers", "keep")
+    if made != hash_layers:
+        raise ValueError(
+            f"the {what} made with --hash-layers {made}, and --hash-layers {hash_layers} is asked "
+            f"for; give --hash-layers {made}, or calibrate again"
+        )
 
 
 def check_embedding(source: Checkpoint) -> None:

@@ -48,6 +48,7 @@ from moe_fair.options import (
     Format,
     Fresh,
     Gram,
+    HashLayers,
     Heldout,
     HeldoutSamples,
     IncludePath,
@@ -139,7 +140,8 @@ def calibrate(
     seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
     curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
-    mtp: Mtp = None, batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    mtp: Mtp = None, hash_layers: HashLayers = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
     checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
     fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
@@ -205,6 +207,7 @@ def prune(
     u_score: UScore = None, gram: Gram = None, alone: Alone = None,
     curve_samples: CurveSamples = None,
     reduce: Reduce = None, repair: RepairName = None, mtp: Mtp = None,
+    hash_layers: HashLayers = None,
     heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
     batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
     engine: EngineName = None, device_map: DeviceMap = None,
@@ -252,8 +255,9 @@ def prune(
 def oracle(
     model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
-    length: Length = None, seed: Seed = None, batch_size: BatchSize = None, dtype: Dtype = None,
-    device: Device = None, max_memory: MaxMemory = None, fresh: Fresh = None,
+    length: Length = None, seed: Seed = None, hash_layers: HashLayers = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    max_memory: MaxMemory = None, fresh: Fresh = None,
     revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip

@@ -171,6 +171,8 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
+    if source.hash_layers != "keep":
+        run["hash_layers"] = source.hash_layers
     facts = {"calibration": run, "size": asdict(source.size)}
     if (heads := head_facts(source)) is not None:
         facts["mtp"] = heads

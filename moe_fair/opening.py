@@ -10,6 +10,7 @@ from moe_fair.moe.calibration import CalibrationSet, parse_source, sample, windo
 from moe_fair.moe.checkpoint import count_path
 from moe_fair.moe.choose import PACKED
 from moe_fair.moe.load import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.table_surgery import check_tables
 from moe_fair.recipe import Recipe
 
 
@@ -19,7 +20,11 @@ def open_model(recipe: Recipe) -> Checkpoint:
         raise ValueError("no model given: name a local directory or a Hub id")
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(
-        recipe.model, recipe.revision, recipe.trust_remote_code, recipe.allow_pickle
+        recipe.model,
+        recipe.revision,
+        recipe.trust_remote_code,
+        recipe.allow_pickle,
+        recipe.hash_layers or "keep",
     )
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
@@ -27,6 +32,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
     assert source.blocks  # known from the config alone: before weights are downloaded
     check_embedding(source)
     assert source.groups  # finds the experts in the files as well, or says what was looked for
+    check_tables(source)
     count_path(source.config)
     if recipe.revision is not None and Path(recipe.model).is_dir():
         raise ValueError(

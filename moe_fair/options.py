@@ -202,6 +202,15 @@ Mtp = Annotated[
         panel=SCORE,
     ),
 ]
+HashLayers = Annotated[
+    str | None,
+    option(
+        "--hash-layers",
+        text="Layers that look experts up by token id (DeepSeek V4's first): keep them whole, or "
+        "cut them like others, their table naming the nearest remaining experts  [default: keep]",
+        panel=SCORE,
+    ),
+]
 RepairName = Annotated[
     str | None,
     option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_fair.checks import check_target, method, target
+from moe_fair.checks import check_hash_layers, check_target, method, target
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves
 from moe_fair.core.plan import ModelSize, Plan, make_plan
@@ -18,6 +18,8 @@ from moe_fair.recipe import Recipe
 def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     """Scores, budget and kept ids from saved statistics; takes milliseconds."""
     removal, protection, rule = method(recipe)
+    if recipe.hash_layers is not None:
+        check_hash_layers(statistics.fingerprint, recipe.hash_layers, "statistics were")
     size = ModelSize(**statistics.facts["size"])
     facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
     choice = choose_heads(recipe, facts, rule, measured=measured)

@@ -29,6 +29,7 @@ TEXT = ("calibration", "samples", "length", "seed")
 MADE = ("stats", "plan")  # files of an earlier stage
 REDUCTIONS = ("prune", "merge")
 HEADS = ("cut", "drop", "keep")
+HASH_LAYERS = ("keep", "cut")
 # what decides a plan once the statistics are there
 PLANNING = (
     "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
@@ -89,6 +90,9 @@ class Recipe:
             `heads`); unset: `cut` where their layer is like the body's.
         reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
             `moe.merge`), the budget by frequency and uniform unless a method is given.
+        hash_layers: `keep` leaves layers that look experts up by token id as they are; `cut` cuts
+            them like others, and their table then names the nearest of the remaining experts
+            (see `moe.token_table`). Unset: keep.
         repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
             unset: the default where the model's experts allow it.
         heldout: sources of held-out text on which both models are measured.
@@ -140,6 +144,7 @@ class Recipe:
     weights: Mapping[str, float] | None = None
     mtp: str | None = None
     reduce: str = "prune"
+    hash_layers: str | None = None
     repair: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_samples: int = 1024
@@ -162,14 +167,14 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} is below {least}")
-        for name, value, known in (
-            ("reduce", self.reduce, REDUCTIONS), ("mtp", self.mtp, (None, *HEADS)),
+        for name, known in (
+            ("reduce", REDUCTIONS), ("mtp", HEADS), ("hash_layers", HASH_LAYERS),
         ):  # fmt: skip
-            if value not in known:
-                words = [k for k in known if k is not None]
+            value = getattr(self, name)
+            if value is not None and value not in known:
                 raise ValueError(
-                    f"--{name} {quote(value)}{nearest(str(value), words)} is none of "
-                    f"{', '.join(words)}"
+                    f"{flag(name)} {quote(value)}{nearest(value, known)} is none of "
+                    f"{', '.join(known)}"
                 )
         if self.size is not None:
             parse_size(self.size)

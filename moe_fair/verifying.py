@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe_fair.companions import check_code, check_config, check_files_beside
 from moe_fair.core.manifest import (
@@ -30,6 +31,7 @@ from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.overlay import TYPES
 from moe_fair.moe.repair import LayerRepair, changed_tensors
+from moe_fair.moe.table_surgery import check_tables, new_tables
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.written import can_build, check_cuts, check_model, zeros_of
@@ -120,10 +122,13 @@ def verify(
     checks.append(_check("code", lambda: check_code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
-    made, found = plan, Checkpoint(str(output), trust_remote_code=trust_remote_code)
+    made, cut = plan, plan.fingerprint.get("hash_layers", "keep")
+    found = Checkpoint(str(output), trust_remote_code=trust_remote_code, hash_layers=cut)
     if original is not None:
-        source = original
-        counts = {b.name: b.num_experts for b in source.blocks}
+        source = original.with_hash_layers(cut)
+        # of hash layers that an earlier run has cut too
+        counts = dict((source.published.get("moe_fair") or {}).get("experts", {}))
+        counts |= {b.name: b.num_experts for b in source.blocks}
         counts |= {name: len(made.kept[name]) for name in counts if name in made.kept}
         left = {
             b.name: len(made.kept.get(b.name, range(b.num_experts)))
@@ -138,7 +143,8 @@ def verify(
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, found)))
     if checks[-1].ok and original is not None:
-        checks.append(_check("experts", lambda: _experts(made, repairs, original, found)))
+        before = original.with_hash_layers(cut)
+        checks.append(_check("experts", lambda: _experts(made, repairs, before, found)))
     elif original is None:
         text = "not compared; --against ORIGINAL compares them byte by byte"
         checks.append(Check("experts", None, text))
@@ -213,6 +219,7 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
         if part.expert is not None:
             kind = LAST_NUMBER.sub(r"\g<1>*\g<3>", stored)
             kinds.setdefault((part.block, kind), []).append((part.expert, tensors[stored]))
+    check_tables(found)
     for (block, kind), members in kinds.items():
         if sorted(e for e, _ in members) != list(range(blocks[block].num_experts)):
             raise _Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
@@ -263,6 +270,7 @@ def _experts(
     find = destinations(original.skeleton)
     left = {t.name: t for t in found.tensors}
     dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
+    tables = new_tables(original, plan.kept)
     same, size, repaired, joined = 0, 0, 0, 0
     with _Reading() as reading:
         for t in original.tensors:
@@ -279,6 +287,9 @@ def _experts(
                 raise _Wrong(
                     f"{name} is {new.dtype} {list(new.shape)}, expected {t.dtype} {list(shape)}"
                 )
+            if t.name in tables:
+                _same_table(tables[t.name], new, reading)
+                continue
             if find(t.name).name in changed:
                 repaired += 1
                 continue
@@ -294,6 +305,7 @@ def _experts(
         raise _Wrong(f"{min(left)} is not in the original")
     text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
     text += f"; {joined} hold merged experts" if joined else ""
+    text += f"; {len(tables)} tables of token ids name the remaining experts" if tables else ""
     return text + (f"; {repaired} were repaired" if repaired else "")
 
 
@@ -327,6 +339,13 @@ def _wanted(
         ranges.append((part.experts * one, t.bytes - part.experts * one))
     count = len(ids) * (length // part.experts) + rest
     return t.name, (*t.shape[: part.dim], count, *t.shape[part.dim + 1 :]), ranges
+
+
+def _same_table(want: Tensor, new: StoredTensor, reading: _Reading) -> None:
+    """The table holds these numbers."""
+    [piece] = new.pieces
+    if reading.bytes(piece.file, piece.start, piece.length) != want.numpy().tobytes():
+        raise _Wrong(f"{new.name} does not name the remaining experts by its rule")
 
 
 def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Reading) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ DOMAINS = ("a", "b")
 Expert = Callable[[Any, int, Tensor, Tensor], Tensor]
 # (experts, input [T, D], ids [T, K], weights [T, K], routed output [T, D]) of each block
 Calls = list[tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]]
+# (model, kept) -> a context in which the model's routers do not choose the others
+Without = Callable[[Any, Mapping[str, Sequence[int]]], AbstractContextManager[None]]
 
 
 def original(checkpoint: Checkpoint) -> Any:
     """The model in float32, as stock transformers loads it."""
     auto = auto_class(checkpoint.config)
-    return auto.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    config = copy.deepcopy(checkpoint.config)
+    return auto.from_pretrained(checkpoint.path, config=config, dtype=torch.float32).eval()
 
 
 def batches() -> list[Batch]:
@@ -200,7 +204,9 @@ def _weight_taylor(model: Any, blocks: list[MoeBlock]) -> Iterator[Tensor]:
 
 
 def check_counterfactual(
-    checkpoint: Checkpoint, recorded: Callable[[Any], Any] = fused_calls
+    checkpoint: Checkpoint,
+    recorded: Callable[[Any], Any] = fused_calls,
+    without: Without = masked,
 ) -> None:
     """Σ ‖Δ_e‖² is what the last block's output changes by when its router cannot see e."""
     model = original(checkpoint)
@@ -221,7 +227,7 @@ def check_counterfactual(
         y = output(batch)
         for e in range(block.num_experts):
             others = [i for i in range(block.num_experts) if i != e]
-            with masked(model, {block.name: others}):
+            with without(model, {block.name: others}):
                 want[batch.domain, e] += (output(batch) - y).square().sum()
     assert want.max() > 0
     assert (got - want).abs().max() <= 1e-4 * want.max()

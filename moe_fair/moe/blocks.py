@@ -25,6 +25,9 @@ from moe_fair.moe.families import families
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 # names under which modules keep E as a number
 COUNTERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# of a model's config: "cut" where layers that look experts up by token id are cut like others;
+# `Checkpoint` puts it there, so that every model that is built from the config is seen alike
+HASH_LAYERS = "moe_fair_hash_layers"
 
 
 class Axis(NamedTuple):
@@ -33,6 +36,14 @@ class Axis(NamedTuple):
     module: nn.Module
     tensor: str
     dim: int
+
+
+class TokenTable(NamedTuple):
+    """A tensor [V, K] with the ids of each token's experts, and the router's [E, D] beside it."""
+
+    module: nn.Module
+    tensor: str
+    rows: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class MoeBlock:
         routed: every router-side tensor with an expert axis.
         top_k: experts per token.
         n_group, topk_group: group-limited routing; 1, 1 without.
+        table: what says who serves which token, where no score does.
     """
 
     name: str
@@ -57,6 +69,7 @@ class MoeBlock:
     top_k: int
     n_group: int = 1
     topk_group: int = 1
+    table: TokenTable | None = None
 
     @property
     def num_experts(self) -> int:

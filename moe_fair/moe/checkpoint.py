@@ -18,7 +18,7 @@ from typing import Any
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import write_shards
 from moe_fair.engines.stock import stock_type
-from moe_fair.moe.blocks import COUNTERS, rows_of
+from moe_fair.moe.blocks import COUNTERS, layer_index, rows_of
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.file_surgery import cut_tensors
 from moe_fair.moe.load import Checkpoint, first_line
@@ -34,6 +34,7 @@ from moe_fair.moe.own_code import (
 from moe_fair.moe.quantised import packed
 from moe_fair.moe.side_files import READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
+from moe_fair.moe.table_surgery import new_tables, with_tables
 
 
 def write_model(
@@ -69,7 +70,9 @@ def write_model(
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
     dropped = {t.name for t in source.heads.tensors} if drop_heads else set()
-    write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
+    with tempfile.TemporaryDirectory(prefix="moe_fair-tables-") as place:
+        tensors = with_tables(tensors, new_tables(source, kept), Path(place))
+        write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
     beside = side_files(source.home, packed(source.config))
     for name in beside.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,9 @@ def _write_config(
     Raises:
         ValueError: neither gives a model with the shapes of the result.
     """
-    counts = {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
+    # hash layers that an earlier run has cut, and this one leaves as they are
+    counts = dict((source.published.get("moe_fair") or {}).get("experts", {}))
+    counts |= {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     shapes = _shapes(source, kept)
     heads = _head_counts(source, kept) if source.heads.tensors and not drop_heads else None
     config = _own_config(source, kept)
@@ -254,7 +259,7 @@ def _with_layers(
     if _home(config).get("per_layer_config"):
         return config
     key = count_path(source.config)[-1]
-    layers = {b.layer: counts[b.name] for b in source.blocks}
+    layers = {layer_index(name): n for name, n in counts.items()}
     extra = {
         "per_layer_config": {str(i): {key: n} for i, n in sorted(layers.items())},
         # the stock class still reads the model-wide number while it is built

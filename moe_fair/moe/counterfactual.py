@@ -2,10 +2,10 @@
 
 Removing expert e sends its tokens to the next best expert and lets the router weigh again. The
 model's own router says how: its linear map runs once, then its remaining code runs again for every
-e with that logit at minus infinity (and the correction bias, where there is one), so that softmax
-over all or the best experts, sigmoid, bias and group limits are all what the model does. The
-counterfactual output is a sum over *candidates*, the experts that any of these routings picks:
-where groups do not limit the choice, the top k + 1.
+e with that logit at minus infinity (and the correction bias, where there is one; a table of token
+ids names e's substitute instead), so that softmax over all or the best experts, sigmoid, bias and
+group limits are all what the model does. The counterfactual output is a sum over *candidates*, the
+experts that any of these routings picks: where groups do not limit the choice, the top k + 1.
 
     y₋ₑ(t) = Σ_i c_ei(t) f_i(x_t),    Δ_e = y₋ₑ − y
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from moe_fair.moe import token_table
 from moe_fair.moe.blocks import MoeBlock
 
 PROJECTIONS = {"linear", "matmul", "mm", "addmm", "einsum", "__matmul__"}
@@ -73,7 +74,7 @@ class Rerouting:
 
         self.router.forward = forward
         try:
-            with self._without_bias(gone):
+            with self._without_bias(gone), token_table.without(self.block, gone):
                 yield
         finally:
             self._restore(stock)
@@ -108,7 +109,11 @@ class Rerouting:
         for gone in ([], *map(list, removals)):
             hidden = logits.clone()
             hidden[..., gone] = -torch.inf
-            with _Answer(hidden, self._number), self._without_bias(gone):
+            with (
+                token_table.without(self.block, gone),  # first: it has linear maps of its own
+                self._without_bias(gone),
+                _Answer(hidden, self._number),
+            ):
                 output = self._stock(*args, **kwargs)
             case_ids, case_weights = read(output)
             ids.append(case_ids.view_as(index))

@@ -32,7 +32,7 @@ from moe_fair.engines.shards import (
     unnamed_files,
 )
 from moe_fair.engines.stock import read_config, stock_config
-from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.blocks import HASH_LAYERS, MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.folder_kind import check_folder, other_weights
 from moe_fair.moe.mtp import Heads, find_heads, is_head
@@ -57,6 +57,8 @@ class Checkpoint:
         trust_remote_code: run the tokenizer's code that lies beside the weights, and our modeling
             file though it was changed. A model's own class is never run: the stock class serves.
         allow_pickle: where there are no safetensors, read pickled weights; see `engines.pickles`.
+        hash_layers: `cut` where layers that look experts up by token id are cut like others; by
+            default they stay whole.
 
     Attributes:
         home: where its files lie.
@@ -73,6 +75,7 @@ class Checkpoint:
         revision: str | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        hash_layers: str = "keep",
     ) -> None:
         self.model, self.revision, self.allow_pickle = model, revision, allow_pickle
         self.home = _locate(model, revision)
@@ -95,7 +98,19 @@ class Checkpoint:
                 f"{model} brings code that is not moe_fair's alone: {why}; read it, then allow it "
                 "with --trust-remote-code"
             )
+        self.hash_layers = hash_layers
         self.config = self._config()
+        vars(self.config).pop(HASH_LAYERS, None)  # a file does not say it
+        if hash_layers == "cut":
+            setattr(self.config, HASH_LAYERS, hash_layers)
+
+    def with_hash_layers(self, hash_layers: str) -> Checkpoint:
+        """The same model with this choice for layers that look experts up by token id."""
+        if hash_layers == self.hash_layers:
+            return self
+        return Checkpoint(
+            self.model, self.revision, self.trust_remote_code, self.allow_pickle, hash_layers
+        )
 
     def _config(self) -> Any:
         try:
@@ -125,12 +140,19 @@ class Checkpoint:
         """The MoE blocks of the skeleton.
 
         Raises:
-            ValueError: a dense model, or an unknown structure.
+            ValueError: a dense model, or an unknown structure; or hash layers shall be cut and
+                there are none.
         """
         try:
-            return find_blocks(self.skeleton)
+            found = find_blocks(self.skeleton)
         except ValueError as e:
             raise ValueError(f"{self.model}: {e}") from e
+        if self.hash_layers == "cut" and all(b.table is None for b in found):
+            raise ValueError(
+                f"{self.model}: --hash-layers cut: none of its layers looks experts up by token "
+                "id; leave it out"
+            )
+        return found
 
     @cached_property
     def path(self) -> Path:
@@ -250,14 +272,18 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Digests of the model and its tokenizer; a large shard is sampled, not read whole."""
+        """Digests of the model and its tokenizer; a large shard is sampled, not read whole.
+
+        What is measured with hash layers cut also says so.
+        """
         digest = hashlib.sha256(_canonical(self.path / "config.json"))
         for shard in self.shards:
             digest.update(_shard_digest(shard))
         tokenizer = hashlib.sha256()
         for file in sorted(self.path.glob("tokenizer*")):
             tokenizer.update(file.name.encode() + file.read_bytes())
-        return {"model": digest.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+        chosen = {} if self.hash_layers == "keep" else {"hash_layers": self.hash_layers}
+        return {"model": digest.hexdigest(), "tokenizer": tokenizer.hexdigest(), **chosen}
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.

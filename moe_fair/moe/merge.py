@@ -109,12 +109,18 @@ def check_mergeable(source: Checkpoint) -> None:
     """The weights can be averaged.
 
     Raises:
-        ValueError: they are quantised, or stored in a layout that new values cannot be written in.
+        ValueError: they are quantised, stored in a layout that new values cannot be written in, or
+            chosen by a table of token ids.
     """
     if packed(source.config):
         raise ValueError(
             f"{source.model}: quantised weights cannot be merged; merge the original and quantise "
             "the result, or use --reduce prune"
+        )
+    if any(b.table is not None for b in source.blocks):
+        raise ValueError(
+            f"{source.model}: a table of token ids does not lead to merged experts; use "
+            "--hash-layers keep or --reduce prune"
         )
     check_layouts(source)
 

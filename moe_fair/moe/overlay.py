@@ -55,7 +55,7 @@ def check_layouts(source: Checkpoint) -> None:
     """
     find = destinations(source.skeleton)
     homes = tuple(f"{b.name}." for b in source.blocks)
-    state = source.skeleton.state_dict()
+    state = dict(source.skeleton.named_parameters())  # buffers are never changed
     for t in source.tensors:
         where = find(t.name)
         if where.name not in state or not where.name.startswith(homes):

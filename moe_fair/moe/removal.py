@@ -118,6 +118,9 @@ def _without(
     def variants() -> Iterator[tuple[int, Tensor]]:
         if not touched:
             return
+        if tap.y.numel() != out.numel():  # the layer hands on more than one stream
+            yield from ((r, again(r)) for r in touched)
+            return
         first = again(touched[0])
         differences = _differences(tap, block, ids, weights, touched)
         quick = out + next(differences).view_as(out)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_fair.moe.blocks import MoeBlock, find_blocks, rows_of
+from moe_fair.moe.token_table import remapped
 
 
 def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
@@ -40,7 +41,7 @@ def check_kept(block: MoeBlock, kept: Sequence[int]) -> None:
 
 
 def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Keep only these experts, in place: fused matrices, router rows, biases and counts.
+    """Keep only these experts, in place: fused matrices, router rows, biases, tables, counts.
 
     Args:
         kept: block name -> ids that stay, rising. Blocks that are not named stay whole.
@@ -76,10 +77,13 @@ def cut_block(block: MoeBlock, ids: Sequence[int]) -> None:
     """Keep only these experts of one block, in place; `check_kept` says whether it can."""
     size = block.num_experts
     tensors, numbers = list(block.tensors()), list(block.numbers())
+    if block.table is not None:  # by the router's rows, as long as all are there
+        module, name, rows = block.table
+        setattr(module, name, remapped(getattr(module, name), ids, getattr(module, rows)))
     for module, name, dim in tensors:
         t = getattr(module, name)
-        rows = torch.tensor(rows_of(ids, t.shape[dim], size), device=t.device)
-        sliced = t.detach().index_select(dim, rows)
+        stay = torch.tensor(rows_of(ids, t.shape[dim], size), device=t.device)
+        sliced = t.detach().index_select(dim, stay)
         if name in module._parameters:
             sliced = nn.Parameter(sliced, t.requires_grad)
         setattr(module, name, sliced)

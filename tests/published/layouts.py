@@ -154,6 +154,75 @@ def tiktoken_files() -> dict[str, str]:
     }  # fmt: skip
 
 
+def _hashed(**more: Any) -> Layout:
+    """DeepSeek V4: tables of token ids in the first layers, names that no other family has."""
+    return Layout(
+        config=ATTENTION
+        | {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "q_lora_rank": 32,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "sliding_window": 16,
+            "compress_ratios": [0, 0, 4, 128, 4, 0],
+            "compress_rope_theta": 160000,
+            "index_head_dim": 16,
+            "index_n_heads": 4,
+            "index_topk": 32,
+            "hc_eps": 1e-06,
+            "hc_mult": 4,
+            "hc_sinkhorn_iters": 20,
+            "hidden_act": "silu",
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 2,
+            "num_hash_layers": 3,
+            "num_nextn_predict_layers": 1,
+            "routed_scaling_factor": 1.5,
+            "scoring_func": "sqrtsoftplus",
+            "swiglu_limit": 10.0,
+            "topk_method": "noaux_tc",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 16,
+                "original_max_position_embeddings": 32,
+                "type": "yarn",
+            },
+        },
+        stored=_hash_tables,
+        names=(
+            "embed.weight",
+            "head.weight",
+            "norm.weight",
+            "hc_head_fn",
+            "layers.0.attn.wq_a.weight",
+            "layers.0.attn.attn_sink",
+            "layers.0.attn_norm.weight",
+            "layers.0.hc_attn_base",
+            "layers.0.ffn.gate.tid2eid",
+            "layers.0.ffn.experts.0.w1.weight",
+            "layers.2.attn.indexer.wq_b.weight",
+            "layers.2.attn.indexer.compressor.wkv.weight",
+            "layers.3.ffn.gate.bias",
+            "layers.3.ffn.shared_experts.w2.weight",
+        ),
+        files={"inference/model.py": MODEL_CODE, "encoding/encoding_dsv4.py": MODEL_CODE},
+        unrepaired="several streams",
+        **more,
+    )
+
+
 def _layouts() -> list[Layout]:
     deepseek = "model.layers.1.mlp.experts.7.gate_proj.weight"
     found = [
@@ -304,6 +373,11 @@ def _layouts() -> list[Layout]:
             },
             travels=("LICENSE-CODE", "LICENSE-MODEL", "figures/benchmark.png", "README_WEIGHTS.md"),
             unrepaired="quantised",
+        ),
+        _hashed(name="deepseek-ai/DeepSeek-V4-Flash (unpacked, without its MTP layer)", whole=True),
+        _hashed(
+            name="deepseek-ai/DeepSeek-V4-Flash (unpacked, its hash layers cut as well)",
+            pruning=("--hash-layers", "cut"),
         ),
         Layout(
             "moonshotai/Moonlight-16B-A3B-Instruct",
@@ -914,6 +988,20 @@ def _transposed_experts(tensors: Tensors, config: dict[str, Any]) -> Tensors:
         else t
         for n, t in tensors.items()
     }
+
+
+def _hash_tables(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Names as published; distinct experts of every token, at random, as 32-bit numbers."""
+    g = torch.Generator().manual_seed(2)
+    found: Tensors = {}
+    for name, t in tensors.items():
+        name = name.removeprefix("model.")
+        name = name.replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
+        if name.endswith("tid2eid"):
+            order = torch.rand(len(t), config["n_routed_experts"], generator=g).argsort(1)
+            t = order[:, : t.shape[1]].to(torch.int32)
+        found[name] = t.contiguous()
+    return found
 
 
 def _nvfp4(tensors: Tensors, config: dict[str, Any]) -> Tensors:

@@ -33,9 +33,10 @@ class Layout:
         files: side files, path -> content.
         travels: of them those that go along with a result.
         stored: from the tensors as transformers names them for the Hub to those that are published.
-        flags: what the command is given beside.
+        flags: what the command is given beside; pruning: `prune` alone.
         refused: words of the line with which it is refused before anything is measured.
         unrepaired: words of the line that says why it is not repaired.
+        whole: some layers stay as they are, so that equal counts elsewhere are no stock format.
         architectures: of the result, where the published ones do not stay.
         seed: of the weights.
     """
@@ -47,8 +48,10 @@ class Layout:
     travels: tuple[str, ...] = ()
     stored: Callable[[Tensors, dict[str, Any]], Tensors] | None = None
     flags: tuple[str, ...] = ()
+    pruning: tuple[str, ...] = ()
     refused: str = ""
     unrepaired: str = ""
+    whole: bool = False
     dtype: torch.dtype = torch.bfloat16
     shards: int = 2
 

@@ -47,7 +47,7 @@ def _prune(layout: Layout, folder: Path, out: Path, *how: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(
             ["prune", str(folder), "-o", str(out), "--experts", str(KEPT), "-c", str(CALIBRATION),
-             "--samples", "8", "--length", "32", *layout.flags, *how]
+             "--samples", "8", "--length", "32", *layout.flags, *layout.pruning, *how]
         )  # fmt: skip
     assert stop.value.code == 0
 
@@ -79,7 +79,8 @@ def test_pruned_as_published(
         [note] = [x for x in said.splitlines() if x.startswith("note: not repaired: ")]
         assert layout.unrepaired in note
     plan = Plan.load(out / "moe_fair" / "plan.json")
-    model = _stock(out, layout, unequal=not plan.uniform)
+    stock = plan.uniform and not layout.whole
+    model = _stock(out, layout, unequal=not stock)
     ids = torch.arange(3, 51).view(2, 24)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -97,8 +98,8 @@ def test_pruned_as_published(
     code = [n for n in layout.files if n.endswith(".py") and n not in layout.travels]
     assert ("left behind: " in said) == bool(_left(layout))
     assert not code or code[0] in said
-    _check_config(layout, out, plan)
-    _check_side_files(layout, folder, out, plan)
+    _check_config(layout, out, plan, stock)
+    _check_side_files(layout, folder, out, stock)
     with pytest.raises(SystemExit) as stop:
         main(["verify", str(out), "--against", str(folder), *layout.flags])
     assert stop.value.code == 0, capsys.readouterr().out
@@ -128,13 +129,13 @@ def _stock(folder: Path, layout: Layout, unequal: bool) -> Any:
     return model.float().eval()
 
 
-def _check_config(layout: Layout, out: Path, plan: Plan) -> None:
+def _check_config(layout: Layout, out: Path, plan: Plan, stock: bool) -> None:
     """No count of before the cut is left, and what others look up is as it was published."""
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == layout.config["architectures"]
-    assert ("auto_map" in config) == (not plan.uniform)
+    assert ("auto_map" in config) == (not stock)
     counts = {len(g.kept) for g in plan.groups}
-    if plan.uniform:
+    if stock:
         assert {v for k, v in _walk(config) if k in COUNTERS} == counts
         assert "moe_fair" not in config
     names = [v for _, v in _walk(config) if isinstance(v, str) and ".experts." in v]
@@ -157,9 +158,9 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _check_side_files(layout: Layout, folder: Path, out: Path, plan: Plan) -> None:
+def _check_side_files(layout: Layout, folder: Path, out: Path, stock: bool) -> None:
     """Exactly what should go along did, byte for byte."""
-    code = {"modeling_moe_fair.py"} if not plan.uniform else set()
+    code = {"modeling_moe_fair.py"} if not stock else set()
     weights = {p.name for p in out.glob("model*.safetensors*")}
     there = {
         p.relative_to(out).as_posix()
