@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -235,3 +236,32 @@ def test_standard_output_by_its_name(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "plan\ntable\n"
     piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert piped.stdout == b"plan\ntable\n"
+
+
+UNPRIVILEGED = """
+import os, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from moe_fair.core.output import claim, find_place, fresh, settle
+find_place(Path("."))  # all modules are loaded while they can be read
+if os.geteuid() == 0:
+    os.setuid(65534)
+with claim(Path(sys.argv[1])) as place:
+    (fresh(place.partial) / "x").touch()
+    settle(place.partial, place.path)
+"""
+
+
+def test_a_folder_in_one_that_is_not_writable() -> None:
+    """As an administrator gives it: it is all that the user may write to."""
+    with TemporaryDirectory() as name:
+        parent = Path(name)
+        (parent / "given").mkdir()
+        (parent / "given").chmod(0o777)
+        parent.chmod(0o555)
+        command = [sys.executable, "-c", UNPRIVILEGED]
+        subprocess.run([*command, str(parent / "given")], check=True)
+        assert [p.name for p in (parent / "given").iterdir()] == ["x"]
+        new = subprocess.run([*command, str(parent / "new")], capture_output=True, text=True)
+        assert new.stderr.endswith(f"{parent} is not writable; write elsewhere\n")
+        parent.chmod(0o755)
