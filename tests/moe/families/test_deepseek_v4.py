@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from flow import (
+    DOMAINS,
     batches,
     check_counterfactual,
     check_cut,
@@ -35,8 +36,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_fair.cli import main
 from moe_fair.core.plan import Plan
+from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint import write_model
+from moe_fair.moe.collect import ExpertCollector
 from moe_fair.moe.load import Checkpoint
 from moe_fair.moe.removal import RemovalLosses
 from moe_fair.moe.surgery import cut
@@ -152,11 +155,31 @@ def test_without_each_expert(tmp_path: Path, without: Any) -> None:
     check_counterfactual(Checkpoint(str(tmp_path), hash_layers="cut"), without=without)
 
 
-def test_trial_losses_are_those_of_tables_replaced_masked(checkpoint: Checkpoint) -> None:
+@pytest.mark.slow
+def test_with_layers_on_disk_the_tables_are_the_same(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    where = tmp_path / "map.yaml"
+    where.write_text('"": cpu\n"model.layers.0": disk\n"model.layers.1": disk\n')
+    found = []
+    for place in (None, str(where)):
+        model = checkpoint.load("float32", "cpu", place)
+        blocks = find_blocks(model)
+        with ExpertCollector(blocks, checkpoint.groups, DOMAINS, counterfactual=True) as collector:
+            ResidentEngine(model, checkpointing=True).run(batches(), collector)
+        found.append(collector.statistics())
+    for name in HASH:
+        a, b = (s.sums[name]["removed_error"] for s in found)
+        assert torch.equal(a, b)
+        assert a.max() > 0
+
+
+@pytest.mark.slow
+def test_trial_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpoint) -> None:
     check_trial(checkpoint)
 
 
-def test_removal_losses_are_those_of_tables_replaced_masked(checkpoint: Checkpoint) -> None:
+def test_removal_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpoint) -> None:
     model = original(checkpoint)
     text = batches()
     sets = {HASH[0]: [[3], [0, 5]], HASH[1]: [[1, 2, 7]]}
@@ -307,6 +330,7 @@ def test_of_a_model_without_such_layers_nothing_is_asked(tmp_path: Path, fails: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_changed_table_does_not_verify(readable: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", readable, "-o", out, "--experts", 6, "--method", "reap", "--repair", "none",
