@@ -223,11 +223,6 @@ def prune(
     from moe_fair.default_output import pruned_output
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
 
-    if plan is not None and stats is not None:
-        raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
-    typed = (experts, total, ratio, size, tolerance)
-    if plan is not None and any(t is not None for t in typed):
-        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
     ready = Plan.load(Path(settings.plan)) if settings.plan else None
     if output is None:
         output = pruned_output(settings, ready.target if ready else None)

@@ -47,7 +47,7 @@ class Run:
 def unused(recipe: Recipe, run: Run) -> dict[str, str]:
     """Setting -> why this run has no use for it. All are settings of `prune`."""
     rows: list[tuple[bool, str, tuple[str, ...]]] = [
-        (not run.plans, "the plan is there", ("rivals", "alone")),
+        (not run.plans, "the --plan is there", ("rivals", "alone")),
         (not run.collects, "the statistics are there", COLLECTED),
         (not run.collects and not run.measures, "nothing is measured", ("save_every",)),
         (not run.collects, "what is held back was decided when it was calibrated",
@@ -89,7 +89,7 @@ def check_used(
     plain = recipe.to_dict()
     found = unused(recipe, run)
     if not run.plans:
-        found |= {n: "the plan has its own" for n in PLANNING if n != "reduce"}
+        found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
     for name, why in found.items():
         nothing = (name in EXTRAS and not plain[name]) or plain.get(name) == ["none"]
         done = name in before and before[name] == plain.get(name)

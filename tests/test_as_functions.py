@@ -37,7 +37,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "reap"}, ["--method", "reap"]),
         ({"weights": {"python": 2}}, ["--weights", "python=2"]),
         ({"min_experts": 5}, ["--min-experts", 5]),
-        ({"rivals": "none"}, ["--rivals", "none"]),
+        ({"rivals": "reap"}, ["--rivals", "reap"]),
         ({"statistics": ...}, ["--stats", ...]),
     ],
 )

@@ -182,9 +182,9 @@ REFUSED: list[tuple[list[object], str, str]] = [
     ([*STATS, "--repair", "none", "--samples", 4], "--samples", "no calibration text"),
     ([*STATS, "--repair", "none", "--dtype", "bfloat16"], "--dtype", "no text is run"),
     ([*STATS, "--repair", "scale", "--device-map", "auto"], "--device-map", "nothing is calib"),
-    ([*PLAN, "--method", "reap"], "--method", "the plan has its own"),
-    ([*PLAN, "--min-experts", 9], "--min-experts", "the plan has its own"),
-    ([*PLAN, "--rivals", "reap"], "--rivals", "the plan is there"),
+    ([*PLAN, "--method", "reap"], "--method", "the --plan has its own"),
+    ([*PLAN, "--min-experts", 9], "--min-experts", "the --plan has its own"),
+    ([*PLAN, "--rivals", "reap"], "--rivals", "the --plan is there"),
     ([*PLAN, "--repair", "none", "-c", str(CALIBRATION), "--seed", 4], "--seed",
      "no calibration text"),
 ]  # fmt: skip

@@ -54,10 +54,10 @@ def merges(levels: int = 24) -> str:
 
 def refused(read: Callable[[Path], Any], path: Path, text: str) -> str:
     path.write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError) as e:
         read(path)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     said = str(e.value)
     assert len(said) < 300 + len(str(path))
     assert "\n" not in said
@@ -74,9 +74,9 @@ def test_bombs(tmp_path: Path, reader: str, text: str) -> None:
 
 def test_a_card_of_merges_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\n{merges()}\n---\n")
-    started = time.perf_counter()
+    started = time.process_time()
     assert read_metadata(tmp_path / "README.md") == {}
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     (tmp_path / "README.md").write_text("---\nlicense: mit\nlicense: mit\n---\n")
     assert read_metadata(tmp_path / "README.md") == {"license": "mit"}  # others wrote it
 
@@ -136,10 +136,10 @@ def test_quotes_are_short() -> None:
     value: Any = "x"
     for _ in range(60):
         value = [value] * 9  # shared: as an alias would be
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(quote(value)) <= 80
     assert len(quote({"k" * 999: value, 5: {1: value}})) <= 80
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert quote("a\n" + "b" * 999).startswith("'a\\nbbb")
     assert quote(10**5000) == "a number of 16610 bits"
     assert quote(0.5) == "0.5"
