@@ -36,7 +36,12 @@ Revision = Annotated[
 ]
 Trust = Annotated[
     bool | None,
-    option("--trust-remote-code", text="Run code that lies beside the model's weights", panel=RUN),
+    option(
+        "--trust-remote-code",
+        text="Run a tokenizer's code that lies beside the weights; a model's own is never run, the "
+        "stock class serves",
+        panel=RUN,
+    ),
 ]
 AllowPickle = Annotated[
     bool | None,
