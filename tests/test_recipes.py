@@ -13,7 +13,7 @@ import typer.main
 from places import CALIBRATION, MODEL, ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-import moe_fair
+from moe_fair import pipeline
 from moe_fair.checks import check_plan_settings
 from moe_fair.cli import app
 from moe_fair.moe.calibration import parse_source
@@ -133,14 +133,13 @@ def test_recipes_run(path: Path, tokenizer: Any, tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    given = recipe.to_dict() | {
+    here = recipe.with_settings({
         "model": str(tmp_path / "model"), "calibration": [str(CALIBRATION)], "samples": 8,
         "length": 32,
         # all layers of the real depth are repaired once; elsewhere that is a minute for nothing new
         "repair": "refit" if path.stem.startswith("olmoe") else "none",
-    }  # fmt: skip
-    del given["model"]
-    done = moe_fair.prune(str(tmp_path / "model"), tmp_path / "out", **given)
+    })  # fmt: skip
+    done = pipeline.prune(here, tmp_path / "out")
     assert sum(len(g.kept) for g in done.plan.groups) == recipe.experts * len(done.plan.groups)
     with torch.no_grad():
         logits = Checkpoint(str(tmp_path / "out")).load("float32")(torch.arange(3, 19)[None]).logits

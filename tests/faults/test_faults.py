@@ -98,7 +98,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         "--batch-size", "4", "-o", tmp_path / "stats",
     ]  # fmt: skip
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    done = limited(20, *run, env=kept)  # freed memory is given back, as users have it
+    done = limited(40, *run, env=kept)  # freed memory is given back, as users have it
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "moe-fair: error: out of memory" in done.stderr.splitlines()[-1]
