@@ -104,6 +104,8 @@ def prune(
 
     recipe = Recipe().with_settings({"model": model, **settings})
     check_used(settings, "prune")
+    if plan is not None:
+        check_untargeted(settings)
     return pipeline.prune(
         recipe,
         _path("output", output),

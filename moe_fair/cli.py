@@ -217,12 +217,16 @@ def prune(
     dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
-    settings = _settings(locals())
+    given = locals()
+    settings = _settings(given)
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
     from moe_fair.default_output import pruned_output
     from moe_fair.tables import plan_table, pruned_json, pruned_summary
+    from moe_fair.unused import check_untargeted
 
+    if plan is not None:
+        check_untargeted(given)
     ready = Plan.load(Path(settings.plan)) if settings.plan else None
     if output is None:
         output = pruned_output(settings, ready.target if ready else None)

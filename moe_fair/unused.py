@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fair.recipe import PLANNING, Recipe, flag
+from moe_fair.recipe import PLANNING, TARGETS, Recipe, flag
 
 COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
 # a flag of these that is off asks for nothing
@@ -95,6 +95,19 @@ def check_used(
         done = name in before and before[name] == plain.get(name)
         if name in recipe.given and not nothing and not done and (not also or name in also):
             raise ValueError(f"{flag(name)} would change nothing: {why}; leave it out")
+
+
+def check_untargeted(settings: Mapping[str, Any]) -> None:
+    """Whoever gives a plan asks for no target beside it, not even for the plan's own.
+
+    Args:
+        settings: what was asked for by name; a recipe file may repeat the target that was met.
+
+    Raises:
+        ValueError: a target is among them.
+    """
+    if any(settings.get(t) is not None for t in TARGETS):
+        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
 
 
 # of `eval`: what only one of its two measurements uses
