@@ -48,10 +48,10 @@ def calibrate(
     """
     from moe_fair import pipeline
     from moe_fair.distributed import team
-    from moe_fair.recipe import Recipe, check_used
+    from moe_fair.recipe import Recipe, check_taken
 
     recipe = Recipe().with_settings({"model": model, **settings})
-    check_used(settings, "calibrate")
+    check_taken(settings, "calibrate")
     statistics = pipeline.calibrate(recipe, None if output is None else _path("output", output))
     everywhere = team().told(lambda: statistics)
     assert everywhere is not None  # the first process has them
@@ -71,10 +71,10 @@ def plan(statistics: Statistics | str | PathLike[str], **settings: Any) -> Plan:
     """
     from moe_fair import pipeline
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe, check_used
+    from moe_fair.recipe import Recipe, check_taken
 
     recipe = Recipe().with_settings(settings)
-    check_used(settings, "plan")
+    check_taken(settings, "plan")
     return pipeline.plan(_loaded("statistics", statistics, Statistics), recipe)
 
 
@@ -100,12 +100,13 @@ def prune(
     from moe_fair import pipeline
     from moe_fair.core.plan import Plan
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe, check_used
+    from moe_fair.recipe import Recipe, check_taken
+    from moe_fair.unused import check_untargeted
 
-    recipe = Recipe().with_settings({"model": model, **settings})
-    check_used(settings, "prune")
+    check_taken(settings, "prune")
     if plan is not None:
         check_untargeted(settings)
+    recipe = Recipe().with_settings({"model": model, **settings})
     return pipeline.prune(
         recipe,
         _path("output", output),

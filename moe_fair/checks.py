@@ -14,7 +14,6 @@ from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.distributed import processes
-from moe_fair.engines.names import destinations
 from moe_fair.heads import choose_heads, head_facts, size_without
 from moe_fair.moe.calibration import CalibrationSet
 from moe_fair.moe.criteria import criteria, criterion
@@ -155,7 +154,8 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
     facts = head_facts(source)
     choice = choose_heads(recipe, facts, rule_name)
     groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
-    check_target(recipe, groups, size_without(source.size, choice, facts))
+    before = size_without(source.size, choice, facts)
+    check_target(recipe, groups, before)
     # whether a target can be met depends on no score: any will do to try it
     placeholder = Scores(
         "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in groups}
@@ -166,7 +166,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         placeholder,
         target=target(recipe),
         allocator=rule_name,
-        before=size_without(source.size, choice, facts),
+        before=before,
         min_units=recipe.min_experts,
         multiple_of=recipe.multiple_of,
         costs={g.name: np.zeros(g.size + 1) for g in groups},
@@ -276,11 +276,10 @@ def check_embedding(source: Checkpoint) -> None:
     if rows is None:
         return
     name, shape = rows
-    find = destinations(source.skeleton)
     for t in source.tensors:
         # an embedding lies in no layer: the many tensors that do need not be asked
         layered = any(part.isdigit() for part in t.name.split("."))
-        if not layered and find(t.name).name == name and t.shape != shape:
+        if not layered and source.find(t.name).name == name and t.shape != shape:
             raise ValueError(
                 f"{source.model}: config.json makes {name} {list(shape)} (vocab_size and "
                 f"hidden_size), and the files hold {list(t.shape)}; restore the model's config.json"

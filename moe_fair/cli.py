@@ -103,8 +103,6 @@ from moe_fair.options import (
 from moe_fair.vision_cli import app as vision_app
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from moe_fair.core.units import Statistics
     from moe_fair.recipe import Recipe
 
@@ -236,7 +234,7 @@ def prune(
         from moe_fair.dry_run import dry_run as try_out
         from moe_fair.tables import dry_run_report
 
-        found = try_out(settings, output, ready=ready, say=_say)
+        found = try_out(settings, output, statistics=gathered, ready=ready, say=_say)
         if distributed.is_first():
             print(json.dumps(asdict(found), indent=1)) if as_json else dry_run_report(found)
         return

@@ -17,6 +17,7 @@ from typing import Any
 from moe_fair.core.manifest import FOLDER, MANIFEST, MODEL_CARD, WRITTEN_LATER, same_bytes
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import INDEX
+from moe_fair.engines.stock import read_config
 from moe_fair.moe.blocks import COUNTERS
 from moe_fair.moe.expert_lists import REPEATED
 from moe_fair.moe.load import Checkpoint
@@ -58,7 +59,7 @@ def check_code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
 
     Returns, raises: as `check_config`.
     """
-    config = _config(output)
+    config = read_config(output)
     readers = reader_code(output)
     others = [name for name in code_files(output) if name != MODELING_FILE]
     for name in others:
@@ -94,7 +95,7 @@ def check_config(
     Raises:
         ValueError: the first thing that is wrong.
     """
-    old, new = (_config(folder) for folder in (original.home, output))
+    old, new = (read_config(folder) for folder in (original.home, output))
     _check_code(old, new, original)
     own = new.pop("moe_fair", None)
     again = old.pop("moe_fair", None) is not None  # the original was pruned before
@@ -154,13 +155,6 @@ def _check_tokenizer(original: Checkpoint, found: Checkpoint) -> str:
     if found.tokenizer().get_vocab() != vocabulary:
         raise ValueError("the tokenizer has another vocabulary than the original's")
     return "and the tokenizer loads"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "config.json").read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError("config.json is no table")
-    return found
 
 
 def _check_code(old: dict[str, Any], new: dict[str, Any], original: Checkpoint) -> None:

@@ -280,7 +280,7 @@ def read_settings(path: Path) -> dict[Any, Any]:
     return raw
 
 
-def check_used(settings: Mapping[str, Any], command: str) -> None:
+def check_taken(settings: Mapping[str, Any], command: str) -> None:
     """Every setting that is given, other than as it is by default, is one that the command uses.
 
     Raises:

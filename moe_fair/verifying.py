@@ -24,7 +24,6 @@ from moe_fair.core.manifest import (
     write_manifest,
 )
 from moe_fair.core.plan import Plan
-from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
@@ -232,7 +231,7 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
 def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
     """What repairs changed is finite."""
     changed = repaired_names(repairs, found.blocks)
-    find = destinations(found.skeleton)
+    find = found.find
     count = 0
     with _Reading() as reading:
         for t in found.tensors:
@@ -267,7 +266,7 @@ def _experts(
     """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
     changed = repaired_names(repairs, original.blocks)
     merged = _merged_names(plan, original)
-    find = destinations(original.skeleton)
+    find = original.find
     left = {t.name: t for t in found.tensors}
     dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
     tables = new_tables(original, plan.kept)

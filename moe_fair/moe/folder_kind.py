@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from moe_fair.engines.shards import INDEX, SINGLE
+from moe_fair.engines.stock import read_config
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> dict[str, Any]:
     """The folder may hold a transformers checkpoint.
+
+    Returns:
+        its `config.json` as it lies there.
 
     Raises:
         ValueError: it holds something else, or files that were not fetched; says what.
@@ -25,12 +29,13 @@ def check_folder(folder: Path) -> None:
                 f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in the "
                 "folder, or download the model with `hf download`"
             )
-    config = _config(folder)
+    config = read_config(folder)
     if isinstance(config.get("quantization"), dict) and "quantization_config" not in config:
         raise ValueError(
             "weights packed by MLX (`quantization` in config.json); prune the original model and "
             "convert the result with mlx_lm.convert"
         )
+    return config
 
 
 def other_weights(folder: Path) -> str | None:
@@ -78,11 +83,3 @@ def _what_else(folder: Path, names: set[str]) -> str:
     if inside:
         return f"not a model directory, but {inside[0]}/ in it is"
     return "is this a model directory?"
-
-
-def _config(folder: Path) -> dict:
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}  # told where it is read
-    return found if isinstance(found, dict) else {}

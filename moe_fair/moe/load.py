@@ -31,7 +31,7 @@ from moe_fair.engines.shards import (
     shard_files,
     unnamed_files,
 )
-from moe_fair.engines.stock import read_config, stock_config
+from moe_fair.engines.stock import stock_config
 from moe_fair.moe.blocks import HASH_LAYERS, MoeBlock, find_blocks
 from moe_fair.moe.file_surgery import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.folder_kind import check_folder, other_weights
@@ -80,8 +80,7 @@ class Checkpoint:
         self.model, self.revision, self.allow_pickle = model, revision, allow_pickle
         self.home = _locate(model, revision)
         try:
-            check_folder(self.home)
-            self.published = read_config(self.home)
+            self.published = check_folder(self.home)
         except ValueError as e:
             raise ValueError(f"{model}: {e}") from e
         self.trust_remote_code = trust_remote_code

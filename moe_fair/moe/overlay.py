@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_fair.core.output import fresh
-from moe_fair.engines.names import Destination, destinations
+from moe_fair.engines.names import Destination
 from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.file_surgery import ExpertTensor, cut_tensors
@@ -53,7 +53,7 @@ def check_layouts(source: Checkpoint) -> None:
     Raises:
         UnknownLayoutError: some tensor cannot.
     """
-    find = destinations(source.skeleton)
+    find = source.find
     homes = tuple(f"{b.name}." for b in source.blocks)
     state = dict(source.skeleton.named_parameters())  # buffers are never changed
     for t in source.tensors:
@@ -77,7 +77,7 @@ def with_repairs(
     Raises:
         UnknownLayoutError: a changed tensor whose layout in the checkpoint is unknown.
     """
-    find = destinations(source.skeleton)
+    find = source.find
     stored = {find(t.name).name: t for t in source.tensors}
     new: dict[str, StoredTensor] = {}
     originals: dict[str, Tensor] = {}

@@ -83,11 +83,6 @@ def code_files(folder: Path) -> list[str]:
     return found
 
 
-def is_ours(folder: Path) -> bool:
-    """The only code that a checkpoint brings is a modeling file that moe_fair has written."""
-    return not not_ours(folder)
-
-
 def not_ours(folder: Path) -> str:
     """What makes a checkpoint's code somebody else's, in a line; empty where it is ours.
 

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_fair.engines.names import destinations
 from moe_fair.engines.shards import StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.load import Checkpoint
@@ -69,7 +68,7 @@ def _tables(source: Checkpoint) -> Iterator[tuple[MoeBlock, StoredTensor, Stored
     blocks = [b for b in source.blocks if b.table is not None]
     if not blocks:
         return
-    find = destinations(source.skeleton)
+    find = source.find
     stored = {find(t.name).name: t for t in source.tensors}
     for block in blocks:
         assert block.table is not None

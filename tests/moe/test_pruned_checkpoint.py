@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_fair
 from moe_fair.core.plan import Plan
 from moe_fair.moe.checkpoint import modeling_source
-from moe_fair.moe.own_code import is_ours
+from moe_fair.moe.own_code import not_ours
 
 STRANGER = """
 import json, sys
@@ -142,15 +142,15 @@ def test_what_lies_beside_the_weights(pruned: Any) -> None:
 
 
 def test_only_our_own_code_runs_unasked(pruned: Any, tmp_path: Path) -> None:
-    assert is_ours(pruned.output) != pruned.plan.uniform
+    assert bool(not_ours(pruned.output)) == pruned.plan.uniform
     if pruned.plan.uniform:
         return
     text = modeling_source(AutoModelForCausalLM._model_mapping[type(_config())])
     (tmp_path / "config.json").write_text((pruned.output / "config.json").read_text())
     (tmp_path / "modeling_moe_fair.py").write_text(text)
-    assert is_ours(tmp_path)
+    assert not not_ours(tmp_path)
     (tmp_path / "modeling_moe_fair.py").write_text(text + "print('hello')\n")
-    assert not is_ours(tmp_path)
+    assert not_ours(tmp_path)
 
 
 def _config() -> Any:
