@@ -7,8 +7,8 @@
 Bare: frozen weights, forward alone, or forward and backward down to the embeddings' output. The
 variants run in turn after a warm-up; ratios are medians over the repeats, of a variant's time to
 its bare counterpart's in the same round. Targets: 1.10 for forward statistics, 1.15 with Taylor.
-Peak memory is the device's own, each variant with a model loaded for it alone; on a CPU, which
-keeps no such record, there is a dash.
+Peak memory is the device's own, the model's weights included; on a CPU, which keeps no such
+record, there is a dash.
 """
 
 from __future__ import annotations
@@ -72,13 +72,15 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             for v in variants:
                 work, model = ready(v, source, batches)
+                _forget(device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 took = timed(work, model)
                 if repeat:
                     times[v].append(took)
+                peaks[v] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         del ready, work, model
         _forget(device)
-    for v in VARIANTS:
-        peaks[v] = _peak(v, source, args, batches, device)
     found = {}
     print("| variant | tokens/s | ratio | to | peak device memory |\n|---|---|---|---|---|")
     for v, (_, _, backward, watched) in VARIANTS.items():
@@ -136,25 +138,6 @@ def watch(
     )
     with collector:
         engine.run(batches, collector, backward=backward)
-
-
-def _peak(
-    v: str,
-    source: Checkpoint,
-    args: argparse.Namespace,
-    batches: list[Batch],
-    device: torch.device,
-) -> int | None:
-    """Most bytes that one run held on the device, its model included."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    work, _ = _load(source, args, [v])(v, source, batches)
-    work()
-    found = torch.cuda.max_memory_allocated()
-    del work
-    _forget(device)
-    return found
 
 
 def _forget(device: torch.device) -> None:

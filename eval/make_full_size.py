@@ -6,16 +6,20 @@
 
 One matrix per expert and shards of at most 4 GB, as on the Hub. The tokenizer is the reference
 model's, whose ids all lie within the vocabulary. Weights are normal with deviation 0.02; norms are
-one. The same arguments give the same bytes.
+one. The same arguments give the same bytes, on however many processes (one a core): a tensor's
+numbers come from its own name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import struct
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -97,8 +101,8 @@ def divide(items: Iterator[tuple[str, Shape]]) -> Iterator[list[tuple[str, Shape
     yield shard
 
 
-def write_shard(path: Path, shard: list[tuple[str, Shape]], generator: torch.Generator) -> int:
-    """Write one safetensors file, a tensor in memory at a time; returns its tensors' bytes."""
+def lay_out(path: Path, shard: list[tuple[str, Shape]]) -> list[tuple[str, Shape, int]]:
+    """Write a safetensors file's header; returns its tensors with their places in the file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shard:
@@ -109,15 +113,27 @@ def write_shard(path: Path, shard: list[tuple[str, Shape]], generator: torch.Gen
     text += b" " * (-len(text) % 8)
     with path.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shard:
-            f.write(weights(name, shape, generator).view(torch.int16).numpy().tobytes())
-    return offset
+        f.truncate(8 + len(text) + offset)
+    return [
+        (name, shape, 8 + len(text) + header[name]["data_offsets"][0])  # type: ignore[index]
+        for name, shape in shard
+    ]
 
 
-def weights(name: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
+def fill(path: Path, placed: list[tuple[str, Shape, int]], seed: int) -> None:
+    """Write some tensors' values where they belong, one in memory at a time."""
+    torch.set_num_threads(1)
+    with path.open("r+b") as f:
+        for name, shape, at in placed:
+            f.seek(at)
+            f.write(weights(name, shape, seed).view(torch.int16).numpy().tobytes())
+
+
+def weights(name: str, shape: Shape, seed: int) -> torch.Tensor:
     """One tensor in bfloat16."""
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
 
 
@@ -141,13 +157,19 @@ def main() -> None:
     folder = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(args.seed)
     weight_map = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / name, shard, generator)
-        weight_map |= {n: name for n, _ in shard}
-        print(f"{i + 1}/{len(shards)}", flush=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        pieces = []
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            placed = lay_out(folder / name, shard)
+            weight_map |= {n: name for n, _ in shard}
+            pieces += [
+                pool.submit(fill, folder / name, placed[j : j + 64], args.seed)
+                for j in range(0, len(placed), 64)
+            ]
+        for piece in pieces:
+            piece.result()
     index = {"metadata": {"total_size": need}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import psutil
@@ -67,6 +68,8 @@ def choose(
 def free_memory(device: torch.device, sharers: int = 1) -> int:
     """Bytes that can still be allocated on the device; of main memory one of `sharers` parts."""
     if device.type == "cuda":
+        gc.collect()  # a finished stage's blocks, which torch keeps, are free too
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // sharers
 
