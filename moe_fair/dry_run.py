@@ -23,7 +23,7 @@ from moe_fair.moe.choose import PACKED, free_memory, weight_dtype
 from moe_fair.moe.load import first_line, pick_device
 from moe_fair.moe.own_words import MOST
 from moe_fair.moe.repairs import repair
-from moe_fair.moe.routed import KEPT_FEATURES
+from moe_fair.moe.routed import KEPT_BYTES
 from moe_fair.moe.tune import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.preflight import Job, check_prune
 from moe_fair.probe import Costs, Line, hidden_width, probe
@@ -31,7 +31,7 @@ from moe_fair.recipe import TARGETS, Recipe, flag
 from moe_fair.repairing import copies_of, step_sequences
 from moe_fair.trials import rivals
 
-RECOMPUTED = 3  # what features cost that are computed again instead of kept
+RECOMPUTED = 2  # what features cost that are computed again instead of kept
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _repair(job: Job, c: Costs | None, load: float) -> Stage:
     blocks, block = len(job.source.blocks), job.source.blocks[0]
     steps = -(-n // (step_sequences(job.recipe) * job.recipe.length))
     features = n * block.top_k * hidden_width(block.experts) * 4
-    token = c.fit.token * (RECOMPUTED if features > KEPT_FEATURES else 1)
+    token = c.fit.token * (RECOMPUTED if features > KEPT_BYTES else 1)
     fit = Line(c.fit.fixed, token)
     seconds = blocks * (fit.at(n, 1) + epochs * c.train.at(n, steps))
     seconds += 3 * layers * c.forward.at(n, steps)  # original, cut, and repaired

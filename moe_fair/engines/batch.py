@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
+        if self.mask.device == device:
+            return self
         ids, mask, sequences = (
             t.to(device) for t in (self.input_ids, self.mask, self.sequence_ids)
         )
@@ -46,9 +49,9 @@ class Batch:
             Batch(self.input_ids[r], self.mask[r], self.sequence_ids[r], self.domain) for r in rows
         ]
 
-    @property
+    @cached_property
     def padded(self) -> bool:
-        """Some position is padding."""
+        """Some position is padding; asked of the device once."""
         return not bool(self.mask.all())
 
     def predicted(self) -> Tensor:

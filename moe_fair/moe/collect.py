@@ -25,7 +25,8 @@ from moe_fair.core.sketch import Sketch, directions
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import After, Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
-from moe_fair.moe.counterfactual import CELLS, Candidates, Rerouting
+from moe_fair.moe.counterfactual import Candidates, Rerouting
+from moe_fair.moe.segments import CELLS, dense_sums, sums, vector_sums
 
 FORWARD = (
     "tokens",  # n: routed tokens
@@ -74,6 +75,7 @@ class ExpertCollector:
         self.taylor, self.counterfactual = taylor, counterfactual
         self.u_score, self.gram = u_score, gram
         self.batch: Batch | None = None
+        self.sequence_ids: list[int] = []  # of the batch
         self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
         self._tokens = torch.zeros(len(domains), dtype=torch.float64)
         self._sequences: dict[int, int] = {}
@@ -90,10 +92,10 @@ class ExpertCollector:
     def begin(self, batch: Batch) -> None:
         """The next forward runs this batch. A streaming engine comes back to a batch per layer."""
         self.batch = batch
-        ids = batch.sequence_ids.tolist()
-        if ids[0] not in self._sequences:
+        self.sequence_ids = batch.sequence_ids.tolist()
+        if self.sequence_ids[0] not in self._sequences:
             self._tokens[batch.domain] += float(batch.mask.sum())
-            self._sequences.update(dict.fromkeys(ids, batch.domain))
+            self._sequences.update(dict.fromkeys(self.sequence_ids, batch.domain))
 
     def statistics(
         self, fingerprint: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None
@@ -110,7 +112,10 @@ class ExpertCollector:
                 n: {k: v.cpu() for k, v in t.sums.items()}
                 for n, t in zip(names, self._taps, strict=True)
             },
-            constants={n: t.constants for n, t in zip(names, self._taps, strict=True)},
+            constants={
+                n: {k: v.cpu() for k, v in t.constants.items()}
+                for n, t in zip(names, self._taps, strict=True)
+            },
             rows={n: t.stacked_rows(ids) for n, t in zip(names, self._taps, strict=True)}
             if self.taylor
             else {},
@@ -219,20 +224,17 @@ class _Tap:
                     self.weigh()
             return
         matrices = self.block.matrices()
-        per_expert = torch.tensor(
-            [
-                [
-                    sum(float(p[e].double().abs().sum()) for p in matrices),
-                    sum(float(p[e].double().square().sum()) for p in matrices),
-                ]
-                for e in range(self.size)
-            ],
-            dtype=torch.float64,
-        )
+        total = torch.zeros(2, self.size, dtype=torch.float64, device=matrices[0].device)
+        for p in matrices:
+            step = max(1, CELLS // p[0].numel())
+            for i in range(0, self.size, step):
+                rows = p[i : i + step].detach().flatten(1).double().abs()  # of float64 no copy
+                total[0, i : i + step] += rows.sum(1)
+                total[1, i : i + step] += rows.square_().sum(1)
         count = float(sum(p[0].numel() for p in matrices))
         self.constants = {
-            "weight_abs": per_expert[:, 0].clone(),
-            "weight_sq": per_expert[:, 1].clone(),
+            "weight_abs": total[0],
+            "weight_sq": total[1],
             "weight_count": torch.full((self.size,), count, dtype=torch.float64),
         }
 
@@ -248,6 +250,7 @@ class _Booking:
         self, tap: _Tap, batch: Batch, top_k_index: Tensor, f: Tensor, weights: Tensor
     ) -> None:
         self.tap, self.batch, self.ids = tap, batch, top_k_index.flatten()
+        self.sequence_ids = tap.collector.sequence_ids
         self.f, self.g = f, weights.flatten().double()
         self.weights_dtype = weights.dtype
         self.candidates: Candidates
@@ -256,15 +259,17 @@ class _Booking:
         self.projected: Tensor
         self.anchor = torch.zeros((), device=f.device, requires_grad=True)
         self.sums: dict[str, Tensor] = {}
-        tokens, k = top_k_index.shape
-        self.token = torch.arange(tokens, device=f.device).repeat_interleave(k)
+        tokens, self.k = top_k_index.shape
+        self.token = torch.arange(tokens, device=f.device).repeat_interleave(self.k)
         self.counted = batch.mask.flatten()[self.token].double() if batch.padded else None
 
-    def per_expert(self, values: Tensor) -> Tensor:
-        """[S] -> [E] sums over counted rows."""
+    def per_expert(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[S] -> [E] sums over counted rows, of each."""
+        stacked = torch.stack(list(values.values()))
         if self.counted is not None:
-            values = values * self.counted
-        return torch.bincount(self.ids, weights=values, minlength=self.tap.size)
+            stacked = stacked * self.counted
+        ids = self.ids.view(-1, self.k)
+        return dict(zip(values, sums(stacked, ids, self.tap.size), strict=True))
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """All statistics that need no gradient."""
@@ -284,8 +289,10 @@ class _Booking:
             "gated_norm_sq": gated.square(),
             "turned_norm": gated * turn[self.token],
         }
-        self.sums = {name: self.per_expert(v) for name, v in values.items()}
-        self.sums["output"], self.sums["output_sq"] = self._vectors()
+        self.sums = self.per_expert(values)
+        self.sums["output"], self.sums["output_sq"] = vector_sums(
+            self.f, self.ids, self.tap.size, self.counted
+        )
         if self.tap.collector.gram:
             self.sums[GRAM] = self._gram(len(x))
         if self.tap.sketch is not None:
@@ -321,24 +328,6 @@ class _Booking:
             return self.batch.mask.flatten().to(values) @ values
         return values.sum(0)
 
-    def _vectors(self) -> tuple[Tensor, Tensor]:
-        """Σ f and Σ f² per expert, [E, D] each."""
-        order = torch.argsort(self.ids, stable=True)
-        f = self.f[order]
-        counted = None if self.counted is None else self.counted[order, None]
-        total = self.f.new_zeros(2, self.tap.size, self.f.shape[-1], dtype=torch.float64)
-        ends = torch.bincount(self.ids, minlength=self.tap.size).cumsum(0).tolist()
-        start = 0
-        for e, end in enumerate(ends):
-            if end > start:
-                rows = f[start:end].double()
-                if counted is not None:
-                    rows = rows * counted[start:end]
-                torch.sum(rows, 0, out=total[0, e])
-                torch.sum(rows.square_(), 0, out=total[1, e])
-            start = end
-        return total[0], total[1]
-
     def _gram(self, tokens: int) -> Tensor:
         """Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E] float64."""
         size, width = self.tap.size, self.f.shape[-1]
@@ -358,18 +347,24 @@ class _Booking:
     def backward(self, gradient: Tensor) -> None:
         """Taylor sums from dL/d(weight) [T, K], then everything is entered."""
         t = gradient.flatten().double() * self.g
-        for name, value in zip(TAYLOR, (t, t.abs(), t.square()), strict=True):
-            self.sums[name] = self.per_expert(value)
-        b, length = self.batch.mask.shape
-        cell = self.token.div(length, rounding_mode="floor") * self.tap.size + self.ids
-        values = t if self.counted is None else t * self.counted
-        rows = torch.bincount(cell, weights=values, minlength=b * self.tap.size).view(b, -1)
-        for i, row in zip(self.batch.sequence_ids.tolist(), rows, strict=True):
+        self.sums |= self.per_expert(dict(zip(TAYLOR, (t, t.abs(), t.square()), strict=True)))
+        for i, row in zip(self.sequence_ids, self._per_sequence(t), strict=True):
             assert i not in self.tap.rows, "a sequence was booked twice"
             self.tap.rows[i] = row
         if self.tap.rerouting is not None:
             self._second_order(gradient)
         self.commit()
+
+    def _per_sequence(self, values: Tensor) -> Tensor:
+        """[S] -> [B, E] sums over counted rows."""
+        b, length = self.batch.mask.shape
+        if self.counted is not None:
+            values = values * self.counted
+        if values.device.type != "cpu":
+            each = self.ids.view(b, length, -1), values.view(b, 1, -1)
+            return torch.cat([dense_sums(v, i, self.tap.size) for i, v in zip(*each, strict=True)])
+        cell = self.token.div(length, rounding_mode="floor") * self.tap.size + self.ids
+        return torch.bincount(cell, weights=values, minlength=b * self.tap.size).view(b, -1)
 
     def _second_order(self, gradient: Tensor) -> None:
         """δ_e(t) = ⟨∂ℓ/∂y_t, Δ_e(t)⟩, ℓ the summed loss of the sequence: n times the mean one."""

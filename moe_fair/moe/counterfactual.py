@@ -30,6 +30,7 @@ from moe_fair.moe.blocks import MoeBlock
 
 PROJECTIONS = {"linear", "matmul", "mm", "addmm", "einsum", "__matmul__"}
 CELLS = 2**24  # float64 elements of one chunk of tokens
+ROUTED = 2**24  # logits of the cases that are routed at once
 
 
 class Rerouting:
@@ -46,6 +47,8 @@ class Rerouting:
         self._logits: Tensor | None = None
         self._number = 0
         self._output: Any = None
+        self._read: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+        self._rows_are_free: bool | None = None
 
     def attach(self) -> None:
         """Note what passes through the router from now on."""
@@ -103,22 +106,72 @@ class Rerouting:
         read = self._reader(index, weights)
         assert self._logits is not None
         logits = self._logits.to(torch.promote_types(self._logits.dtype, torch.float32))
-        args, kwargs = self._call
-        ids, values = [], []
         removals = [[e] for e in range(self.block.num_experts)] if sets is None else sets
-        for gone in ([], *map(list, removals)):
-            hidden = logits.clone()
-            hidden[..., gone] = -torch.inf
-            with (
-                token_table.without(self.block, gone),  # first: it has linear maps of its own
-                self._without_bias(gone),
-                _Answer(hidden, self._number),
-            ):
+        every = [[], *map(list, removals)]
+        if self._together(read, index, logits):
+            step = max(1, ROUTED // logits.numel())
+            parts = [every[i : i + step] for i in range(0, len(every), step)]
+        else:
+            parts = [[gone] for gone in every]
+        found = [self._without(part, logits, read, index, weights) for part in parts]
+        ids, values = (torch.cat(t) for t in zip(*found, strict=True))
+        return ids, values
+
+    def _without(
+        self,
+        cases: Sequence[list[int]],
+        logits: Tensor,
+        read: Callable[[Any], tuple[Tensor, Tensor]],
+        index: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights [R, T, K] with each of these sets removed; several as further rows."""
+        assert self._stock is not None
+        args, kwargs = self._call
+        hidden = logits.repeat(len(cases), *[1] * (logits.dim() - 1))
+        if any(cases):
+            gone = torch.zeros(len(cases), self.block.num_experts, dtype=torch.bool)
+            for row, case in zip(gone, cases, strict=True):
+                row[case] = True
+            gone = gone.to(hidden.device).repeat_interleave(len(hidden) // len(cases), 0)
+            hidden.masked_fill_(
+                gone.view(-1, *[1] * (logits.dim() - 2), gone.shape[-1]), -torch.inf
+            )
+        alone = cases[0] if len(cases) == 1 else []
+        with (
+            token_table.without(self.block, alone),  # first: it has linear maps of its own
+            self._without_bias(alone),
+            _Answer(hidden, self._number),
+        ):
+            case_ids, case_weights = read(self._stock(*args, **kwargs))
+        shape = (len(cases), *index.shape)
+        return case_ids.view(shape), case_weights.view(shape).to(logits.dtype)
+
+    def _together(self, read: Callable[[Any], Any], index: Tensor, logits: Tensor) -> bool:
+        """The router's code takes the logits of several cases as further tokens; tried once.
+
+        Not where experts have a bias or a table of tokens as well, which each case changes.
+        """
+        if self._rows_are_free is None:
+            self._rows_are_free = False
+            if self.block.table is None and not self._biases():
+                self._rows_are_free = self._twice(read, index, logits)
+        return self._rows_are_free
+
+    def _twice(self, read: Callable[[Any], Any], index: Tensor, logits: Tensor) -> bool:
+        """Both halves of the logits, given twice, are routed as the model routed them."""
+        assert self._stock is not None
+        args, kwargs = self._call
+        try:
+            with _Answer(logits.repeat(2, *[1] * (logits.dim() - 1)), self._number):
                 output = self._stock(*args, **kwargs)
-            case_ids, case_weights = read(output)
-            ids.append(case_ids.view_as(index))
-            values.append(case_weights.view_as(weights).to(logits.dtype))
-        return torch.stack(ids), torch.stack(values)
+            ids = read(output)[0].view(2, *index.shape)
+        except (RuntimeError, ValueError, IndexError):  # it goes by the shape of its input
+            return False
+        return bool((ids == index).all())
+
+    def _biases(self) -> list[Tensor]:
+        return [getattr(m, t) for m, t, _ in self.block.routed if "bias" in t]
 
     def _reader(self, index: Tensor, weights: Tensor) -> Callable[[Any], tuple[Tensor, Tensor]]:
         """What takes the ids and weights that reach the experts out of the router's output."""
@@ -127,6 +180,14 @@ class Rerouting:
                 f"{self.block.name}: the calibration run met NaN or Inf in the layers before it; "
                 "look for a bad weight there, or use --dtype float32 where a type overflows"
             )
+        if self._read is not None:
+            return self._read
+        self._read = self._find_reader(index, weights)
+        return self._read
+
+    def _find_reader(
+        self, index: Tensor, weights: Tensor
+    ) -> Callable[[Any], tuple[Tensor, Tensor]]:
         found = self.block.chosen(self._output)
         if found is not None:
             assert _same(found[0], index)
@@ -147,7 +208,7 @@ class Rerouting:
     @contextmanager
     def _without_bias(self, gone: Sequence[int]) -> Iterator[None]:
         """The choice is also biased: sigmoid(-inf) + bias could still win."""
-        biases = [getattr(m, t) for m, t, _ in self.block.routed if "bias" in t]
+        biases = self._biases()
         if any(b.is_meta for b in biases):
             raise ValueError(
                 f"{self.block.name}: the router's bias is offloaded, and routing without an expert "
@@ -248,8 +309,7 @@ class Candidates:
         """From the routed ids [T, K] and `Rerouting.routes` of a block of `size` experts."""
         cases, tokens, k = ids.shape
         chosen = torch.zeros(tokens, size, dtype=torch.bool, device=ids.device)
-        for case in ids[1:]:
-            chosen.scatter_(1, case, True)
+        chosen.scatter_(1, ids[1:].transpose(0, 1).flatten(1), True)
         chosen.scatter_(1, index, False)
         most = int(chosen.sum(1).max())
         others = torch.where(chosen, torch.arange(size, device=ids.device), size)
@@ -259,8 +319,7 @@ class Candidates:
         slots = torch.arange(k + most, device=ids.device).expand(tokens, -1)
         place.scatter_(1, all_ids.masked_fill(all_ids < 0, size), slots)
         dense = weights.new_zeros(cases, tokens, k + most)
-        for case in range(cases):
-            dense[case].scatter_add_(1, place.gather(1, ids[case]), weights[case])
+        dense.scatter_add_(2, place.expand(cases, -1, -1).gather(2, ids), weights)
         change = (dense[1:] - dense[:1]).transpose(0, 1).contiguous()
         extra = (all_ids[:, k:] >= 0).nonzero()
         return Candidates(all_ids, change, extra[:, 0] * (k + most) + k + extra[:, 1])

@@ -15,8 +15,9 @@ Shape legend: T tokens, K top-k, D model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ from moe_fair.moe.watch import Watch
 HELD_OUT = 5  # every fifth sequence judges the fits
 ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
+# (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
+Fits = Callable[..., Iterator[tuple[float, Tensor]]]
 REPAIR_FORMAT = "moe_fair.repair/1"
 
 
@@ -179,9 +182,9 @@ class Repairer:
             n: p.detach().cpu().contiguous() for n, p in changed_tensors(block, done).items()
         }
         about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
-        partial = path.with_suffix(".partial")
-        save_file({**tensors, **{ORIGINAL + n: originals[n] for n in tensors}}, partial, about)
-        partial.rename(path)
+        temporary = path.with_suffix(".partial")
+        save_file({**tensors, **{ORIGINAL + n: originals[n] for n in tensors}}, temporary, about)
+        temporary.rename(path)
 
     def _earlier(self, block: MoeBlock) -> LayerRepair | None:
         """What a killed run did to this layer, put into the block."""
@@ -288,16 +291,26 @@ def _fit(
     routed = Routed(block.experts, x[judge], ids[judge], weights[judge])
     before = error(routed.output(read_down(block.experts)), target[judge])
     fitting = Routed(block.experts, x[learn], ids[learn], weights[learn])
-    tried = []
-    for ridge in kind.ridges:
-        w = kind.fit(fitting, target[learn], ridge)
-        tried.append((error(routed.output(w), target[judge]), ridge))
+    path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
+    after, ridge, best = float("inf"), 0.0, None
+    for tried, w in path(fitting, target[learn], kind.ridges):
+        now = error(routed.output(w), target[judge])
+        if (now, tried) < (after, ridge):
+            after, ridge, best = now, tried, w
     del fitting, routed
-    after, ridge = min(tried)
     if not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before)
-    write_down(block.experts, kind.fit(Routed(block.experts, x, ids, weights), target, ridge))
+    [(_, w)] = path(Routed(block.experts, x, ids, weights), target, [ridge], best)
+    write_down(block.experts, w)
     return LayerRepair(block.name, kind.name, ridge, before, after)
+
+
+def _one_by_one(
+    kind: Repair, routed: Routed, target: Tensor, ridges: Sequence[float], _: Tensor | None = None
+) -> Iterator[tuple[float, Tensor]]:
+    """Each ridge with its fit, none of which knows of another."""
+    for ridge in ridges:
+        yield ridge, kind.fit(routed, target, ridge)
 
 
 def error(y: Tensor, target: Tensor) -> float:

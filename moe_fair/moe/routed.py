@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_FEATURES = 2**31  # bytes of hidden activations that are kept; what is more is computed again
+KEPT_BYTES = 2**32  # of hidden activations, and of Gram matrices; what is more is computed again
 
 
 class Routed:
@@ -41,14 +41,32 @@ class Routed:
         counts = torch.bincount(flat, minlength=int(experts.num_experts)).tolist()
         self._tokens = order.div(k, rounding_mode="floor").split(counts)
         self._gates = weights.flatten()[order].to(self.precise).split(counts)
-        width = read_down(experts).shape[1]
-        small = flat.numel() * width * self.precise.itemsize <= KEPT_FEATURES
-        self._kept = [self._compute(e) for e in range(len(counts))] if small else None
+        down = experts.down_proj  # [E, F, D] or [E, D, F]
+        width = down.shape[1 if experts.is_transposed else 2]
+        small = flat.numel() * width * x.itemsize <= KEPT_BYTES
+        self._kept = [self._hidden(e) for e in range(len(counts))] if small else None
+        few = down.shape[0] * width**2 * self.precise.itemsize <= KEPT_BYTES
+        self._own_grams: list[Tensor] | None = [] if few else None
 
     def features(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For every expert: its tokens [n] and g·h [n, F]."""
         for e, tokens in enumerate(self._tokens):
-            yield tokens, self._kept[e] if self._kept is not None else self._compute(e)
+            h = self._kept[e] if self._kept is not None else self._hidden(e)
+            h = h.to(self.precise)
+            if self.experts.has_bias:
+                h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+            yield tokens, h * self._gates[e].unsqueeze(1)
+
+    def own_grams(self) -> Iterator[Tensor]:
+        """For every expert: Σ g²·h hᵀ [F, F] over its own tokens; kept where they are small."""
+        if self._own_grams:
+            yield from self._own_grams
+            return
+        for _, h in self.features():
+            gram = h.T @ h
+            if self._own_grams is not None:
+                self._own_grams.append(gram)
+            yield gram
 
     def output(self, w: Tensor) -> Tensor:
         """[T, D] with down projections `w` [E, F, D]."""
@@ -84,11 +102,9 @@ class Routed:
         """[E, F] Σ (g·h)²: the diagonal of `adjoint ∘ output`, the same for every column."""
         return torch.stack([h.square().sum(0) for _, h in self.features()])
 
-    def _compute(self, e: int) -> Tensor:
-        h = hidden(self.experts, e, self.x[self._tokens[e]]).to(self.precise)
-        if self.experts.has_bias:
-            h = torch.cat([h, h.new_ones(len(h), 1)], 1)
-        return h * self._gates[e].unsqueeze(1)
+    def _hidden(self, e: int) -> Tensor:
+        """[n, F] in the experts' own data type, in which they were computed."""
+        return hidden(self.experts, e, self.x[self._tokens[e]])
 
 
 def check_linear(experts: Any) -> None:

@@ -75,12 +75,15 @@ def tune(
         what became of the held-out error. Nothing is changed where no epoch improves it.
     """
     names = {n: p for n, p in layer.named_parameters() if any(p is q for q in block.parameters())}
-    masters = {n: p.detach().float().clone().requires_grad_(True) for n, p in names.items()}
-    size = {n: float(m.detach().square().mean().sqrt()) for n, m in masters.items()}
+    masters = {n: p.detach().float().clone() for n, p in names.items()}
+    # what runs: the masters, rounded to the weights' own type; gradients are of that type too
+    cast = {n: p.detach().clone().requires_grad_(True) for n, p in names.items()}
+    size = {n: float(m.square().mean().sqrt()) for n, m in masters.items()}
     optimizer = torch.optim.AdamW(
         [{"params": [m], "lr": STEP * size[n]} for n, m in masters.items()],
         betas=BETAS,
         weight_decay=0.0,
+        fused=True,  # one pass over the weights and their moments: memory traffic is what it costs
     )
     judges = [held(b) for b in batches]
     teach = [(b.mask.bool() & ~j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
@@ -89,8 +92,6 @@ def tune(
     unit = work / max(1, sum(int(m.sum()) for m in teach))
 
     def run(j: int) -> Tensor:
-        cast = {n: m.to(names[n].dtype) for n, m in masters.items()}
-
         def forward(*arguments: Any, **keywords: Any) -> Any:
             return functional_call(layer, cast, arguments, keywords)
 
@@ -117,10 +118,8 @@ def tune(
             with torch.enable_grad():
                 loss = _squares(targets[j] - run(j), teach[j]) / (int(teach[j].sum()) * unit)
                 loss.backward()
-            nn.utils.clip_grad_norm_(masters.values(), CLIP)
-            optimizer.step()
+            _step(optimizer, masters, cast)
             schedule.step()
-            optimizer.zero_grad()
         now = judged()
         if now < best:
             best, epoch = now, number
@@ -129,6 +128,22 @@ def tune(
         for n, p in names.items():
             p.data.copy_(kept[n])
     return Tuned(before, best, epoch)
+
+
+@torch.no_grad()
+def _step(
+    optimizer: torch.optim.Optimizer, masters: dict[str, Tensor], cast: dict[str, Tensor]
+) -> None:
+    """Move the masters along the gradients of what ran; both are of the same names."""
+    ran = [p for p in cast.values() if p.grad is not None]
+    nn.utils.clip_grad_norm_(ran, CLIP, foreach=True)
+    for n, m in masters.items():
+        grad = cast[n].grad
+        m.grad = None if grad is None else grad.float()
+        cast[n].grad = None
+    optimizer.step()
+    optimizer.zero_grad()
+    torch._foreach_copy_(list(cast.values()), list(masters.values()))
 
 
 def _squares(x: Tensor, mask: Tensor) -> Tensor:

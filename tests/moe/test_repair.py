@@ -148,12 +148,19 @@ def test_fits_equal_their_closed_forms(kind: str) -> None:
     stacked = torch.cat([phi, lam.sqrt() * eye]), torch.cat([target, lam.sqrt() * a * flat])
     best = torch.linalg.lstsq(*stacked).solution
     torch.testing.assert_close(routed.gram, phi.T @ phi)
-    for direct in (10**6, 0):  # the matrix, and conjugate gradients
-        got = refit.fit(routed, target, 0.3, direct=direct, iterations=2000, solved=1e-13)
-        torch.testing.assert_close(got.flatten(0, 1), best, rtol=1e-7, atol=1e-9)
-    # what a run does, 15 steps, is most of the way there
+    for direct in (10**6, 0):  # the matrix, and Gauss-Seidel, from a stronger ridge or from afar
+        for start in (None, torch.randn(w0.shape, dtype=w0.dtype)):
+            fits = list(
+                refit.path(
+                    routed, target, [0.3, 3.0], start, direct=direct, sweeps=2000, solved=1e-13
+                )
+            )
+            assert [r for r, _ in fits] == [3.0, 0.3]
+            torch.testing.assert_close(fits[-1][1].flatten(0, 1), best, rtol=1e-7, atol=1e-9)
+    # what a run does, two sweeps, is most of the way there
     error = lambda w: float((target - phi @ w).square().sum())  # noqa: E731
-    short = refit.fit(routed, target, 0.3, direct=0).flatten(0, 1)
+    [(_, short)] = refit.path(routed, target, [0.3], direct=0)
+    short = short.flatten(0, 1)
     assert error(short) - error(best) < 0.05 * (error(a * flat) - error(best))
 
 
@@ -270,11 +277,11 @@ def test_a_walk_goes_on_where_it_was_killed(
     last = sorted((tmp_path / "w").iterdir())[-1]
     last.write_bytes(last.read_bytes()[:1000])  # damaged: counts as missing
     fits = []
-    stock = refit.fit
-    monkeypatch.setattr(repair("distill"), "fit", lambda *a, **k: fits.append(1) or stock(*a, **k))
+    stock = refit.path
+    monkeypatch.setattr(repair("distill"), "path", lambda *a, **k: fits.append(1) or stock(*a, **k))
     resumed = copy.deepcopy(original)
     assert walk(resumed, kept, "distill", tmp_path / "w") == done
-    assert len(fits) == len(refit.ridges) + 1  # of the last layer alone
+    assert len(fits) == 2  # of the last layer alone: on a part of the text, then on all
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -6,6 +6,7 @@ Router, experts and shared experts take part; the gradient stays within the laye
 from __future__ import annotations
 
 from moe_fair.moe.repairs.refit import fit as fit
+from moe_fair.moe.repairs.refit import path as path
 from moe_fair.moe.repairs.refit import ridges as ridges
 
 name = "distill"

@@ -2,12 +2,16 @@
 
     min over W   Σ_t ‖y(t) - Σ_e g_e h_e(t) W_e‖² + λ Σ_e ‖W_e - a W_e⁰‖²
 
-Few and narrow experts: the normal equations are solved as they are. Else by conjugate gradients,
-forward and adjoint only, with the diagonal as the preconditioner: experts that few tokens reach
-have much smaller equations than busy ones.
+Few and narrow experts: the normal equations are solved as they are. Else by block Gauss-Seidel:
+one expert after another is fitted to what the others leave over, by a Cholesky factor of its own
+Gram matrix (Golub & Van Loan, Matrix Computations, 4th ed., section 11.2). Tokens that two experts
+share couple them, and top-k routing keeps that coupling weak, so that few sweeps are enough. From
+the strongest ridge to the weakest each fit goes on from the last.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,51 +23,76 @@ name = "refit"
 ridges = (0.01, 0.1, 1.0)
 wants_text = True
 DIRECT = 4096  # unknowns per column up to which the matrix is formed
-ITERATIONS = 15
-SOLVED = 1e-6  # of the right-hand side's norm
+SWEEPS = 2  # for each ridge; one where a solution on other tokens is at hand
+SOLVED = 1e-6  # of the largest sweep's step
 
 
-def fit(
+def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+    """[E, F, D]; λ is the ridge times the mean of Σ (g·h)² over hidden activations."""
+    return next(path(routed, target, [ridge]))[1]
+
+
+def path(
     routed: Routed,
     target: Tensor,
-    ridge: float,
+    ridges: Sequence[float],
+    start: Tensor | None = None,
     *,
     direct: int = DIRECT,
-    iterations: int = ITERATIONS,
+    sweeps: int | None = None,
     solved: float = SOLVED,
-) -> Tensor:
-    """[E, F, D]; λ is the ridge times the mean of Σ (g·h)² over hidden activations.
+) -> Iterator[tuple[float, Tensor]]:
+    """Each ridge, strongest first, with its down projections [E, F, D].
 
     Args:
+        start: solution on other tokens, from which the sweeps go on.
         direct: most E·F for which the normal equations are solved directly.
-        iterations, solved: conjugate gradients stop after so many, or when the residual has come
-            down to this share.
+        sweeps, solved: Gauss-Seidel stops after so many, or when a sweep's step has come down to
+            this share of the largest.
     """
-    start = read_down(routed.experts)
-    y = routed.output(start)
+    stock = read_down(routed.experts)
+    y = routed.output(stock)
     a = factor(y, target)
-    w = a * start
+    centre = a * stock
     squares = routed.squares()
-    weight = ridge * float(squares.mean())
-    residual = routed.adjoint(target - a * y)  # the ridge has no pull at its own centre
+    mean = float(squares.mean())
     if squares.numel() <= direct:
-        matrix = routed.gram.clone()
-        # experts that no token reached have nothing but the ridge
-        matrix.diagonal().add_(weight).clamp_(min=1e-12 * float(squares.mean()) + 1e-300)
-        step = torch.linalg.solve(matrix, residual.flatten(0, 1).double())
-        return w + step.view_as(w).to(w.dtype)
-    scale = (squares + weight).clamp(min=torch.finfo(w.dtype).tiny).unsqueeze(-1)
-    direction = residual / scale
-    rho = float((residual * direction).sum(dtype=torch.float64))
-    first = rho
-    for _ in range(iterations):
-        if rho <= solved**2 * first or rho <= 0:
-            break
-        image = routed.adjoint(routed.output(direction)) + weight * direction
-        length = rho / float((direction * image).sum(dtype=torch.float64))
-        w += length * direction
-        residual -= length * image
-        z = residual / scale
-        old, rho = rho, float((residual * z).sum(dtype=torch.float64))
-        direction = z + (rho / old) * direction
-    return w
+        residual = routed.adjoint(target - a * y)  # the ridge has no pull at its own centre
+        for ridge in sorted(ridges, reverse=True):
+            matrix = routed.gram.clone()
+            # experts that no token reached have nothing but the ridge
+            matrix.diagonal().add_(ridge * mean).clamp_(min=1e-12 * mean + 1e-300)
+            step = torch.linalg.solve(matrix, residual.flatten(0, 1).double())
+            yield ridge, centre + step.view_as(centre).to(centre.dtype)
+        return
+    del stock
+    sweeps = sweeps or (SWEEPS if start is None else 1)
+    w = centre.clone() if start is None else start.to(centre).clone()
+    rest = target - (a * y if start is None else routed.output(w))
+    del y
+    for ridge in sorted(ridges, reverse=True):
+        weight = max(ridge * mean, 1e-12 * mean + 1e-300)
+        largest = 0.0
+        for sweep in range(sweeps):
+            if not sweep:
+                factors = [_factor(gram, weight) for gram in routed.own_grams()]
+            moved = torch.zeros((), dtype=torch.float32, device=w.device)
+            for e, (tokens, h) in enumerate(routed.features()):
+                if not len(tokens):
+                    continue
+                pull = h.T @ rest[tokens] - weight * (w[e] - centre[e])
+                step = torch.cholesky_solve(pull, factors[e])
+                w[e] += step
+                rest.index_add_(0, tokens, h @ step, alpha=-1)
+                moved += step.square().sum()
+            largest = max(largest, float(moved))
+            if float(moved) <= solved**2 * largest:
+                break
+        yield ridge, w.clone()
+
+
+def _factor(gram: Tensor, weight: float) -> Tensor:
+    """Cholesky factor [F, F] of hᵀh + λI."""
+    gram = gram.clone()
+    gram.diagonal().add_(weight)
+    return torch.linalg.cholesky(gram)

@@ -1,0 +1,77 @@
+"""Sums over the rows of each expert, in float64 and in an order that is always the same.
+
+On a CPU one expert after another. On other devices in a fixed number of launches and without a
+wait for the device: `bincount` waits there, and adds weights in whatever order threads arrive.
+
+Shape legend: S (token, slot) rows, K slots of a token, E experts, D model, V kinds of values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CELLS = 2**24  # float64 elements of one piece
+
+
+def sums(values: Tensor, ids: Tensor, size: int) -> Tensor:
+    """[V, E] sums of values [V, S] over the rows of each expert.
+
+    Args:
+        ids: [T, K] the experts of S = T·K rows, none of them twice for a token.
+    """
+    if values.device.type == "cpu":
+        flat = ids.flatten()
+        return torch.stack([torch.bincount(flat, weights=v, minlength=size) for v in values])
+    return dense_sums(values, ids, size)
+
+
+def dense_sums(values: Tensor, ids: Tensor, size: int) -> Tensor:
+    """`sums` by way of [T, E] cells, each of which takes at most one value."""
+    tokens, k = ids.shape
+    cells = values.new_zeros(len(values), tokens, size)
+    cells.scatter_add_(2, ids.expand(len(values), -1, -1), values.view(-1, tokens, k))
+    return cells.sum(1)
+
+
+def vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Tensor:
+    """[2, E, D] Σ f and Σ f² over the counted rows of each expert.
+
+    Args:
+        f: [S, D].
+        ids: [S].
+        counted: [S] 1 for a row that counts, 0 for one that does not; None: all do.
+    """
+    order = torch.argsort(ids, stable=True)
+    if counted is not None:
+        counted = counted[order, None]
+    if f.device.type != "cpu":
+        return segment_sums(f[order], ids[order], size, counted)
+    total = f.new_zeros(2, size, f.shape[-1], dtype=torch.float64)
+    start, f = 0, f[order]
+    for e, end in enumerate(torch.bincount(ids, minlength=size).cumsum(0).tolist()):
+        if end > start:
+            rows = f[start:end].double()
+            if counted is not None:
+                rows = rows * counted[start:end]
+            torch.sum(rows, 0, out=total[0, e])
+            torch.sum(rows.square_(), 0, out=total[1, e])
+        start = end
+    return total
+
+
+def segment_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Tensor:
+    """`vector_sums` of rows that are sorted by expert, some columns at a time."""
+    ends = torch.searchsorted(ids, torch.arange(size + 1, device=ids.device))
+    lengths = ends.diff()
+    total = f.new_zeros(2, size, f.shape[-1], dtype=torch.float64)
+    width = max(1, CELLS // max(1, len(f)))
+    for i in range(0, f.shape[-1], width):
+        rows = f[:, i : i + width].double()
+        if counted is not None:
+            rows = rows * counted
+        for which, values in enumerate((rows, rows.square())):
+            total[which, :, i : i + width] = torch.segment_reduce(
+                values.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0
+            )
+    return total
