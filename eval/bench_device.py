@@ -64,10 +64,8 @@ def main() -> None:
     times: dict[str, list[float]] = {v: [] for v in VARIANTS}
     peaks: dict[str, int | None] = {}
     # what can share a loaded model runs in turn; the streaming engine comes with its own
-    for variants in (
-        [v for v, how in VARIANTS.items() if how[0] == "resident"],
-        [v for v, how in VARIANTS.items() if how[0] == "streaming"],
-    ):
+    for engine in args.engines:
+        variants = [v for v, how in VARIANTS.items() if how[0] == engine]
         ready = _load(source, args, variants)
         for repeat in range(args.repeats + 1):
             for v in variants:
@@ -84,6 +82,8 @@ def main() -> None:
     found = {}
     print("| variant | tokens/s | ratio | to | peak device memory |\n|---|---|---|---|---|")
     for v, (_, _, backward, watched) in VARIANTS.items():
+        if not times[v]:
+            continue
         base = "bare forward + backward" if backward else "bare forward"
         ratio = statistics.median(a / b for a, b in zip(times[v], times[base], strict=True))
         speed = text.tokens / statistics.median(times[v])
@@ -164,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engines", nargs="+", default=["resident", "streaming"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

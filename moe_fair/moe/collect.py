@@ -26,7 +26,7 @@ from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import After, Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
 from moe_fair.moe.counterfactual import Candidates, Rerouting
-from moe_fair.moe.segments import CELLS, dense_sums, sums, vector_sums
+from moe_fair.moe.segments import CELLS, dense_sums, sums, vector_sums, weight_sums
 
 FORWARD = (
     "tokens",  # n: routed tokens
@@ -224,13 +224,8 @@ class _Tap:
                     self.weigh()
             return
         matrices = self.block.matrices()
-        total = torch.zeros(2, self.size, dtype=torch.float64, device=matrices[0].device)
-        for p in matrices:
-            step = max(1, CELLS // p[0].numel())
-            for i in range(0, self.size, step):
-                rows = p[i : i + step].detach().flatten(1).double().abs()  # of float64 no copy
-                total[0, i : i + step] += rows.sum(1)
-                total[1, i : i + step] += rows.square_().sum(1)
+        total = sum(weight_sums(p) for p in matrices)
+        assert isinstance(total, Tensor)
         count = float(sum(p[0].numel() for p in matrices))
         self.constants = {
             "weight_abs": total[0],

@@ -75,3 +75,16 @@ def segment_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> T
                 values.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0
             )
     return total
+
+
+def weight_sums(p: Tensor) -> Tensor:
+    """[2, E] Σ|w| and Σw² of each expert's matrix, from [E, ...]."""
+    rows = p.detach().flatten(1)
+    if rows.device.type != "cpu":  # reads the weights as they are, without a copy in float64
+        norms = [torch.linalg.vector_norm(rows, n, 1, dtype=torch.float64) for n in (1, 2)]
+        return torch.stack([norms[0], norms[1].square()])
+    found = []
+    for part in rows.split(max(1, CELLS // rows.shape[1])):
+        wide = part.double().abs()  # of float64 `double` makes no copy
+        found.append(torch.stack([wide.sum(1), wide.square_().sum(1)]))
+    return torch.cat(found, 1)

@@ -40,7 +40,7 @@ def close(a: Statistics, b: Statistics) -> None:
             torch.testing.assert_close(b.sums[group][name], t, atol=1e-4 * scale, rtol=0)
         assert a.constants[group].keys() == b.constants[group].keys() != set()
         for name, t in a.constants[group].items():
-            assert torch.equal(b.constants[group][name], t)
+            torch.testing.assert_close(b.constants[group][name], t, rtol=1e-12, atol=0)
 
 
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_only_the_same_measurement_goes_on(
         text = pipeline.calibration_set(recipe, source, print)
         return Removals(recipe, source, text, {source.blocks[-1].name: [[0], [1, 2]]}, tmp_path)
 
-    recipe = Recipe(model=str(MODEL), **settings | {"samples": 2, "length": 16})
+    recipe = Recipe(model=str(MODEL), device="cpu", **settings | {"samples": 2, "length": 16})
     first = removals(recipe)
     assert first.earlier == 0
     first.measure("removing")
