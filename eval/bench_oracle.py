@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_fair import pipeline
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.removal import RemovalLosses
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
 
 
 @contextmanager

@@ -24,15 +24,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from moe_fair import distributed
 from moe_fair.core.units import Statistics
-from moe_fair.distributed import ALONE, Team
+from moe_fair.engines import processes as distributed
 from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.processes import ALONE, Team
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.calibration import CalibrationSet, parse_source, sample
-from moe_fair.moe.choose import start
-from moe_fair.moe.collect import ExpertCollector
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.collector import ExpertCollector
+from moe_fair.moe.engine_choice import start
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ import psutil
 import torch
 from bench_full_size import anonymous
 
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moe_fair.core.plan import Plan
+    from moe_fair.core.recipe import Recipe
     from moe_fair.core.units import Statistics
-    from moe_fair.moe.calibration import CalibrationSet
-    from moe_fair.moe.load import Checkpoint
-    from moe_fair.recipe import Recipe
+    from moe_fair.moe.calibration_text import CalibrationSet
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 METHODS = ["random/uniform", "frequency/uniform", "reap/uniform", "fair/uniform", "fair/tod"]
 SEARCH = "evoesap"
@@ -128,8 +128,8 @@ class Subject:
     """One model with the calibration text of one seed: calibrated once, for every method."""
 
     def __init__(self, args: argparse.Namespace, model: str, seed: int) -> None:
-        from moe_fair import pipeline
-        from moe_fair.recipe import Recipe
+        from moe_fair.core.recipe import Recipe
+        from moe_fair.pipelines import moe as pipeline
 
         own = Path(model) / "text"
         self.args, self.name, self.seed = args, Path(model).name, seed
@@ -198,15 +198,15 @@ class Subject:
 
     def _tries(self, method: str) -> bool:
         """The method tries its plan against others'."""
-        from moe_fair.trials import held_back
+        from moe_fair.pipelines.plan_selection import held_back
 
         return bool(held_back(self.recipe.with_settings(settings(method)), self.text))
 
     def _tried(self, chosen: Recipe) -> Plan:
         """The plan that `moe-fair prune` takes when it tries several; statistics are kept."""
-        from moe_fair import pipeline
-        from moe_fair.collecting import collect
-        from moe_fair.trials import best_plan, parted
+        from moe_fair.pipelines import moe as pipeline
+        from moe_fair.pipelines.calibrate import collect
+        from moe_fair.pipelines.plan_selection import best_plan, parted
 
         text, trial = parted(chosen, self.text)
         assert trial is not None
@@ -220,8 +220,8 @@ class Subject:
 
     def collect(self, methods: Sequence[str]) -> Statistics | None:
         """Statistics for all the methods, if there are any."""
-        from moe_fair.checks import with_needs
-        from moe_fair.collecting import collect
+        from moe_fair.pipelines.calibrate import collect
+        from moe_fair.pipelines.checks import with_needs
 
         if not methods:
             return None
@@ -235,10 +235,11 @@ class Subject:
         self, statistics: Statistics | None, chosen: Recipe, method: str
     ) -> tuple[Plan, Statistics]:
         """The plan, and the statistics with whatever had to be measured for it."""
-        from moe_fair import checks, pipeline
         from moe_fair.core.allocate import allocator, needs
         from moe_fair.core.cost_curves import holds_curves
-        from moe_fair.costing import holds_alone, measure_alone, measure_curves
+        from moe_fair.pipelines import checks
+        from moe_fair.pipelines import moe as pipeline
+        from moe_fair.pipelines.removal_costs import holds_alone, measure_alone, measure_curves
 
         assert statistics is not None  # collected for this method
         if _searches(method):
@@ -265,7 +266,7 @@ class Subject:
         from moe_fair.moe.merge import merged_tensors, shares_of
         from moe_fair.moe.repair import Repairer
         from moe_fair.moe.surgery import cut
-        from moe_fair.repairing import repair_kind, repair_text
+        from moe_fair.pipelines.repair import repair_kind, repair_text
 
         pruned = copy.deepcopy(self.model)
         kind = None if plan.merges else repair_kind(chosen, self.source)
@@ -288,7 +289,7 @@ class Subject:
 
 
 def _windows(recipe: Recipe, source: Checkpoint) -> CalibrationSet:
-    from moe_fair import pipeline
+    from moe_fair.pipelines import moe as pipeline
 
     found = pipeline.heldout_set(recipe, source)
     assert found is not None  # the recipe names held-out text
@@ -310,7 +311,7 @@ def settings(method: str) -> Row:
     if method == "default":
         return {}
     if method.endswith(".yaml"):
-        from moe_fair.recipe import read_settings
+        from moe_fair.core.recipe import read_settings
 
         return dict(read_settings(Path(method)))
     rest, _, kind = method.partition("+")

@@ -33,15 +33,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moe_fair import pipeline
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.calibration import CalibrationSet
-from moe_fair.moe.collect import ExpertCollector
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criterion
-from moe_fair.moe.load import Checkpoint
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
 
 WORKER = Path(__file__).parent / "peers" / "llmcompressor_reap.py"
 BOUND = 1e-5

@@ -21,17 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_fair import pipeline
-from moe_fair.checks import check_same_model
 from moe_fair.core.evolution import Candidate, evolve
 from moe_fair.core.plan import Plan
 from moe_fair.core.plan_checks import common_divisors
 from moe_fair.core.ranking import block_order, depths
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.evaluate.agreement import agreement
 from moe_fair.moe.surgery import cut
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.checks import check_same_model
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,9 +20,9 @@ import torch
 from compare import Subject, parser, settings
 from torch import Tensor, nn
 
-from moe_fair import pipeline
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.surgery import cut
+from moe_fair.pipelines import moe as pipeline
 
 
 def main() -> None:

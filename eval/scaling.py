@@ -250,10 +250,10 @@ def measured(kind: str) -> Iterator[tuple[str, float, float]]:
 
     from moe_fair.engines.streaming import StreamingEngine
     from moe_fair.moe.blocks import find_blocks
-    from moe_fair.moe.calibration import CalibrationSet
-    from moe_fair.moe.choose import start
-    from moe_fair.moe.collect import ExpertCollector
-    from moe_fair.moe.load import Checkpoint
+    from moe_fair.moe.calibration_text import CalibrationSet
+    from moe_fair.moe.checkpoint_source import Checkpoint
+    from moe_fair.moe.collector import ExpertCollector
+    from moe_fair.moe.engine_choice import start
 
     shape, config = small(kind)
     sequences, length, domains = 8, 64, 2

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from moe_fair.core.plan import Plan
+    from moe_fair.core.recipe import Recipe
     from moe_fair.core.units import Statistics
-    from moe_fair.pipeline import Pruned
-    from moe_fair.recipe import Recipe
+    from moe_fair.pipelines.moe import Pruned
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ __all__ = ["Plan", "Pruned", "Recipe", "Statistics", "calibrate", "plan", "prune
 
 _HOMES = {
     "Plan": "moe_fair.core.plan",
-    "Pruned": "moe_fair.pipeline",
-    "Recipe": "moe_fair.recipe",
+    "Pruned": "moe_fair.pipelines.moe",
+    "Recipe": "moe_fair.core.recipe",
     "Statistics": "moe_fair.core.units",
 }
 
@@ -46,9 +46,9 @@ def calibrate(
     Raises:
         ValueError: bad input; one line says what, which, why and what to do.
     """
-    from moe_fair import pipeline
-    from moe_fair.distributed import team
-    from moe_fair.recipe import Recipe, check_taken
+    from moe_fair.core.recipe import Recipe, check_taken
+    from moe_fair.engines.processes import team
+    from moe_fair.pipelines import moe as pipeline
 
     recipe = Recipe().with_settings({"model": model, **settings})
     check_taken(settings, "calibrate")
@@ -69,9 +69,9 @@ def plan(statistics: Statistics | str | PathLike[str], **settings: Any) -> Plan:
     Raises:
         ValueError: the target cannot be met, or the statistics do not hold what the method needs.
     """
-    from moe_fair import pipeline
+    from moe_fair.core.recipe import Recipe, check_taken
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe, check_taken
+    from moe_fair.pipelines import moe as pipeline
 
     recipe = Recipe().with_settings(settings)
     check_taken(settings, "plan")
@@ -97,11 +97,11 @@ def prune(
     Raises:
         ValueError: bad input; one line says what, which, why and what to do.
     """
-    from moe_fair import pipeline
     from moe_fair.core.plan import Plan
+    from moe_fair.core.recipe import Recipe, check_taken
     from moe_fair.core.units import Statistics
-    from moe_fair.recipe import Recipe, check_taken
-    from moe_fair.unused import check_untargeted
+    from moe_fair.pipelines import moe as pipeline
+    from moe_fair.pipelines.unused_settings import check_untargeted
 
     check_taken(settings, "prune")
     if plan is not None:

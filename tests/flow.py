@@ -21,9 +21,9 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.collect import FORWARD, VECTORS, ExpertCollector
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.collector import FORWARD, VECTORS, ExpertCollector
 from moe_fair.moe.surgery import cut
 from moe_fair.moe.trial import trial_losses
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moe_fair
-from moe_fair import pipeline
 from moe_fair.cli import main
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import GroupView, Statistics, UnitGroup
-from moe_fair.costing import holds_alone, measure_alone, share
-from moe_fair.moe.calibration import CalibrationSet
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.criteria.counterfactual import agreement
-from moe_fair.moe.load import Checkpoint
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.removal_costs import holds_alone, measure_alone, share
 
 SCORE = "counterfactual-measured"
 Opened = tuple[Checkpoint, CalibrationSet]

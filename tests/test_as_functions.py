@@ -13,9 +13,9 @@ from places import CALIBRATION, MODEL
 
 import moe_fair
 from moe_fair.core.plan import Plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.moe.load import Checkpoint
-from moe_fair.recipe import Recipe
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from places import CALIBRATION, MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_fair.cli import main
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 ALL = "=0,".join(sorted(f.stem for f in CALIBRATION.iterdir()))
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]

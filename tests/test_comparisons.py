@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from places import CALIBRATION, HELDOUT, MODEL, ROOT
 
-from moe_fair.checks import method
+from moe_fair.core.recipe import Recipe, load_recipe
 from moe_fair.moe.criteria import criteria
-from moe_fair.recipe import Recipe, load_recipe
+from moe_fair.pipelines.checks import method
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 import compare

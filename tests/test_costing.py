@@ -12,15 +12,15 @@ from places import CALIBRATION, MODEL
 from test_bad_input import TEXT, no_model  # noqa: F401  # a fixture
 
 import moe_fair
-from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.cost_curves import CHANGES, depths_to_measure
 from moe_fair.core.plan import Plan
 from moe_fair.core.ranking import block_order
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.costing import measure_curves, share
 from moe_fair.moe.criteria import criterion
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.removal_costs import measure_curves, share
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from places import CALIBRATION, MODEL
 
 import moe_fair
 from moe_fair.cli import main
-from moe_fair.default_output import model_name, pruned_output, statistics_output
-from moe_fair.recipe import Recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.pipelines.default_output import model_name, pruned_output, statistics_output
 
 HUB = "Qwen/Qwen1.5-MoE-A2.7B-Chat"
 

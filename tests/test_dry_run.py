@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from moe_fair.cli import main
 from moe_fair.engines.layers import LayeredModel
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 Fails = Callable[..., str]
 TEXT = ["-c", str(CALIBRATION), "--samples", "64", "--length", "32"]

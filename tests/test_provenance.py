@@ -12,8 +12,8 @@ from places import CALIBRATION, HELDOUT, MODEL
 
 import moe_fair
 from moe_fair.cli import main
-from moe_fair.recipe import Recipe, load_recipe
-from moe_fair.unused import Run, unused
+from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.pipelines.unused_settings import Run, unused
 
 Fails = Callable[..., str]
 SMALL = ["-c", str(CALIBRATION), "--samples", "8", "--length", "64", "--batch-size", "4"]

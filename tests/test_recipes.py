@@ -13,13 +13,13 @@ import typer.main
 from places import CALIBRATION, MODEL, ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from moe_fair import pipeline
-from moe_fair.checks import check_plan_settings
 from moe_fair.cli import app
-from moe_fair.moe.calibration import parse_source
-from moe_fair.moe.load import Checkpoint
-from moe_fair.pipeline import open_model
-from moe_fair.recipe import load_recipe
+from moe_fair.core.recipe import load_recipe
+from moe_fair.moe.calibration_text import parse_source
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.checks import check_plan_settings
+from moe_fair.pipelines.moe import open_model
 
 RECIPES = sorted((ROOT / "recipes" / "moe").glob("*.yaml"))
 # what decides the structure, from each model's own config.json

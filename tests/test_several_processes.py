@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 
 from moe_fair.cli import main
 from moe_fair.core.units import STATISTICS_FILE
-from moe_fair.distributed import _Watch
+from moe_fair.engines.processes import _Watch
 
 # six batches in two chunks; the last batch of a domain is a short one
 SMALL = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fair.distributed import ALONE, Team
+from moe_fair.engines.processes import ALONE, Team
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 9))

@@ -10,9 +10,9 @@ import pytest
 from places import CALIBRATION, HELDOUT, MODEL
 
 import moe_fair
-from moe_fair import pipeline
 from moe_fair.cli import main
-from moe_fair.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.pipelines import moe as pipeline
 
 SMALL = ["-c", str(CALIBRATION), "--samples", "8", "--length", "64", "--batch-size", "4"]
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-ORACLE_FORMAT = "moe_fair.oracle/1"
+ORACLE_FORMAT = "moe_fair.pipelines.oracle/1"
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
-from moe_fair.engines.lack import out_of_memory, return_memory
 from moe_fair.engines.names import Destination, destinations
+from moe_fair.engines.oom import out_of_memory, return_memory
+from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_fair.distributed import ALONE, Team
+from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.shards import StoredTensor, stored_tensors, write_shard
 
 READ_AHEAD = 8 * 2**20

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fair.distributed import ALONE, Team
 from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.processes import ALONE, Team
 
 # sums per domain: positions, original loss, pruned loss, KL, top-1, acceptance
 _SUMS = 6

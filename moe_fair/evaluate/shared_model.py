@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 
-from moe_fair.distributed import Team
+from moe_fair.engines.processes import Team
 
 # ((context, continuation), token ids of the one, of the other)
 Request = tuple[Any, list[int], list[int]]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.file_surgery import LAST_NUMBER, ExpertTensor
+from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
 
 # lists whose entries repeat the number of experts
 REPEATED = ("moe_capacity",)

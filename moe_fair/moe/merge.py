@@ -35,8 +35,8 @@ from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.units import GroupView, Statistics
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.choose import weight_dtype
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.overlay import ORIGINAL, check_layouts, original_tensors
 from moe_fair.moe.quantised import packed
 

@@ -27,7 +27,7 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.shards import StoredTensor
 from moe_fair.engines.streaming import LOGITS, call_layers
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.mtp import (
     EMBEDDING,
     HIDDEN,

@@ -20,8 +20,8 @@ from moe_fair.core.output import fresh
 from moe_fair.engines.names import Destination
 from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.file_surgery import ExpertTensor, cut_tensors
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.tensor_slicing import ExpertTensor, cut_tensors
 
 ORIGINAL = "original: "  # name, in a repair's file, of what a tensor was: of the first kept expert
 TYPES = {

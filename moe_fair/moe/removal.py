@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from moe_fair.engines.batch import Batch, Visit, quietly
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.moe.block_recorder import Watch
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.counterfactual import Candidates, Rerouting
-from moe_fair.moe.watch import Watch
+from moe_fair.moe.rerouting import Candidates, Rerouting
 
 # out + Δ stands for the layer run again where the two agree to this, relative to the output
 ADDITIVE = 1e-5

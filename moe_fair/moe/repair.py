@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
+from moe_fair.moe.block_recorder import Watch
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.layer_distillation import epochs_for, tune
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
-from moe_fair.moe.routed import Routed, read_down, write_down
+from moe_fair.moe.routed_output import Routed, read_down, write_down
 from moe_fair.moe.surgery import cut_block
-from moe_fair.moe.tune import epochs_for, tune
-from moe_fair.moe.watch import Watch
 
 HELD_OUT = 5  # every fifth sequence judges the fits
 ROUNDING = 1e-10  # an error below this is no error

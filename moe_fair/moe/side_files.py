@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from moe_fair.core.manifest import FOLDER
 from moe_fair.moe.blocks import COUNTERS
-from moe_fair.moe.own_code import MODELING_FILE
+from moe_fair.moe.trusted_code import MODELING_FILE
 
 # in any format; the patterns hold for a file's name, in whatever folder it lies
 WEIGHTS = (

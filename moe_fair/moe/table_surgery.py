@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_fair.engines.shards import StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.overlay import TYPES
 from moe_fair.moe.token_table import remapped
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.block_recorder import Watch
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.counterfactual import Rerouting
-from moe_fair.moe.watch import Watch
+from moe_fair.moe.rerouting import Rerouting
 
 
 @torch.no_grad()

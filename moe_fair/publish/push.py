@@ -21,11 +21,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from moe_fair.core.manifest import FOLDER, MANIFEST, WRITTEN_LATER, listed_files, unlisted
-from moe_fair.moe.load import first_line
+from moe_fair.moe.checkpoint_source import first_line
+from moe_fair.pipelines.verify import verify
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
 from moe_fair.report.sources import Sources, gather
 from moe_fair.report.write import FORMATS, write_report
-from moe_fair.verifying import verify
 
 # lm-eval's own JSON lists the machine and its packages, and its samples quote benchmarks
 LEFT_OUT = ("*.partial", "*.lock", f"{FOLDER}/lm-eval/*")

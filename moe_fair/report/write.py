@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_fair import __version__
 from moe_fair.core.output import write_named
 from moe_fair.report import html, markdown
-from moe_fair.report.content import document
+from moe_fair.report.moe import document
 from moe_fair.report.sources import FOLDER, gather
 
 FORMATS = ("html", "md")

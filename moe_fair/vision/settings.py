@@ -18,7 +18,7 @@ from moe_fair.vision.gradual import (
     Schedule,
     default_units,
 )
-from moe_fair.vision.subject import Subject
+from moe_fair.vision.run_settings import Subject
 
 TARGETS = ("ratio", "flops", "params", "tolerance")
 # what belongs to one of the two ways of pruning only

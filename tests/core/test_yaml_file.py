@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from moe_fair.cli.vision import _written
 from moe_fair.core.quote import quote
+from moe_fair.core.recipe import Recipe, load_recipe
 from moe_fair.core.yaml_file import read_yaml
-from moe_fair.moe.placement import read_map
+from moe_fair.moe.device_map import read_map
 from moe_fair.publish.card import read_metadata
-from moe_fair.recipe import Recipe, load_recipe
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.sparse.settings import SparseSettings
-from moe_fair.vision_cli import _written
 
 # every reader of settings
 READERS: dict[str, Callable[[Path], Any]] = {

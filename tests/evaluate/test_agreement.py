@@ -14,14 +14,14 @@ from tiny import tiny_model
 from torch import Tensor
 
 import moe_fair
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, quietly
 from moe_fair.evaluate import Agreement, Agreements, agreement
 from moe_fair.evaluate.record import load_agreement, save_agreement
-from moe_fair.evaluating import run_agreement
-from moe_fair.moe.choose import start
-from moe_fair.moe.load import Checkpoint
-from moe_fair.pipeline import heldout_set
-from moe_fair.recipe import Recipe
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.engine_choice import start
+from moe_fair.pipelines.evaluate import run_agreement
+from moe_fair.pipelines.moe import heldout_set
 
 TEXT: dict[str, Any] = {"heldout": str(HELDOUT), "heldout_samples": 12, "length": 48}
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import moe_fair
 from moe_fair.cli import main
-from moe_fair.moe.own_code import MODELING_FILE
+from moe_fair.moe.trusted_code import MODELING_FILE
 
 TASKS = ROOT / "eval" / "tasks"
 LOCAL = ["--tasks", "local", "--include-path", str(TASKS)]

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from places import MODEL
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_fair.distributed import Team
+from moe_fair.engines.processes import Team
 from moe_fair.evaluate.shared_model import SharedModel
 
 TEXT = (

@@ -26,8 +26,8 @@ import moe_fair
 from moe_fair.cli import main
 from moe_fair.engines import shards
 from moe_fair.engines.shards import shard_files, stored_tensors
-from moe_fair.moe.load import Checkpoint
-from moe_fair.verifying import verify
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.verify import verify
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.plan_checks import check_fits
+from moe_fair.core.recipe import Recipe, load_recipe
 from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
-from moe_fair.moe.calibration import Source, expand, parse_source
+from moe_fair.moe.calibration_text import Source, expand, parse_source
 from moe_fair.moe.row_files import read_rows
 from moe_fair.moe.rows import BadRow, Chat
-from moe_fair.recipe import Recipe, load_recipe
 
 EXAMPLES = int(os.environ.get("MOE_FAIR_FUZZ", "60"))
 fuzz = settings(

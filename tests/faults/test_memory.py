@@ -18,14 +18,14 @@ from places import CALIBRATION, HELDOUT, MODEL
 from processes import Python, limited, port
 from tiny import tiny_model
 
-from moe_fair import pipeline
 from moe_fair.cli import main
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.lack import out_of_memory
-from moe_fair.moe import collect as collecting
-from moe_fair.moe.load import Checkpoint
-from moe_fair.recipe import Recipe
+from moe_fair.engines.oom import out_of_memory
+from moe_fair.moe import collector as collecting
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines import moe as pipeline
 
 Fails = Callable[..., str]
 Make = Callable[..., Recipe]
@@ -225,7 +225,7 @@ def test_other_errors_are_not_taken_for_it(
 def test_held_out_losses_too(monkeypatch: pytest.MonkeyPatch, recipe: Make) -> None:
     """Logits of more than two windows do not fit."""
     from moe_fair.engines import resident
-    from moe_fair.pipeline import heldout_set, measure
+    from moe_fair.pipelines.moe import heldout_set, measure
 
     chosen = recipe(heldout=(str(HELDOUT),), heldout_samples=6)
     source = pipeline.open_model(chosen)

@@ -16,7 +16,7 @@ from processes import Python, python
 
 from moe_fair.cli import main
 from moe_fair.engines import shards
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 # what was cut out of a plain new folder and what was not must be the same

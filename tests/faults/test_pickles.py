@@ -19,9 +19,9 @@ from test_faults import Payload
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from moe_fair.cli import main
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines import pickles
-from moe_fair.moe.load import Checkpoint
-from moe_fair.recipe import Recipe
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.vision.load import open_source
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "16"]

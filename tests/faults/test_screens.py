@@ -15,14 +15,13 @@ import pytest
 from places import CALIBRATION, MODEL
 from processes import python
 
-from moe_fair import tables
-from moe_fair.cli import main
+from moe_fair.cli import main, tables
+from moe_fair.cli import sparse_tables as screen
 from moe_fair.core import interrupts
 from moe_fair.engines import shards
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.sparse import Sparse
 from moe_fair.report import document
-from moe_fair.vision.sparse import screen
-from moe_fair.vision.sparse.pipeline import Sparse
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 GOES_ON = "; the same command goes on where it stopped"

@@ -15,7 +15,7 @@ import moe_fair
 from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import STATISTICS_FILE, Statistics
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 TEXT = ["-c", CALIBRATION, "--samples", 4, "--length", 32]
 

@@ -17,11 +17,11 @@ import moe_fair
 from moe_fair.cli import main
 from moe_fair.core.manifest import MANIFEST, MODEL_CARD, WRITTEN_LATER, write_manifest
 from moe_fair.evaluate.record import AGREEMENT, BENCHMARKS, HELDOUT
-from moe_fair.moe import checkpoint
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe import checkpoint_writer as checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.verify import verify
 from moe_fair.publish.card import CARD
 from moe_fair.report.write import write_report
-from moe_fair.verifying import verify
 
 
 def pruned_folder(folder: Path, statistics_folder: Path, **settings: object) -> Path:

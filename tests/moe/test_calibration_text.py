@@ -13,7 +13,7 @@ import pytest
 from places import CALIBRATION, MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration import CalibrationSet, Source, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, Source, parse_source, sample, windows
 
 
 @pytest.fixture(scope="module")

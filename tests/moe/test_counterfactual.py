@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.collect import ExpertCollector
-from moe_fair.moe.counterfactual import Candidates, Rerouting
+from moe_fair.moe.collector import ExpertCollector
+from moe_fair.moe.rerouting import Candidates, Rerouting
 
 # softmax over all; top-k renormalised; sigmoid with bias and groups; softmax with groups; a bias in
 # the router; sigmoid with bias, no groups; scaled; a router of two masked softmaxes

@@ -7,7 +7,7 @@ from tiny import tiny_model
 
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.expert_lists import renumbered
-from moe_fair.moe.file_surgery import ExpertTensor
+from moe_fair.moe.tensor_slicing import ExpertTensor
 
 BLOCK = "model.layers.1.mlp"
 

@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from test_statistics import DOMAINS, batches, expert, model_of, recorded
 
 import moe_fair
-from moe_fair import pipeline
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.sketch import CAPACITY, DIRECTIONS, Cell, Sketch, directions
 from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
@@ -21,9 +21,9 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collect import ExpertCollector
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criterion
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
 
 
 def collect(engine: Any, model: Any, data: list[Batch], taylor: bool = False) -> Statistics:

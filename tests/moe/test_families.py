@@ -25,9 +25,9 @@ from places import EVAL, RECORD, older_than, streamed
 from tiny import fused_families, tiny_model
 from transformers import CONFIG_MAPPING, __version__
 
-from moe_fair.moe.load import Checkpoint
-from moe_fair.pipeline import open_model
-from moe_fair.recipe import Recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.moe import open_model
 
 OLD = {k: why for k, why in RECORD["served_from"].items() if older_than(why["transformers"])}
 REFUSED: dict[str, dict[str, str]] = RECORD["refused"] | OLD

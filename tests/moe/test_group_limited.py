@@ -11,11 +11,11 @@ from places import MODEL
 from tiny import tiny_model
 from transformers import AutoTokenizer
 
-from moe_fair.checks import check_plan_settings
+from moe_fair.core.recipe import Recipe
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.surgery import check_kept
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines.checks import check_plan_settings
 
 # groups, groups that are picked, experts in each, top k
 SHAPES = [(4, 2, 4, 4), (4, 3, 4, 4), (4, 4, 4, 2), (8, 4, 4, 8), (2, 1, 8, 6)]

@@ -16,15 +16,15 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from tiny import tiny_model
 from torch import Tensor
 
-from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.plan import Plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.resident import ResidentEngine
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.merge import clusters, write_merged
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
 
 # per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
 # the choice; packed rows of all experts; experts of a family's own module

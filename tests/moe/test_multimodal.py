@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 QUICK = "qwen3_vl_moe"
 KINDS = [

@@ -13,22 +13,22 @@ from flow import DOMAINS, batches, original
 from places import CALIBRATION, MODEL
 from tiny import tiny_model
 
-from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.allocate import naee
 from moe_fair.core.greedy import greedy
 from moe_fair.core.plan import Plan
 from moe_fair.core.ranking import rank
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe import collect as collecting
+from moe_fair.moe import collector as collecting
+from moe_fair.moe.block_recorder import Watch
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collect import ExpertCollector
-from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.watch import Watch
-from moe_fair.recipe import Recipe
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.collector import ExpertCollector
+from moe_fair.pipelines import moe as pipeline
 
 SMALL = ["-c", str(CALIBRATION), "--samples", "8", "--length", "64", "--batch-size", "4"]
 

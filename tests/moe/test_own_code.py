@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
 import moe_fair
 from moe_fair.core.manifest import MANIFEST, write_manifest
-from moe_fair.moe.load import Checkpoint
-from moe_fair.moe.own_code import (
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.trusted_code import (
     MODELING_FILE,
     RELEASED,
     TEMPLATE,
@@ -22,7 +22,7 @@ from moe_fair.moe.own_code import (
     not_ours,
     template_digest,
 )
-from moe_fair.verifying import verify
+from moe_fair.pipelines.verify import verify
 
 GENERATE = "import os\nos.mkdir({path!r})\ndef generate(model, *a, **k): return None\n"
 

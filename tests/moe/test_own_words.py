@@ -10,9 +10,9 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe.own_words import MOST, SHARE, TOKENS, copies_for, own_words
+from moe_fair.moe.layer_distillation import epochs_for
 from moe_fair.moe.repair import HELD_OUT, teaching
-from moe_fair.moe.tune import epochs_for
+from moe_fair.moe.resampled_text import MOST, SHARE, TOKENS, copies_for, own_words
 
 
 def text(rows: int = 6, length: int = 12) -> list[Batch]:

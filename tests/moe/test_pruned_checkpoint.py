@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fair
 from moe_fair.core.plan import Plan
-from moe_fair.moe.checkpoint import modeling_source
-from moe_fair.moe.own_code import not_ours
+from moe_fair.moe.checkpoint_writer import modeling_source
+from moe_fair.moe.trusted_code import not_ours
 
 STRANGER = """
 import json, sys

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
 
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.resident import ResidentEngine
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.surgery import cut
-from moe_fair.pipeline import open_model
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines.moe import open_model
 
 # e2m1: sign, two bits of exponent, one of mantissa
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

@@ -12,14 +12,14 @@ from masking import masked
 from places import CALIBRATION, MODEL
 from tiny import tiny_model
 
-from moe_fair import pipeline
 from moe_fair.cli import main
 from moe_fair.core.oracle import Oracle
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch
-from moe_fair.measuring import Removals
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.removal import RemovalLosses
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.removal_losses import Removals
 
 
 def batches() -> list[Batch]:

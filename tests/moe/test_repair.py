@@ -19,15 +19,15 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.block_recorder import Watch
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.calibration import expand, parse_source, sample
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.calibration_text import expand, parse_source, sample
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.repair import LayerRepair, Repairer
 from moe_fair.moe.repairs import refit, repair, repairs
-from moe_fair.moe.routed import Routed, read_down, write_down
+from moe_fair.moe.routed_output import Routed, read_down, write_down
 from moe_fair.moe.surgery import cut
-from moe_fair.moe.watch import Watch
 
 # per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
 # the choice; a multiplier on the residual branch

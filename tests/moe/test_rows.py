@@ -16,7 +16,7 @@ import pytest
 from places import MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration import CalibrationSet, Source, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, Source, parse_source, sample, windows
 
 WORDS = "alpha beta gamma delta " * 20
 PARTS = (

@@ -16,7 +16,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collect import FORWARD, TAYLOR, VECTORS, ExpertCollector
+from moe_fair.moe.collector import FORWARD, TAYLOR, VECTORS, ExpertCollector
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.criteria.counterfactual import agreement
 

@@ -18,19 +18,20 @@ from places import CALIBRATION, MODEL
 from tiny import tiny_model
 
 import moe_fair
-from moe_fair import pipeline, trials
 from moe_fair.cli import main
 from moe_fair.core.plan import Plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.calibration import CalibrationSet
-from moe_fair.moe.choose import Choice
-from moe_fair.moe.counterfactual import Rerouting
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.engine_choice import Choice
+from moe_fair.moe.rerouting import Rerouting
 from moe_fair.moe.trial import trial_losses
-from moe_fair.recipe import Recipe
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines import plan_selection as trials
 
 Fails = Callable[..., str]
 PRUNE = [

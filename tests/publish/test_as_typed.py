@@ -18,7 +18,7 @@ from tiny import tiny_model
 from transformers import AutoTokenizer
 
 from moe_fair.core.plan import Plan
-from moe_fair.recipe import DEFAULT_CALIBRATION
+from moe_fair.core.recipe import DEFAULT_CALIBRATION
 
 NAME = "Qwen/Qwen1.5-MoE-A2.7B-Chat"
 TYPED = ["-m", "moe_fair", "prune", NAME, "--experts", "40"]

@@ -18,8 +18,8 @@ from processes import Python, python
 
 import moe_fair
 from moe_fair.engines.shards import write_shards
-from moe_fair.moe import checkpoint
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe import checkpoint_writer as checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.publish import push as publish
 from moe_fair.publish.card import read_metadata
 from moe_fair.report.write import write_report

@@ -13,7 +13,7 @@ from published.make import lay_out
 
 FETCH = """
 import sys
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 source = Checkpoint("openai/gpt-oss-20b")
 small = {p.relative_to(source.home).as_posix() for p in source.home.rglob("*") if p.is_file()}
 source.shards

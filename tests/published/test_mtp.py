@@ -32,8 +32,9 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 import moe_fair
-from moe_fair import pipeline
+from moe_fair.cli.tables import plan_table
 from moe_fair.core.plan import Plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
@@ -42,12 +43,11 @@ from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine, call_layers
 from moe_fair.evaluate.record import load_drafts
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collect import ExpertCollector
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.mtp_head import Drafting, HeadRunner
-from moe_fair.recipe import Recipe
-from moe_fair.tables import plan_table
-from moe_fair.verifying import verify
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.verify import verify
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

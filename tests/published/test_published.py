@@ -22,7 +22,7 @@ from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.engines.auto import auto_class
 from moe_fair.moe.blocks import COUNTERS
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 SERVED = [x for x in LAYOUTS if not x.refused]
 REFUSED = [x for x in LAYOUTS if x.refused]

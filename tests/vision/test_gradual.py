@@ -15,7 +15,8 @@ from vision.architectures import images, lively, small
 from vision.test_vision_flow import NET, failing, run, same, settings
 
 from moe_fair.core.plan import Plan
-from moe_fair.vision import gradual, load_pruned, pipeline
+from moe_fair.pipelines import vision as pipeline
+from moe_fair.vision import gradual, load_pruned
 from moe_fair.vision.data import ImageSet
 from moe_fair.vision.finetune import Training
 from moe_fair.vision.gates import Gates

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from vision.architectures import small
 from vision.test_vision_flow import settings
 
-from moe_fair.vision import pipeline
+from moe_fair.pipelines import vision as pipeline
 from moe_fair.vision.settings import Settings
 
 CODE = """

@@ -16,9 +16,9 @@ from vision.architectures import lively, small
 
 from moe_fair.cli import main
 from moe_fair.core.manifest import write_manifest
-from moe_fair.verifying import verify
+from moe_fair.pipelines import sparse as pipeline
+from moe_fair.pipelines.verify import verify
 from moe_fair.vision import load_pruned
-from moe_fair.vision.sparse import pipeline
 from moe_fair.vision.sparse.layers import find_layers, zeros
 from moe_fair.vision.sparse.settings import SparseSettings
 
@@ -243,7 +243,7 @@ def test_bad_models_and_outputs(
 
 
 def test_the_recipe_is_accepted() -> None:
-    from moe_fair.vision_cli import _written
+    from moe_fair.cli.vision import _written
 
     recipe = ROOT / "recipes" / "vision" / "digits-sparse.yaml"
     assert SparseSettings.of(_written(recipe, SparseSettings)).sparsity > 0.9

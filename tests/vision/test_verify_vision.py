@@ -16,8 +16,8 @@ from vision.test_vision_flow import settings
 
 from moe_fair.cli import main
 from moe_fair.core.manifest import MANIFEST, write_manifest
-from moe_fair.verifying import verify
-from moe_fair.vision import pipeline
+from moe_fair.pipelines import vision as pipeline
+from moe_fair.pipelines.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from vision.architectures import images, lively, small
 from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Statistics
-from moe_fair.vision import load_pruned, pipeline
+from moe_fair.pipelines import vision as pipeline
+from moe_fair.vision import load_pruned
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import open_pruned
 from moe_fair.vision.data import open_data
@@ -310,7 +311,7 @@ PRUNING = [
 
 @pytest.mark.parametrize("recipe", PRUNING, ids=str)
 def test_the_recipes_hold_settings_that_are_accepted(recipe: Path) -> None:
-    from moe_fair.vision_cli import _written
+    from moe_fair.cli.vision import _written
 
     assert Settings.of(_written(recipe, Settings)).finetune_epochs > 0
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]

@@ -1,4 +1,4 @@
-"""`refit`, then the layer's MoE block trained toward the original layer's output (`moe.tune`).
+"""`refit`, then the layer's MoE block trained toward the original layer's output (`moe.layer_distillation`).
 
 Router, experts and shared experts take part; the gradient stays within the layer.
 """

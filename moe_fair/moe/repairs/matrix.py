@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.moe.repairs.scale import factor
-from moe_fair.moe.routed import Routed, read_down
+from moe_fair.moe.routed_output import Routed, read_down
 
 name = "matrix"
 ridges = (0.03, 0.3, 3.0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.moe.routed import Routed, read_down
+from moe_fair.moe.routed_output import Routed, read_down
 
 name = "novice"
 ridges = (0.0,)

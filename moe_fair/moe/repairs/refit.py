@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.moe.repairs.scale import factor
-from moe_fair.moe.routed import Routed, read_down
+from moe_fair.moe.routed_output import Routed, read_down
 
 name = "refit"
 ridges = (0.01, 0.1, 1.0)

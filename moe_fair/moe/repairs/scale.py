@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_fair.moe.routed import Routed, read_down
+from moe_fair.moe.routed_output import Routed, read_down
 
 name = "scale"
 ridges = (0.0,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_fair.moe.routed import Routed, read_down
+from moe_fair.moe.routed_output import Routed, read_down
 
 name = "variance"
 ridges = (0.0, 0.5)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_fair.core.registry import pick
+from moe_fair.vision.run_settings import Subject
 from moe_fair.vision.sparse.repair import SHRINKAGE
 from moe_fair.vision.sparse.rules import rule
-from moe_fair.vision.subject import Subject
 
 REPAIRS = {"none": "nothing", "variance": "channelwise variance matching"}
 

@@ -17,7 +17,7 @@ from flow import (
 from tiny import tiny_model
 from torch import Tensor
 
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 
 @pytest.fixture(scope="module")

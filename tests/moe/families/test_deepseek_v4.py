@@ -38,14 +38,14 @@ from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.checkpoint import write_model
-from moe_fair.moe.collect import ExpertCollector
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.removal import RemovalLosses
 from moe_fair.moe.surgery import cut
 from moe_fair.moe.table_surgery import check_tables
 from moe_fair.moe.token_table import remapped
-from moe_fair.verifying import verify
+from moe_fair.pipelines.verify import verify
 
 HASH = [f"model.layers.{i}.mlp" for i in (0, 2)]
 TABLE = "model.layers.0.ffn.gate.tid2eid"

@@ -21,7 +21,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.load import Checkpoint
+from moe_fair.moe.checkpoint_source import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,545 @@
+"""The command line: parse, call, print. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_fair import __version__
+from moe_fair.cli import terminal
+from moe_fair.cli.options import (
+    Against,
+    AgreementText,
+    Allocate,
+    AllowPickle,
+    Alone,
+    ApplyChatTemplate,
+    Baseline,
+    BaseModel,
+    BatchSize,
+    Calibration,
+    Checkpointing,
+    Counterfactual,
+    Curves,
+    CurveSamples,
+    Debug,
+    Device,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    EngineName,
+    EvalBatchSize,
+    EvalDtype,
+    EvalOutput,
+    Experts,
+    Format,
+    Fresh,
+    Gram,
+    HashLayers,
+    Heldout,
+    HeldoutSamples,
+    IncludePath,
+    Json,
+    Length,
+    License,
+    Limit,
+    LogSamples,
+    MaxMemory,
+    MeasureAgreement,
+    Method,
+    MinExperts,
+    Model,
+    Mtp,
+    MultipleOf,
+    NamedOutput,
+    NumFewshot,
+    Output,
+    PlanFile,
+    PlanOutput,
+    Private,
+    Protection,
+    Pruned,
+    PruneDryRun,
+    PushRevision,
+    Ratio,
+    RecipeFile,
+    Reduce,
+    Removal,
+    RepairName,
+    RepoId,
+    ReportOutput,
+    Revision,
+    Rivals,
+    Samples,
+    SaveEvery,
+    Seed,
+    Size,
+    StatisticsFolder,
+    Stats,
+    Tasks,
+    Taylor,
+    Tolerance,
+    Total,
+    TrialSamples,
+    Trust,
+    UScore,
+    Weights,
+    WriteList,
+    option,
+)
+from moe_fair.cli.vision import app as vision_app
+from moe_fair.core import interrupts
+from moe_fair.core.printable import printable
+from moe_fair.engines import processes as distributed
+
+if TYPE_CHECKING:
+    from moe_fair.core.recipe import Recipe
+    from moe_fair.core.units import Statistics
+
+# what several processes do together; of other commands the first process does all
+TOGETHER = (["calibrate"], ["prune"], ["eval"])
+# what keeps its work, for the same command to go on with
+GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["push"], ["vision", "prune"])
+
+app = typer.Typer(
+    name="moe-fair",
+    help="Prune the routed experts of Hugging Face mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(vision_app, name="vision")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, option("--version", text="Print the version")] = False,
+) -> None:
+    if version:
+        print(f"moe-fair {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def calibrate(
+    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
+    calibration: Calibration = None, samples: Samples = None, length: Length = None,
+    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
+    curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
+    mtp: Mtp = None, hash_layers: HashLayers = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    engine: EngineName = None, device_map: DeviceMap = None,
+    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
+    allow_pickle: AllowPickle = None, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Gather statistics of every routed expert from calibration text."""
+    settings = _settings(locals())
+    from moe_fair.pipelines import moe as pipeline
+    from moe_fair.pipelines.default_output import statistics_output
+
+    if output is None:
+        output = statistics_output(settings)
+        _say(f"output: {output}")
+    statistics = pipeline.calibrate(settings, output, _say)
+    if statistics is None:  # another process of this run has them
+        return
+    experts, name = sum(g.size for g in statistics.groups), printable(output)
+    print(
+        f"{name}: statistics of {experts} experts in {len(statistics.groups)} layers over "
+        f"{int(statistics.tokens.sum()):,} tokens\nnext: moe-fair plan {name} --experts N"
+    )
+
+
+@app.command()
+def plan(
+    statistics: StatisticsFolder, output: PlanOutput = None,
+    recipe: RecipeFile = None, experts: Experts = None, total: Total = None, ratio: Ratio = None,
+    size: Size = None, tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
+    protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
+    min_experts: MinExperts = None, multiple_of: MultipleOf = None, reduce: Reduce = None,
+    mtp: Mtp = None, as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Decide which experts stay: a budget per layer, in milliseconds."""
+    settings = _settings(locals())
+    from moe_fair.cli.tables import plan_table
+    from moe_fair.pipelines import moe as pipeline
+    from moe_fair.pipelines.plan_selection import rivals
+
+    gathered = _statistics(statistics)
+    made = pipeline.plan(gathered, settings)
+    if rivals(settings) and gathered.facts["calibration"].get("held_back"):
+        _say("note: not tried against other plans, which takes the model: prune --stats does")
+    if output is not None:
+        made.save(output)
+    if as_json:
+        sys.stdout.write(made.to_json())
+    else:
+        plan_table(made)
+
+
+@app.command()
+def prune(
+    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
+    plan: PlanFile = None, stats: Stats = None,
+    experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
+    tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
+    protection: Protection = None, allocate: Allocate = None, rivals: Rivals = None,
+    trial_samples: TrialSamples = None, weights: Weights = None,
+    min_experts: MinExperts = None, multiple_of: MultipleOf = None,
+    calibration: Calibration = None, samples: Samples = None, length: Length = None,
+    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    u_score: UScore = None, gram: Gram = None, alone: Alone = None,
+    curve_samples: CurveSamples = None,
+    reduce: Reduce = None, repair: RepairName = None, mtp: Mtp = None,
+    hash_layers: HashLayers = None,
+    heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    engine: EngineName = None, device_map: DeviceMap = None,
+    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
+    fresh: Fresh = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
+    given = locals()
+    settings = _settings(given)
+    from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
+    from moe_fair.core.plan import Plan
+    from moe_fair.pipelines import moe as pipeline
+    from moe_fair.pipelines.default_output import pruned_output
+    from moe_fair.pipelines.unused_settings import check_untargeted
+
+    if plan is not None:
+        check_untargeted(given)
+    ready = Plan.load(Path(settings.plan)) if settings.plan else None
+    if output is None:
+        output = pruned_output(settings, ready.target if ready else None)
+        _say(f"output: {output}")
+    gathered = _statistics(Path(settings.stats)) if settings.stats else None
+    if dry_run:
+        from moe_fair.cli.tables import dry_run_report
+        from moe_fair.pipelines.dry_run import dry_run as try_out
+
+        found = try_out(settings, output, statistics=gathered, ready=ready, say=_say)
+        if distributed.is_first():
+            print(json.dumps(asdict(found), indent=1)) if as_json else dry_run_report(found)
+        return
+    done = pipeline.prune(settings, output, statistics=gathered, ready=ready, say=_say)
+    if not distributed.is_first():
+        return
+    if as_json:
+        print(json.dumps(pruned_json(done), indent=1))
+    else:
+        plan_table(done.plan)
+        pruned_summary(done)
+
+
+@app.command()
+def oracle(
+    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
+    stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
+    length: Length = None, seed: Seed = None, hash_layers: HashLayers = None,
+    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
+    max_memory: MaxMemory = None, fresh: Fresh = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure the loss change of each expert removed alone; compare every criterion with it."""
+    settings = _settings(locals())
+    from moe_fair.cli.tables import oracle_table
+    from moe_fair.pipelines import moe as pipeline
+
+    gathered = _statistics(Path(settings.stats)) if settings.stats else None
+    found, table = pipeline.oracle(settings, output, statistics=gathered, say=_say)
+    if as_json:
+        print((output / "agreement.json").read_text(), end="")
+    else:
+        oracle_table(found, table)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model = None, baseline: Baseline = None, output: EvalOutput = None,
+    tasks: Tasks = None, num_fewshot: NumFewshot = None, limit: Limit = None,
+    apply_chat_template: ApplyChatTemplate = False, include_path: IncludePath = None,
+    log_samples: LogSamples = False,
+    agreement: MeasureAgreement = False, heldout: AgreementText = None,
+    heldout_samples: HeldoutSamples = None, length: Length = None,
+    batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
+    engine: EngineName = None, max_memory: MaxMemory = None,
+    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run lm-eval's benchmarks, or measure agreement with the original."""
+    if model is None or not (tasks or agreement):
+        raise ValueError("give a MODEL and --tasks, or --agreement")
+    if agreement and baseline is None:
+        raise ValueError("--agreement compares with the original: name it with --baseline")
+    given = {k: v for k, v in locals().items() if k != "batch_size"}
+    from moe_fair.pipelines.unused_settings import check_used_by_eval
+
+    check_used_by_eval(given, {"--tasks": bool(tasks), "--agreement": agreement})
+    if batch_size is not None and batch_size.isdigit():
+        given["batch_size"] = int(batch_size)
+    settings = _settings(given)
+    from moe_fair.cli.tables import evaluation, evaluation_json
+    from moe_fair.moe.checkpoint_source import Checkpoint
+    from moe_fair.pipelines import evaluate as evaluating
+
+    rows = found = None
+    trusted = (settings.trust_remote_code, settings.allow_pickle)
+    with evaluating.claimed(model, output) as folder:
+        source = Checkpoint(model, revision, *trusted)
+        original = Checkpoint(baseline, None, *trusted) if baseline else None
+        if tasks:
+            from moe_fair.evaluate.benchmark import Benchmark, names
+
+            benchmark = Benchmark(
+                tasks=names(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size or "8",
+                dtype=dtype or "checkpoint",
+                device=settings.device,
+                apply_chat_template=apply_chat_template,
+                include_path=include_path,
+            )
+            rows = evaluating.run_benchmarks(
+                source, original, benchmark,
+                folder=folder, log_samples=log_samples, say=_say, quiet=_without_bars,
+            )  # fmt: skip
+        if agreement and original is not None:
+            found = evaluating.run_agreement(settings, source, original, folder, _say)
+        if not distributed.is_first():
+            return
+        if folder is not None and output is None:
+            from moe_fair.report.write import write_report
+
+            _say(f"report: {write_report(source.path)}")
+    if as_json:
+        print(json.dumps(evaluation_json(rows, found), indent=1))
+    else:
+        evaluation(rows, found)
+
+
+@app.command()
+def report(
+    out: Pruned, output: ReportOutput = None, format: Format = "html", debug: Debug = False
+) -> None:
+    """Draw what a pruning run did: one page, written by prune and eval as well."""
+    from moe_fair.report.write import write_report
+
+    print(printable(write_report(out, format, output)))
+
+
+@app.command()
+def verify(
+    out: Pruned, against: Against = None, write: WriteList = False, revision: Revision = None,
+    trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Check a pruned checkpoint: hashes, code, plan against tensors, experts against the original.
+
+    Exit code 1 where something is wrong.
+    """
+    from moe_fair.cli.tables import verified, verified_json
+    from moe_fair.moe.checkpoint_source import Checkpoint
+    from moe_fair.pipelines.verify import list_files
+    from moe_fair.pipelines.verify import verify as check
+
+    if write and against is None:
+        raise ValueError("--write lists what was compared: name the original with --against")
+    trusted = (bool(trust_remote_code), bool(allow_pickle))
+    original = Checkpoint(against, revision, *trusted) if against else None
+    if write and original is not None:
+        found = list_files(out, original)
+    else:
+        found = check(out, original, trust_remote_code=bool(trust_remote_code))
+    if as_json:
+        print(json.dumps(verified_json(found), indent=1))
+    else:
+        verified(found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def push(
+    out: Pruned, repo: RepoId, private: Private = False, revision: PushRevision = None,
+    base_model: BaseModel = None, license: License = None, dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Upload a pruned checkpoint to the Hub with its model card, in one commit."""
+    from moe_fair.cli.tables import upload
+    from moe_fair.publish import push as publish
+
+    upload(
+        publish.push(
+            out, repo, private=private, revision=revision, base_model=base_model, license=license,
+            dry_run=dry_run, say=_say,
+        )
+    )  # fmt: skip
+
+
+def _settings(given: dict[str, Any]) -> Recipe:
+    """The recipe file, with the options of the command line over it."""
+    from moe_fair.core.recipe import Recipe, load_recipe
+
+    base = load_recipe(given["recipe"]) if given.get("recipe") else Recipe()
+    names = set(Recipe.__dataclass_fields__)
+    chosen = {k: v for k, v in given.items() if k in names and v is not None}
+    chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}
+    if "weights" in chosen:
+        chosen["weights"] = _parse_weights(chosen["weights"])
+    if "rivals" in chosen:
+        chosen["rivals"] = tuple(name.strip() for name in chosen["rivals"].split(","))
+    return base.with_settings(chosen)
+
+
+def _statistics(path: Path) -> Statistics:
+    from moe_fair.core.units import Statistics
+
+    found = Statistics.load(path)
+    if not found.digest:
+        _say(
+            f"note: {path} is of an earlier version, without a digest: whether its numbers are "
+            "those that were measured cannot be seen"
+        )
+    return found
+
+
+def _parse_weights(text: str) -> dict[str, float]:
+    try:
+        pairs = [item.rsplit("=", 1) for item in text.split(",")]
+        return {domain.strip(): float(weight) for domain, weight in pairs}
+    except ValueError:
+        raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Drop the progress bars that lm-eval writes whatever is set, but on a terminal.
+
+    Of several processes the first alone shows them, and what lm-eval prints.
+    """
+    with ExitStack() as quiet:
+        if not (distributed.is_first() and sys.stderr.isatty()):
+            quiet.enter_context(redirect_stderr(io.StringIO()))
+        if not distributed.is_first():
+            quiet.enter_context(redirect_stdout(io.StringIO()))
+        yield
+
+
+def _say(line: str) -> None:
+    if distributed.is_first():
+        terminal.say(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] not in TOGETHER:
+        if not distributed.is_first():
+            sys.exit(0)
+        distributed.stay_alone()
+    with terminal.streams(), interrupts.handled(alone=distributed.processes() == 1):
+        _quieten()
+        code = _run(arguments)
+    # out here, where nothing holds the frames of what failed: after a lack of memory, what torch
+    # does when Python ends needs some
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command; returns the exit code."""
+    try:
+        distributed.team()
+        command = typer.main.get_command(app)
+        code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
+        distributed.finish()
+        sys.stdout.flush()  # a disk that is full says so here
+        return code if isinstance(code, int) else 0
+    except interrupts.Interrupted as e:
+        return _interrupted(e.number, arguments)
+    except Exception as e:
+        # what was being imported, or other people's code, may have made an error of it
+        if (number := interrupts.caught()) is not None:
+            return _interrupted(number, arguments)
+        if "--debug" in arguments:
+            for line in traceback.format_exc().splitlines():
+                terminal.say(line)
+        return _fail(e, arguments)
+
+
+def _interrupted(number: int, arguments: list[str]) -> int:
+    """Print one line for a signal and return the exit code that shells give it."""
+    text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    if (output := interrupts.whole()) is not None:
+        text += f"; the result in {output} is whole"
+    elif any(arguments[: len(words)] == words for words in GOING_ON):
+        text += "; the same command goes on where it stopped"
+    _say(f"moe-fair: {text}")
+    return 128 + number
+
+
+def _fail(e: Exception, arguments: list[str]) -> int:
+    """Print one line for an exception and return the exit code: 2 where the user can mend it."""
+    format_message = getattr(e, "format_message", None)  # what the option parser raises
+    if format_message is not None:
+        text = format_message()
+        if not text:  # no arguments at all: the help was printed
+            return getattr(e, "exit_code", 2)
+        option = next((a for a in arguments[:-1] if f"'{a}'" in text), None)
+        given = f"{option} {arguments[arguments.index(option) + 1]!r}: " if option else ""
+        text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
+        return distributed.fail(text, terminal.say, 2)
+    text = " ".join(str(e).split()) or type(e).__name__
+    if (lack := _lack(e, text)) is not None:
+        return distributed.fail(f"moe-fair: error: {lack}", terminal.say, 2)
+    if isinstance(e, (ValueError, OSError)):
+        return distributed.fail(f"moe-fair: error: {text}", terminal.say, 2)
+    text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
+    return distributed.fail(text, terminal.say, 1)
+
+
+def _lack(e: Exception, text: str) -> str | None:
+    """What the machine ran out of, in words; the libraries below have many kinds of exception."""
+    from moe_fair.engines.oom import out_of_memory
+
+    if out_of_memory(e):
+        return (
+            f"out of memory: {text}; use a smaller --batch-size, --engine streaming, or "
+            "--checkpointing; the same command goes on where it stopped"
+        )
+    if type(e).__name__ == "SafetensorError":
+        return f"a safetensors file could not be read or written: {text}"
+    return None
+
+
+def _quieten() -> None:
+    """Leave the screen to our own progress: no bars or advice of the libraries below."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_LEAVE", "")  # a bar that is done goes
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    main()

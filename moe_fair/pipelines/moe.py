@@ -1,0 +1,352 @@
+"""The whole flow: calibration text -> statistics -> scores -> budget -> plan -> checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moe_fair.core.interrupts import closing
+from moe_fair.core.manifest import write_manifest
+from moe_fair.core.oracle import Agreement, Oracle
+from moe_fair.core.output import Place, claim, fresh, settle
+from moe_fair.core.plan import Plan
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.units import Statistics
+from moe_fair.engines.processes import ALONE, Team, is_first, team
+from moe_fair.evaluate import HeldoutLoss
+from moe_fair.evaluate.record import save_drafts
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.merge import write_merged
+from moe_fair.moe.overlay import UnknownLayoutError
+from moe_fair.moe.repair import LayerRepair
+from moe_fair.moe.side_files import in_a_line
+from moe_fair.pipelines.calibrate import Say, collect, discard, measure
+from moe_fair.pipelines.checks import check_disk, check_same_model, with_needs
+from moe_fair.pipelines.draft_acceptance import measure_drafts
+from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
+from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
+from moe_fair.pipelines.plan import plan
+from moe_fair.pipelines.plan_selection import best_plan, check_rivals, parted, rivals
+from moe_fair.pipelines.preflight import PLAN_FILE, Job, check_prune
+from moe_fair.pipelines.removal_costs import (
+    ALONE_COSTS,
+    CURVE_COSTS,
+    check_costs,
+    measure_alone,
+    measure_curves,
+)
+from moe_fair.pipelines.repair import repair_model
+from moe_fair.pipelines.text_checks import check_digest, check_domains
+from moe_fair.pipelines.unused_settings import Run, check_used, unused
+from moe_fair.pipelines.verify import verify
+from moe_fair.report.sources import FOLDER
+
+__all__ = [
+    "FOLDER", "Pruned", "calibrate", "calibration_set", "heldout_set", "open_model", "oracle",
+    "plan", "prune",
+]  # fmt: skip
+# of the settings that a run may have no use for, those that `calibrate` takes
+OF_CALIBRATE = (
+    "trial_samples", "curve_samples", "max_memory", "checkpointing", "device_map",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` leaves behind: the checkpoint's directory, the plan, and held-out losses."""
+
+    output: Path
+    plan: Plan
+    before: HeldoutLoss | None = None
+    after: HeldoutLoss | None = None
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
+def calibrate(
+    recipe: Recipe, output: Path | None = None, say: Say = lambda _: None
+) -> Statistics | None:
+    """Statistics of every routed expert; saved to `output` where one is given.
+
+    Where several processes do it together, the first has the statistics and the others None.
+    """
+    us = team()
+    for name in ("stats", "plan"):
+        if name in recipe.given:
+            raise ValueError(f"calibrate makes statistics anew; take {name} out of the recipe")
+    if output is None:
+        return _calibrate(recipe, None, say, us)[0]
+    with claim(output, first=us.first) as place:
+        statistics, recorded = _calibrate(recipe, place, say, us)
+        if statistics is not None:
+            folder = fresh(place.partial)
+            statistics.save(folder)
+            (folder / "recipe.yaml").write_text(recorded)
+            with closing(output):
+                settle(folder, place.path)
+                discard(place.beside("calibrating"))
+    return statistics
+
+
+def _calibrate(
+    recipe: Recipe, place: Place | None, say: Say, us: Team
+) -> tuple[Statistics | None, str]:
+    """The same, without writing the result; and the recipe that does it again, as YAML."""
+    source = open_model(recipe)
+    check_rivals(recipe, source)
+    every = with_needs(recipe, *rivals(recipe).values())
+    run = Run(
+        collects=True,
+        tries=bool(rivals(recipe)),
+        measures=every.alone or recipe.curves is not None,
+    )
+    check_used(recipe, run, {}, OF_CALIBRATE)
+    if recipe.curves is not None:
+        check_costs(recipe, source, CURVE_COSTS)
+    if every.alone:
+        check_costs(recipe, source, ALONE_COSTS)
+    whole = us.told(lambda: calibration_set(recipe, source, say))
+    check_digest("calibration", whole, recipe)
+    text, _ = parted(recipe, whole, say)
+    check_domains(recipe, text, None, run)
+    work = work_folder(place, recipe) if place is not None else None
+    statistics = collect(every, source, text, say, work, us)
+    if every.alone and statistics is not None:
+        home = work / "alone" if work else None
+        statistics = measure_alone(recipe, source, text, statistics, home, say)
+    if recipe.curves is not None and statistics is not None:
+        home = work / "curves" if work else None
+        statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
+    recorded = recipe.with_settings({"calibration_digest": whole.digest})
+    left_out = {*unused(recipe, run).keys() & {*OF_CALIBRATE}, "fresh"}
+    return statistics, recorded.to_yaml(without=left_out)
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
+def oracle(
+    recipe: Recipe,
+    output: Path,
+    *,
+    statistics: Statistics | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Oracle, dict[str, Agreement]]:
+    """Measured loss change of every expert removed alone, and every criterion's agreement with it.
+
+    Args:
+        output: new directory for the oracle, the table and the recipe.
+        statistics: to score with; without them they are collected on the same text.
+    """
+    if team().size > 1:
+        raise ValueError("an oracle is measured by one process; start it without a launcher")
+    with claim(output) as place:
+        source = open_model(recipe)
+        if statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+        text = calibration_set(recipe, source, say)
+        work = work_folder(place, recipe)
+        if statistics is None:
+            body = recipe.with_settings({"mtp": "drop"})  # no removal of theirs is measured
+            statistics = collect(body, source, text, say, work)
+            assert statistics is not None  # there is no other process
+        found = measure_oracle(recipe, source, text, work / "oracle", say)
+        table = agreements(found, statistics)
+        folder = fresh(place.partial)
+        save_oracle(folder, found, table)
+        if recipe.stats is not None:  # paths in a recipe are relative to it
+            recipe = recipe.with_settings({"stats": os.path.relpath(recipe.stats, output)})
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(without=["fresh"]))
+        with closing(output):
+            settle(folder, place.path)
+            discard(work)
+    return found, table
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
+@torch.enable_grad()
+def prune(
+    recipe: Recipe,
+    output: Path,
+    *,
+    statistics: Statistics | None = None,
+    ready: Plan | None = None,
+    say: Say = lambda _: None,
+) -> Pruned:
+    """A pruned checkpoint in `output`, from statistics or a plan where one is given.
+
+    Where several processes do it together, they share the measuring; the first plans and writes.
+    """
+    us = team()
+    with claim(output, first=us.first) as place:
+        return _prune(recipe, output, place, statistics, ready, say, us)
+
+
+def _prune(
+    recipe: Recipe,
+    output: Path,
+    place: Place,
+    statistics: Statistics | None,
+    ready: Plan | None,
+    say: Say,
+    us: Team,
+) -> Pruned:
+    job = check_prune(recipe, output, place, statistics, ready, say, us)
+    run = _Pruning(job, output, place, say, us)
+    statistics = run.measured() if job.plan is None else None
+    made = us.told(lambda: run.decided(statistics))
+    if us.first:
+        run.write(made, statistics)
+    before, after = run.losses()
+    if us.first:
+        run.measure_heads(made, job.heldout)
+        run.finish(before, after)
+    return Pruned(output, made, before, us.told(lambda: after))
+
+
+class _Pruning:
+    """The steps of one `prune`; those that write are the first process's."""
+
+    def __init__(self, job: Job, output: Path, place: Place, say: Say, us: Team) -> None:
+        self.job, self.recipe, self.source = job, job.recipe, job.source
+        self.output, self.place, self.say, self.us = output, place, say, us
+        self.work = work_folder(place, job.recipe)
+        self.folder = place.partial
+
+    def measured(self) -> Statistics | None:
+        """Statistics with all that the plan needs."""
+        job, recipe, source = self.job, self.recipe, self.source
+        statistics = job.statistics
+        if statistics is None:
+            assert job.seen is not None
+            statistics = collect(job.collected, source, job.seen, self.say, self.work, self.us)
+        if self.us.first and statistics is not None and job.run.measures:
+            assert job.text is not None
+            if job.alone:
+                home = self.work / "alone"
+                statistics = measure_alone(recipe, source, job.text, statistics, home, self.say)
+            if job.costly is not None:
+                home = self.work / "curves"
+                statistics = measure_curves(
+                    recipe, source, job.text, statistics, job.costly, home, self.say
+                )
+        return statistics
+
+    def decided(self, statistics: Statistics | None) -> Plan:
+        """The plan that was given, or the best of those made; checked against the disk."""
+        made = self.job.plan
+        if made is None:
+            assert statistics is not None
+            if self.job.trial is None:
+                made = plan(statistics, self.recipe)
+            else:
+                home = self.work / "trials.json"
+                made = best_plan(
+                    plan, self.recipe, self.source, statistics, self.job.trial, home, self.say
+                )
+        check_disk(made.after.bytes, self.output, self.folder)
+        return made
+
+    def write(self, made: Plan, statistics: Statistics | None) -> None:
+        """The repaired or merged checkpoint, and what explains it, under the temporary name."""
+        repairs: list[LayerRepair] = []
+        changed = None
+        if self.job.repair is not None:
+            assert self.job.text is not None
+            home = self.work / "repair"
+            repairs = repair_model(
+                self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say
+            )
+            changed = home if repairs else None
+        notes = fresh(self.folder) / FOLDER
+        if statistics is not None:
+            statistics.save(notes)
+        self.say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
+        started = time.perf_counter()
+        if made.merges:
+            changed = fresh(self.work / "merged")
+            write_merged(self.source, made, changed)
+        drop = made.mtp == "drop"
+        try:
+            beside = write_model(
+                self.source, made.kept, self.folder, repaired=changed, drop_heads=drop
+            )
+        except UnknownLayoutError as e:  # what headers could not tell before
+            if made.merges:
+                raise
+            self.say(f"note: not repaired: {e}")
+            repairs = []
+            beside = write_model(self.source, made.kept, self.folder, drop_heads=drop)
+        self.say(f"written in {time.perf_counter() - started:.1f} s")
+        if (left := in_a_line(beside)) is not None:
+            self.say(left)
+        made.save(notes / PLAN_FILE)
+        (notes / "recipe.yaml").write_text(self.job.recorded(bool(repairs)))
+        if repairs:
+            table = json.dumps([asdict(r) for r in repairs], indent=1)
+            (notes / "repair.json").write_text(table + "\n")
+
+    def losses(self) -> tuple[HeldoutLoss | None, HeldoutLoss | None]:
+        """Held-out loss of the original and of what was written."""
+        heldout = self.job.heldout
+        if heldout is None:
+            return None, None
+        recipe, us = self.recipe, self.us
+        before = measure(recipe, self.source, heldout, "held-out loss, original", us, self.say)
+        after = None
+        # a disk that not all machines share: who wrote the result measures it
+        together = all(us.gather((self.folder / "config.json").is_file()))
+        if us.first or together:
+            them = us if together else ALONE
+            pruned = Checkpoint(str(self.folder), trust_remote_code=recipe.trust_remote_code)
+            after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
+        return before, after
+
+    def measure_heads(self, made: Plan, heldout: CalibrationSet | None) -> None:
+        """What becomes of the tokens that MTP heads draft, where there is text for it."""
+        if heldout is None or made.mtp not in ("cut", "keep") or not self.source.heads.blocks:
+            return
+        trusted = self.recipe.trust_remote_code
+        pruned = Checkpoint(str(self.folder), trust_remote_code=trusted)
+        drafts = [
+            measure_drafts(self.recipe, model, heldout, f"drafted tokens, {name}", self.say)
+            for model, name in ((self.source, "original"), (pruned, "pruned"))
+        ]
+        save_drafts(self.folder / FOLDER, *drafts)
+        rates = " and ".join(f"{d.rate:.1%}" for d in drafts)
+        self.say(f"MTP head: original and pruned accept {rates} of the drafted tokens")
+
+    def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
+        """Report, manifest and verification; then the result gets its name."""
+        if before is not None and after is not None:
+            losses = {"original": asdict(before), "pruned": asdict(after)}
+            file = self.folder / FOLDER / "heldout.json"
+            file.write_text(json.dumps(losses, indent=1) + "\n")
+        from moe_fair.report.write import write_report  # matplotlib takes a second to import
+
+        write_report(self.folder)
+        write_manifest(self.folder)
+        trusted = self.recipe.trust_remote_code
+        found = verify(self.folder, self.source, hashes=False, trust_remote_code=trusted)
+        if not found.ok:
+            raise RuntimeError(
+                f"the result does not verify and stays in {self.folder}: {found.wrong}"
+            )
+        self.say(f"verified: {found.checks[-1].detail}")
+        with closing(self.output):
+            settle(self.folder, self.place.path)
+            discard(self.work)
+
+
+def work_folder(place: Place, recipe: Recipe) -> Path:
+    """Where chunks of statistics wait for the result; emptied first with --fresh."""
+    folder = place.beside("calibrating")
+    if recipe.fresh and is_first():
+        discard(folder)
+    return folder

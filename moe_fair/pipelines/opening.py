@@ -1,0 +1,78 @@
+"""What a recipe names, opened: the model's files and the texts, without any weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_fair.core.recipe import Recipe
+from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample, windows
+from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.checkpoint_writer import count_path
+from moe_fair.moe.engine_choice import PACKED
+from moe_fair.moe.table_surgery import check_tables
+from moe_fair.pipelines.calibrate import Say
+from moe_fair.pipelines.checks import check_device_map, check_embedding, check_tokens
+
+
+def open_model(recipe: Recipe) -> Checkpoint:
+    """The model's files, checked as far as they can be without loading weights."""
+    if recipe.model is None:
+        raise ValueError("no model given: name a local directory or a Hub id")
+    pick_dtype(recipe.dtype, pick_device(recipe.device))
+    source = Checkpoint(
+        recipe.model,
+        recipe.revision,
+        recipe.trust_remote_code,
+        recipe.allow_pickle,
+        recipe.hash_layers or "keep",
+    )
+    if source.unpacking and recipe.engine == "streaming":
+        raise ValueError(f"{recipe.model}: {PACKED}")
+    check_device_map(recipe, source)
+    assert source.blocks  # known from the config alone: before weights are downloaded
+    check_embedding(source)
+    assert source.groups  # finds the experts in the files as well, or says what was looked for
+    check_tables(source)
+    count_path(source.config)
+    if recipe.revision is not None and Path(recipe.model).is_dir():
+        raise ValueError(
+            f"--revision {recipe.revision}: {recipe.model} is a directory, which has no revisions; "
+            "leave it out, or name the model on the Hub"
+        )
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.length > limit:
+        raise ValueError(f"--length {recipe.length} is more than the model's {limit} positions")
+    return source
+
+
+def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> CalibrationSet:
+    """The calibration sequences of a recipe."""
+    text = sample(
+        [parse_source(s) for s in recipe.calibration],
+        source.tokenizer(),
+        samples=recipe.samples,
+        length=recipe.length,
+        seed=recipe.seed,
+    )
+    for note in text.notes:
+        say(f"note: {note}")
+    check_tokens(text, source)
+    return text
+
+
+def heldout_set(
+    recipe: Recipe, source: Checkpoint, say: Say = lambda _: None
+) -> CalibrationSet | None:
+    """The held-out windows of a recipe, if it names any text."""
+    if not recipe.heldout:
+        return None
+    text = windows(
+        [parse_source(s) for s in recipe.heldout],
+        source.tokenizer(),
+        samples=recipe.heldout_samples,
+        length=recipe.length,
+    )
+    for note in text.notes:
+        say(f"note: held-out text: {note}")
+    check_tokens(text, source)
+    return text

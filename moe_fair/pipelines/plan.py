@@ -1,0 +1,54 @@
+"""From statistics to a plan: scores, budget and kept ids. Takes milliseconds and no model."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import curves
+from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.units import Statistics
+from moe_fair.moe.merge import merging
+from moe_fair.pipelines.checks import check_hash_layers, check_target, method, target
+from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: its tensors may be changed later
+def plan(statistics: Statistics, recipe: Recipe) -> Plan:
+    """Scores, budget and kept ids from saved statistics; takes milliseconds."""
+    removal, protection, rule = method(recipe)
+    if recipe.hash_layers is not None:
+        check_hash_layers(statistics.fingerprint, recipe.hash_layers, "statistics were")
+    size = ModelSize(**statistics.facts["size"])
+    facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
+    choice = choose_heads(recipe, facts, rule, measured=measured)
+    if choice != "cut":
+        statistics = statistics.without_following()
+    check_target(recipe, statistics.groups, size_without(size, choice, facts))
+    costs = rows = grams = None
+    scores, scored = head_scores(removal, statistics, recipe.weights)
+    if needs(allocator(rule), "costs"):
+        costs = curves(statistics, removal.name, recipe.weights)
+    if needs(allocator(rule), "rows"):
+        rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
+    if needs(allocator(rule), "gram"):
+        views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
+        grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
+    made = make_plan(
+        statistics.groups,
+        scores,
+        head_scores(protection, statistics, recipe.weights)[0] if protection else None,
+        target=target(recipe),
+        allocator=rule,
+        before=size_without(size, choice, facts),
+        min_units=recipe.min_experts,
+        multiple_of=recipe.multiple_of,
+        costs=costs,
+        rows=rows,
+        grams=grams,
+        fingerprint=statistics.fingerprint,
+        recipe={**statistics.facts["calibration"], **recipe.planning()},
+    )
+    made = with_heads(made, size, choice, facts, scored, recipe.mtp)
+    return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made

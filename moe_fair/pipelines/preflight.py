@@ -1,0 +1,258 @@
+"""Every check that a run of `prune` makes, made before any weights are loaded.
+
+What is found on the way (the opened model, the texts, the repair) is what the run then works with,
+so that nothing is looked at twice. A dry run stops here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.cost_curves import holds_curves
+from moe_fair.core.domain_weights import domain_weights
+from moe_fair.core.output import Place
+from moe_fair.core.plan import ModelSize, Plan
+from moe_fair.core.plan_checks import check_fits
+from moe_fair.core.recipe import PLANNING, Recipe
+from moe_fair.core.units import STATISTICS_FILE, Statistics
+from moe_fair.engines.processes import Team
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import check_writable
+from moe_fair.moe.merge import check_mergeable
+from moe_fair.moe.surgery import check_all
+from moe_fair.pipelines.calibrate import Say
+from moe_fair.pipelines.checks import (
+    check_disk,
+    check_plan_settings,
+    check_same_model,
+    method,
+    with_needs,
+)
+from moe_fair.pipelines.mtp_heads import check_heads, choose_heads, head_facts, size_without
+from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
+from moe_fair.pipelines.plan import plan
+from moe_fair.pipelines.plan_selection import check_rivals, rivals
+from moe_fair.pipelines.removal_costs import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
+from moe_fair.pipelines.repair import repair_kind
+from moe_fair.pipelines.text_checks import (
+    Earlier,
+    check_digest,
+    check_domains,
+    divided,
+    with_text_of,
+)
+from moe_fair.pipelines.unused_settings import Run, check_used, unused
+
+PLAN_FILE = "plan.json"
+NOT_TRIED = (
+    "note: no plan is tried against another's: no text is known that the statistics have not seen"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of `prune` whose checks have passed.
+
+    Attributes:
+        recipe: with the text settings of the statistics or the plan where none were given.
+        source: the model.
+        statistics, plan: those that were given.
+        run: what it will do.
+        text: all of the calibration text; None where none is needed.
+        seen, trial: of it, what statistics are gathered on, and what plans are tried on.
+        heldout: the held-out windows.
+        repair: its name, or None.
+        alone: experts' removals alone are measured; costly: the score whose cost curves are.
+        after: size of the result; of one by tolerance, which is not known yet, an estimate.
+    """
+
+    recipe: Recipe
+    source: Checkpoint
+    statistics: Statistics | None
+    plan: Plan | None
+    run: Run
+    text: CalibrationSet | None
+    seen: CalibrationSet | None
+    trial: CalibrationSet | None
+    heldout: CalibrationSet | None
+    repair: str | None
+    alone: bool
+    costly: str | None
+    after: ModelSize
+
+    @property
+    def collected(self) -> Recipe:
+        """The recipe that also collects what the methods need."""
+        return with_needs(self.recipe, *rivals(self.recipe).values())
+
+    def recorded(self, repaired: bool) -> str:
+        """The recipe that does the same again, as YAML.
+
+        Args:
+            repaired: some layer was.
+        """
+        changes: dict[str, Any] = {"repair": self.repair if repaired else "none"}
+        run = self.run
+        if self.plan is not None:
+            changes |= {k: self.plan.recipe[k] for k in PLANNING if k in self.plan.recipe}
+            changes["plan"] = PLAN_FILE
+        elif self.statistics is not None:
+            changes["stats"] = STATISTICS_FILE
+            run = replace(run, measures=False)  # they hold what was measured
+        if self.text is not None:
+            changes["calibration_digest"] = self.text.digest
+        if self.heldout is not None:
+            changes["heldout_digest"] = self.heldout.digest
+        recipe = self.recipe.with_settings(changes)
+        return recipe.to_yaml(without={*unused(recipe, run), "fresh"})
+
+
+def check_prune(
+    recipe: Recipe,
+    output: Path,
+    place: Place,
+    statistics: Statistics | None,
+    ready: Plan | None,
+    say: Say,
+    us: Team,
+) -> Job:
+    """Everything that can be checked before weights are loaded.
+
+    Args:
+        place: where the output stands, new or empty.
+        statistics, ready: made before; by default those that the recipe names.
+
+    Raises:
+        ValueError: the first thing that is wrong; says what to do.
+    """
+    if statistics is None and recipe.stats is not None:
+        statistics = Statistics.load(Path(recipe.stats))
+    if ready is None and recipe.plan is not None:
+        ready = Plan.load(Path(recipe.plan))
+    earlier = _earlier(statistics, ready)
+    given, recipe = recipe, with_text_of(recipe, earlier)
+    source = open_model(recipe)
+    merges = _merges(recipe, ready)
+    if merges:
+        check_mergeable(source)
+    kind = None if merges else repair_kind(recipe, source, say)
+    uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
+    check_writable(source, unequal=not uniform)
+    alone, costly = False, None
+    if ready is not None:
+        _check_plan(recipe, ready, source)
+        run = Run(plans=False)
+    else:
+        if statistics is not None:
+            check_same_model(statistics.fingerprint, source, "statistics were")
+            domain_weights(statistics.domains, recipe.weights)
+            # of before they said anything of heads
+            facts = {"mtp": head_facts(source), **statistics.facts}
+            statistics = replace(statistics, facts=facts)
+            measured = any(g.follows for g in statistics.groups)
+            choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
+        alone, costly = _measured(recipe, source, statistics)
+        run = Run(
+            collects=statistics is None,
+            tries=bool(rivals(recipe)) and (statistics is None or bool(earlier.held_back)),
+            measures=alone or costly is not None,
+        )
+    run = replace(run, repairs=kind is not None, heldout=bool(recipe.heldout))
+    check_used(given, run, earlier.settings)
+    after = ready.after if ready is not None else check_plan_settings(recipe, source).after
+    if us.first:
+        check_disk(after.bytes, output, place.partial)
+    say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
+    if statistics is not None and not run.measures:
+        plan(statistics, recipe)  # it can be made
+    text = us.told(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
+    seen = trial = None
+    if text is not None:
+        seen, trial = divided(recipe, text, run, earlier, say)
+        check_domains(recipe, seen, statistics, run)
+    if statistics is not None and rivals(recipe) and trial is None:
+        say(NOT_TRIED)
+    heldout = us.told(lambda: heldout_set(recipe, source, say))
+    if heldout is not None:
+        check_digest("heldout", heldout, recipe)
+    return Job(
+        recipe, source, statistics, ready, run, text, seen, trial, heldout, kind, alone, costly,
+        after,
+    )  # fmt: skip
+
+
+def _earlier(statistics: Statistics | None, ready: Plan | None) -> Earlier:
+    if statistics is not None and ready is not None:
+        raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
+    if statistics is not None:
+        about = statistics.facts["calibration"]
+        return Earlier("statistics were", about, statistics.fingerprint.get("calibration"))
+    if ready is not None:
+        return Earlier("plan was", ready.recipe, ready.fingerprint.get("calibration"))
+    return Earlier()
+
+
+def _check_plan(recipe: Recipe, ready: Plan, source: Checkpoint) -> None:
+    """The plan is of this model, and fits it.
+
+    Raises:
+        ValueError: it is another model's, says something else of MTP heads than the recipe, routing
+            cannot work with what it keeps, or its sizes are not those of what it keeps.
+    """
+    check_same_model(ready.fingerprint, source, "plan was")
+    check_heads(recipe, source, ready)
+    check_all([*source.blocks, *source.heads.blocks], ready.kept)
+    groups = tuple(g for g in source.groups if ready.mtp == "cut" or not g.follows)
+    check_fits(ready, groups, source.size, size_without(source.size, ready.mtp, head_facts(source)))
+
+
+def _measured(
+    recipe: Recipe, source: Checkpoint, statistics: Statistics | None
+) -> tuple[bool, str | None]:
+    """Whether removals alone, and by which score cost curves, are still to be measured.
+
+    Raises:
+        ValueError: they cannot be here, or a rival cannot be tried.
+    """
+    check_rivals(recipe, source)
+    every = with_needs(recipe, *rivals(recipe).values())
+    alone = every.alone and (statistics is None or not holds_alone(statistics))
+    costly = _unmeasured(recipe, statistics)
+    if costly is not None:
+        check_costs(recipe, source, CURVE_COSTS)
+    if alone:
+        check_costs(recipe, source, ALONE_COSTS)
+    return alone, costly
+
+
+def _merges(recipe: Recipe, ready: Plan | None) -> bool:
+    """Experts are merged; with a plan it is the plan that says so.
+
+    Raises:
+        ValueError: recipe and plan contradict one another, or merged experts shall be repaired.
+    """
+    merges = recipe.reduce == "merge" if ready is None else ready.merges
+    if recipe.reduce == "merge" and not merges:
+        raise ValueError(
+            "--reduce merge: the --plan removes experts and has no clusters; make it with "
+            "`moe-fair plan STATISTICS --reduce merge`, or leave --reduce out"
+        )
+    if merges and recipe.repair not in (None, "none"):
+        raise ValueError(
+            f"--repair {recipe.repair}: merged experts are not repaired; leave --repair out, or "
+            "use --reduce prune"
+        )
+    return merges
+
+
+def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:
+    """The removal score whose cost curves the allocator needs and the statistics do not hold."""
+    removal, _, rule = method(recipe)
+    if not needs(allocator(rule), "costs"):
+        return None
+    held = statistics is not None and holds_curves(statistics, removal.name, recipe.weights)
+    return None if held else removal.name

@@ -1,0 +1,116 @@
+"""Repairing a checkpoint's remaining experts on calibration text, whole in memory or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_fair.core.output import digest
+from moe_fair.core.recipe import Recipe
+from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.progress import Progress
+from moe_fair.engines.streaming import NotLayerwise
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.engine_choice import start_layerwise
+from moe_fair.moe.layer_distillation import STEP_TOKENS
+from moe_fair.moe.overlay import check_layouts
+from moe_fair.moe.quantised import packed
+from moe_fair.moe.repair import LayerRepair, Repairer, teaching
+from moe_fair.moe.repairs import check_repairable, repair
+from moe_fair.moe.resampled_text import copies_for, own_words
+from moe_fair.pipelines.calibrate import Say, choose_engine
+
+DEFAULT = "distill"
+
+
+def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -> str | None:
+    """The repair that a recipe stands for on this model, or None.
+
+    Raises:
+        ValueError: the repair that was asked for does not exist, or cannot be done on this model.
+    """
+    if recipe.repair == "none":
+        return None
+    rule = repair(recipe.repair or DEFAULT)
+    try:
+        if packed(source.config):
+            raise ValueError("quantised weights cannot be repaired; use --repair none")
+        for block in source.blocks:
+            check_repairable(rule, block.experts)
+        check_layouts(source)
+    except ValueError as e:
+        if recipe.repair is not None:
+            raise
+        say(f"note: not repaired: {e}")
+        return None
+    return rule.name
+
+
+def repair_model(
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    kept: Mapping[str, Sequence[int]],
+    kind: str,
+    folder: Path,
+    say: Say = lambda _: None,
+) -> list[LayerRepair]:
+    """Repaired tensors of every cut layer into `folder`; a killed run goes on at the next layer.
+
+    A short text is given copies in the model's own words (see `moe.resampled_text`).
+
+    Returns:
+        what was done to each layer.
+    """
+    copies = copies_of(text, kind)
+    key = {
+        "model": source.fingerprint, "text": text.digest, "kind": kind,
+        "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
+        "batch": step_sequences(recipe), "dtype": recipe.dtype, "device": recipe.device,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = choose_engine(recipe, source)
+    also = f" and {copies} copies in the model's own words" if copies else ""
+    say(f"repairing ({kind}) on {text.tokens:,} tokens{also}, engine: {chosen.engine}")
+    layers = source.config.get_text_config().num_hidden_layers
+    passes = 2 + copies if copies else 1  # one of them draws the copies
+    with Progress("repairing", text.tokens * layers * passes) as progress:
+        engine = start_layerwise(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
+        repairer = Repairer(engine, kept, kind, folder=folder, key=digest(key))
+        try:
+            done = repairer.run(repair_text(recipe, source, text, kind, engine))
+        except NotLayerwise as e:  # met before anything is changed
+            if recipe.repair is not None:
+                raise
+            say(f"note: not repaired: {e}")
+            return []
+    for layer in done:
+        if layer.repair == "none" and not layer.epoch:
+            say(f"{layer.name}: {kind} did not help on the held-out share and was not applied")
+    return done
+
+
+def copies_of(text: CalibrationSet, kind: str) -> int:
+    """Copies in the model's own words that a repair of this kind is given beside the text."""
+    return copies_for(text.tokens) if getattr(repair(kind), "wants_text", False) else 0
+
+
+def step_sequences(recipe: Recipe) -> int:
+    """Sequences to a batch: one size of steps, whatever more the memory would allow."""
+    return min(recipe.batch_size, max(1, STEP_TOKENS // recipe.length))
+
+
+def repair_text(
+    recipe: Recipe, source: Checkpoint, text: CalibrationSet, kind: str, engine: Engine
+) -> list[Batch]:
+    """The calibration text, and copies of it in the words of the engine's original model."""
+    batches = text.batches(step_sequences(recipe))
+    copies = copies_of(text, kind)
+    if not copies:
+        return batches
+    tokenizer = source.tokenizer()
+    # in the middle of a text they would start or end something
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    copied = own_words(engine, batches, copies, seed=recipe.seed, forbidden=special)
+    return [*batches, *teaching(copied)]

@@ -1,0 +1,101 @@
+"""Whether a text is the one that it should be, and fit for what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_fair.core.domain_weights import domain_weights
+from moe_fair.core.recipe import TEXT, Recipe
+from moe_fair.core.units import Statistics
+from moe_fair.moe.calibration_text import CalibrationSet, split
+from moe_fair.pipelines.calibrate import Say
+from moe_fair.pipelines.checks import method
+from moe_fair.pipelines.plan_selection import parted, rivals
+from moe_fair.pipelines.unused_settings import Run
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier stage left: the settings that made it, and the digest of its text."""
+
+    what: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+
+    @property
+    def held_back(self) -> int:
+        """Sequences of its text that its numbers have not seen."""
+        return int(self.settings.get("held_back", 0))
+
+
+def with_text_of(recipe: Recipe, earlier: Earlier) -> Recipe:
+    """What of the text nobody named is that of the earlier stage."""
+    left = [n for n in TEXT if n not in recipe.given and n in earlier.settings]
+    if not left:
+        return recipe
+    found = {n: earlier.settings[n] for n in left}
+    return recipe.with_settings({**found, "calibration_digest": recipe.calibration_digest})
+
+
+def divided(
+    recipe: Recipe, text: CalibrationSet, run: Run, earlier: Earlier, say: Say
+) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """What the statistics see of the text, and what plans are tried on.
+
+    Raises:
+        ValueError: it is not the text that it should be.
+    """
+    check_digest("calibration", text, recipe)
+    if run.collects:
+        return parted(recipe, text, say)
+    held = earlier.held_back
+    parts = split(text, held) if held < len(text.sequences) else (text, text)
+    same = parts[0].digest == earlier.digest
+    recorded = all(recipe.to_dict().get(n) == earlier.settings.get(n) for n in TEXT)
+    if not same and recorded and earlier.digest is not None:
+        raise ValueError(
+            f"the calibration text is not that which the {earlier.what} made from: a file or data "
+            "set has changed since; restore it, or calibrate again"
+        )
+    return text, parts[1] if same and run.tries else None
+
+
+def check_digest(what: str, text: CalibrationSet, recipe: Recipe) -> None:
+    """The text is the one that the recipe was recorded with."""
+    wanted = getattr(recipe, f"{what}_digest")
+    if wanted is not None and text.digest != wanted:
+        raise ValueError(
+            f"the {what} text is not the one of the recipe's {what}_digest: a file, a data set, "
+            "the tokenizer or a setting of the text has changed; to run on it all the same, "
+            f"remove the line {what}_digest from the recipe"
+        )
+
+
+def check_domains(
+    recipe: Recipe, text: CalibrationSet, statistics: Statistics | None, run: Run
+) -> None:
+    """What depends on the text's domains can be done with these.
+
+    Raises:
+        ValueError: weights of a domain that is not there, or a method that compares domains.
+    """
+    if run.measures and statistics is not None and text.domains != statistics.domains:
+        raise ValueError(
+            f"removals are measured on text of {', '.join(text.domains)}, and the statistics are "
+            f"of {', '.join(statistics.domains)}; give text of the same domains"
+        )
+    if not run.collects:
+        return
+    weights = domain_weights(text.domains, recipe.weights)
+    named = rivals(recipe) if recipe.rivals is not None else {}
+    compared = [w for w in weights if w > 0]
+    for name, its in {"": recipe, **named}.items():
+        scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
+        if scores and len(compared) < 2:
+            raise ValueError(
+                (f"--rivals {name}: " if name else "")
+                + f"{scores[0].name} compares calibration domains and there are fewer than two: "
+                "give -c name=text for each"
+            )

@@ -1,0 +1,133 @@
+"""The settings that a run has no use for, and why, in one table.
+
+Where they were given they are refused, never passed over; and the recipe that is written beside a
+result leaves them out. A recipe may hold the settings of every stage: those of an earlier one that
+agree with what it has recorded were honoured there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_fair.core.recipe import PLANNING, TARGETS, Recipe, flag
+
+COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
+# a flag of these that is off asks for nothing
+EXTRAS = ("u_score", "gram", "alone", "checkpointing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run does, as far as it decides which settings matter.
+
+    Attributes:
+        plans: a plan is made; not so where one was given.
+        collects: statistics are gathered.
+        tries: plans are tried against those of rivals.
+        measures: removals are measured on a share of the text, alone or as cost curves.
+        repairs: the remaining experts are fitted.
+        heldout: held-out losses are measured.
+    """
+
+    plans: bool = True
+    collects: bool = False
+    tries: bool = False
+    measures: bool = False
+    repairs: bool = False
+    heldout: bool = False
+
+    @property
+    def reads_text(self) -> bool:
+        """Calibration text is run through the model."""
+        return self.collects or self.tries or self.measures or self.repairs
+
+
+def unused(recipe: Recipe, run: Run) -> dict[str, str]:
+    """Setting -> why this run has no use for it. All are settings of `prune`."""
+    rows: list[tuple[bool, str, tuple[str, ...]]] = [
+        (not run.plans, "the --plan is there", ("rivals", "alone")),
+        (not run.collects, "the statistics are there", COLLECTED),
+        (not run.collects and not run.measures, "nothing is measured", ("save_every",)),
+        (not run.collects, "what is held back was decided when it was calibrated",
+         ("trial_samples",)),
+        (not run.tries, "no plan is tried against another", ("trial_samples",)),
+        (not run.measures, "no removals are measured", ("curve_samples",)),
+        (not run.reads_text, "no calibration text is run through the model",
+         ("calibration", "samples", "seed", "calibration_digest")),
+        (not run.heldout, "there is no --heldout text", ("heldout_samples", "heldout_digest")),
+        (not run.reads_text and not run.heldout, "no text is run through the model",
+         ("length", "batch_size", "dtype", "device", "engine", "max_memory")),
+        (not run.collects and not run.heldout, "nothing is calibrated, and no held-out loss "
+         "measured", ("device_map",)),
+        (recipe.engine != "auto", "--engine is given, and needs no deciding", ("max_memory",)),
+        (not run.collects or not recipe.taylor, "there is no backward", ("checkpointing",)),
+        (recipe.engine == "streaming", "streaming runs every layer again anyway",
+         ("checkpointing",)),
+        (True, "cost curves of another order are measured by `moe-fair calibrate`", ("curves",)),
+    ]  # fmt: skip
+    found: dict[str, str] = {}
+    for applies, why, names in rows:
+        if applies:
+            found |= {n: why for n in names if n not in found}
+    return found
+
+
+def check_used(
+    recipe: Recipe, run: Run, before: Mapping[str, Any], also: Collection[str] = ()
+) -> None:
+    """Every setting that was given changes something, or has done so in an earlier stage.
+
+    Args:
+        before: settings of the earlier stages, whose statistics or plan this run starts from.
+        also: of the settings of `unused` those that the command takes; by default all.
+
+    Raises:
+        ValueError: one does not; says which and why.
+    """
+    plain = recipe.to_dict()
+    found = unused(recipe, run)
+    if not run.plans:
+        found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
+    for name, why in found.items():
+        nothing = (name in EXTRAS and not plain[name]) or plain.get(name) == ["none"]
+        done = name in before and before[name] == plain.get(name)
+        if name in recipe.given and not nothing and not done and (not also or name in also):
+            raise ValueError(f"{flag(name)} would change nothing: {why}; leave it out")
+
+
+def check_untargeted(settings: Mapping[str, Any]) -> None:
+    """Whoever gives a plan asks for no target beside it, not even for the plan's own.
+
+    Args:
+        settings: what was asked for by name; a recipe file may repeat the target that was met.
+
+    Raises:
+        ValueError: a target is among them.
+    """
+    if any(settings.get(t) is not None for t in TARGETS):
+        raise ValueError("a --plan has met its own target; leave the target out, or give --stats")
+
+
+# of `eval`: what only one of its two measurements uses
+OF_EVAL = {
+    "--tasks": ("num_fewshot", "limit", "apply_chat_template", "include_path", "log_samples"),
+    "--agreement": ("heldout", "heldout_samples", "length", "engine", "max_memory"),
+}
+
+
+def check_used_by_eval(options: Mapping[str, Any], asked: Mapping[str, bool]) -> None:
+    """Every option of `eval` that was given is used by what was asked for.
+
+    Args:
+        options: their values; unset ones are None or False.
+        asked: `--tasks` and `--agreement` -> whether they were.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for what, names in OF_EVAL.items():
+        for name in names:
+            if not asked[what] and options[name] not in (None, False):
+                raise ValueError(f"{flag(name)} is for {what}: add {what}, or leave it out")

@@ -1,0 +1,405 @@
+"""Whether a pruned checkpoint is what its plan says: files, code, tensors, and every kept expert.
+
+Nothing here cuts: which bytes belong to which expert is worked out again from the plan and the two
+checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on the model's size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_fair.core.manifest import (
+    CHUNK,
+    FOLDER,
+    MANIFEST,
+    check_files,
+    write_manifest,
+)
+from moe_fair.core.plan import Plan
+from moe_fair.engines.shards import Piece, StoredTensor
+from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.overlay import TYPES
+from moe_fair.moe.repair import LayerRepair, changed_tensors
+from moe_fair.moe.table_surgery import check_tables, new_tables
+from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
+from moe_fair.pipelines.companions import check_code, check_config, check_files_beside
+from moe_fair.report.sources import load_repairs
+from moe_fair.vision.checkpoint import PRUNED_FILE
+from moe_fair.vision.verify import can_build, check_cuts, check_model, zeros_of
+
+Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        ok: nothing is wrong; None where it was not looked at.
+        detail: what was found, or the first thing that is wrong.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of every check of one pruned checkpoint."""
+
+    output: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return all(c.ok is not False for c in self.checks)
+
+    @property
+    def wrong(self) -> str:
+        """What is, in one line."""
+        return "; ".join(f"{c.name}: {c.detail}" for c in self.checks if c.ok is False)
+
+
+class _Wrong(Exception):
+    """What a check found."""
+
+
+def verify(
+    output: Path,
+    original: Checkpoint | None = None,
+    *,
+    hashes: bool = True,
+    trust_remote_code: bool = False,
+) -> Verified:
+    """Check a pruned checkpoint, of a language model or of an image classifier.
+
+    Args:
+        output: the directory that `prune` wrote.
+        original: the model it was pruned from, to compare every expert with.
+        hashes: read every file again for its sha256; `prune`, which has just written the list,
+            does not.
+        trust_remote_code: build an image classifier whose model function is not a known library's;
+            load a tokenizer that is code.
+
+    Raises:
+        ValueError: `output` is no pruned checkpoint, or `original` not the one it was pruned from.
+    """
+    if (output / PRUNED_FILE).is_file():
+        if original is not None:
+            raise ValueError(
+                f"--against compares experts, and {output} is an image classifier: leave it out"
+            )
+        return _verify_vision(output, hashes, trust_remote_code)
+    path = output / FOLDER / "plan.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
+        )
+    checks = [_check("files", lambda: check_files(output, hashes=hashes))]
+    plan: Plan | None = None
+    repairs: list[LayerRepair] = []
+    try:
+        plan, repairs = Plan.load(path), load_repairs(output / FOLDER / "repair.json") or []
+    except ValueError as e:
+        checks.append(Check("plan", False, str(e)))
+    if plan is not None and original is not None and not _pruned_from(plan, original):
+        raise ValueError(
+            f"{output} was pruned from another model than {original.model}; give the one it was "
+            "pruned from, as it was then"
+        )
+    checks.append(_check("code", lambda: check_code(output, original, trust_remote_code)))
+    if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
+        return Verified(output, tuple(checks))
+    made, cut = plan, plan.fingerprint.get("hash_layers", "keep")
+    found = Checkpoint(str(output), trust_remote_code=trust_remote_code, hash_layers=cut)
+    if original is not None:
+        source = original.with_hash_layers(cut)
+        # of hash layers that an earlier run has cut too
+        counts = dict((source.published.get("moe_fair") or {}).get("experts", {}))
+        counts |= {b.name: b.num_experts for b in source.blocks}
+        counts |= {name: len(made.kept[name]) for name in counts if name in made.kept}
+        left = {
+            b.name: len(made.kept.get(b.name, range(b.num_experts)))
+            for b in source.heads.blocks
+            if made.mtp != "drop"
+        }
+        look = partial(check_config, counts, source, output, left)
+        checks.append(_check("config", look))
+        beside = partial(check_files_beside, output, source, found)
+        checks.append(_check("side files", beside))
+    checks.append(_check("tensors", lambda: _tensors(made, found)))
+    if checks[-1].ok:
+        checks.append(_check("repairs", lambda: _repairs(repairs, found)))
+    if checks[-1].ok and original is not None:
+        before = original.with_hash_layers(cut)
+        checks.append(_check("experts", lambda: _experts(made, repairs, before, found)))
+    elif original is None:
+        text = "not compared; --against ORIGINAL compares them byte by byte"
+        checks.append(Check("experts", None, text))
+    return Verified(output, tuple(checks))
+
+
+def _verify_vision(output: Path, hashes: bool, trusted: bool) -> Verified:
+    checks = [_check("files", lambda: check_files(output, hashes=hashes))]
+    if zeros_of(output) is None:
+        checks.append(_check("cuts", lambda: check_cuts(output)))
+    if checks[-1].ok and not trusted and not can_build(output):
+        text = "not built: it runs code of its own; --trust-remote-code builds it"
+        checks.append(Check("model", None, text))
+    elif all(c.ok for c in checks):  # a model that was changed is not built
+        build = partial(check_model, output, trust_remote_code=trusted)
+        checks.append(_check("model", build))
+    return Verified(output, tuple(checks))
+
+
+def list_files(output: Path, original: Checkpoint) -> Verified:
+    """Write the missing manifest of a result, once all but the hashes has been checked.
+
+    Args:
+        original: the model it was pruned from: what is listed is then known to be right.
+
+    Raises:
+        ValueError: as `verify`, or there is a manifest.
+    """
+    if (output / MANIFEST).exists():
+        raise ValueError(
+            f"{output} has its {MANIFEST}, and --write would hide what has changed since; verify "
+            "without --write"
+        )
+    trusted = original.trust_remote_code
+    found = verify(output, original, trust_remote_code=trusted)
+    if any(c.ok is False for c in found.checks[1:]):
+        return found
+    write_manifest(output)
+    return verify(output, original, trust_remote_code=trusted)
+
+
+def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
+    return plan.fingerprint.get("model") == original.fingerprint["model"]
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        # a damaged config or table breaks whatever reads it, here or in transformers
+        return Check(name, False, " ".join(str(e).split()))
+
+
+def _tensors(plan: Plan, found: Checkpoint) -> str:
+    """The plan's counts are those of the config and of the tensors, and the sizes add up."""
+    blocks = {b.name: b for b in [*found.blocks, *found.heads.blocks]}
+    for name, kept in plan.kept.items():
+        if name not in blocks:
+            raise _Wrong(f"the plan names {name}, which the model does not have")
+        if blocks[name].num_experts != len(kept):
+            raise _Wrong(
+                f"{name}: {len(kept)} experts in the plan, {blocks[name].num_experts} in the config"
+            )
+    if found.size != plan.after:
+        raise _Wrong(
+            f"{found.size.parameters:,} parameters in {found.size.bytes:,} bytes, planned "
+            f"{plan.after.parameters:,} in {plan.after.bytes:,}"
+        )
+    kinds: dict[tuple[str, str], list[tuple[int, StoredTensor]]] = {}
+    tensors = {t.name: t for t in found.tensors}
+    for stored, part in found.parts.items():  # raises where a block's experts are not complete
+        if part.expert is not None:
+            kind = LAST_NUMBER.sub(r"\g<1>*\g<3>", stored)
+            kinds.setdefault((part.block, kind), []).append((part.expert, tensors[stored]))
+    check_tables(found)
+    for (block, kind), members in kinds.items():
+        if sorted(e for e, _ in members) != list(range(blocks[block].num_experts)):
+            raise _Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
+        if len({(t.dtype, t.shape) for _, t in members}) > 1:
+            raise _Wrong(f"{kind}: the experts differ in shape or data type")
+    experts = sum(map(len, plan.kept.values()))
+    return f"{len(tensors)} tensors, {experts} experts in {len(plan.groups)} layers, as planned"
+
+
+def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
+    """What repairs changed is finite."""
+    changed = repaired_names(repairs, found.blocks)
+    find = found.find
+    count = 0
+    with _Reading() as reading:
+        for t in found.tensors:
+            if find(t.name).name in changed:
+                count += 1
+                _finite(t, reading)
+    if not changed:
+        return "none"
+    return f"{count} tensors of {len({n for n, _ in changed.values()})} layers, all finite"
+
+
+def repaired_names(
+    repairs: Sequence[LayerRepair], blocks: Sequence[MoeBlock]
+) -> dict[str, tuple[str, str]]:
+    """Name in the model -> (block, repair), of the tensors that the repairs changed.
+
+    Raises:
+        ValueError: a repair of a block that the model does not have.
+    """
+    named = {b.name: b for b in blocks}
+    changed: dict[str, tuple[str, str]] = {}
+    for done in repairs:
+        if done.name not in named:
+            raise ValueError(f"repair.json names {done.name}, which the model does not have")
+        changed |= dict.fromkeys(changed_tensors(named[done.name], done), (done.name, done.repair))
+    return changed
+
+
+def _experts(
+    plan: Plan, repairs: Sequence[LayerRepair], original: Checkpoint, found: Checkpoint
+) -> str:
+    """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
+    changed = repaired_names(repairs, original.blocks)
+    merged = _merged_names(plan, original)
+    find = original.find
+    left = {t.name: t for t in found.tensors}
+    dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
+    tables = new_tables(original, plan.kept)
+    same, size, repaired, joined = 0, 0, 0, 0
+    with _Reading() as reading:
+        for t in original.tensors:
+            if t.name in dropped:
+                continue
+            want = _wanted(t, original.parts.get(t.name), plan.kept)
+            if want is None:
+                continue
+            name, shape, ranges = want
+            new = left.pop(name, None)
+            if new is None:
+                raise _Wrong(f"{name} is missing")
+            if (new.dtype, new.shape) != (t.dtype, shape):
+                raise _Wrong(
+                    f"{name} is {new.dtype} {list(new.shape)}, expected {t.dtype} {list(shape)}"
+                )
+            if t.name in tables:
+                _same_table(tables[t.name], new, reading)
+                continue
+            if find(t.name).name in changed:
+                repaired += 1
+                continue
+            part = original.parts.get(t.name)
+            if find(t.name).name in merged and part is not None:
+                own = merged[find(t.name).name]
+                if part.expert is None or part.expert in own:
+                    joined += 1
+                    continue
+            _compare(t, ranges, new, reading)
+            same, size = same + 1, size + new.bytes
+    if left:
+        raise _Wrong(f"{min(left)} is not in the original")
+    text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
+    text += f"; {joined} hold merged experts" if joined else ""
+    text += f"; {len(tables)} tables of token ids name the remaining experts" if tables else ""
+    return text + (f"; {repaired} were repaired" if repaired else "")
+
+
+def _merged_names(plan: Plan, original: Checkpoint) -> dict[str, set[int]]:
+    """Name in the model -> experts into which others were merged, of the experts' tensors."""
+    into = {g.name: {int(e) for e in g.merged} for g in plan.groups if g.merged}
+    return {
+        f"{b.name}.{b.path(b.experts, n)}": into[b.name]
+        for b in original.blocks
+        if b.name in into
+        for n, _ in b.experts.named_parameters()
+    }
+
+
+def _wanted(
+    t: StoredTensor, part: ExpertTensor | None, kept: Mapping[str, Sequence[int]]
+) -> tuple[str, tuple[int, ...], Bytes] | None:
+    """An original tensor's name, shape and byte ranges in the result; None where it left."""
+    if part is None or part.block not in kept:
+        return t.name, t.shape, [(0, t.bytes)]
+    ids = kept[part.block]
+    if part.expert is not None:
+        if part.expert not in ids:
+            return None
+        head, _, tail = LAST_NUMBER.match(t.name).groups()  # type: ignore[union-attr]
+        return f"{head}{ids.index(part.expert)}{tail}", t.shape, [(0, t.bytes)]
+    length = t.shape[part.dim]
+    one, rest = t.bytes // length * (length // part.experts), length % part.experts
+    ranges = [(e * one, one) for e in ids]
+    if rest:  # beside the experts' rows
+        ranges.append((part.experts * one, t.bytes - part.experts * one))
+    count = len(ids) * (length // part.experts) + rest
+    return t.name, (*t.shape[: part.dim], count, *t.shape[part.dim + 1 :]), ranges
+
+
+def _same_table(want: Tensor, new: StoredTensor, reading: _Reading) -> None:
+    """The table holds these numbers."""
+    [piece] = new.pieces
+    if reading.bytes(piece.file, piece.start, piece.length) != want.numpy().tobytes():
+        raise _Wrong(f"{new.name} does not name the remaining experts by its rule")
+
+
+def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Reading) -> None:
+    """The ranges of `old`, one after another, are the bytes of `new`."""
+    [before], [after] = old.pieces, new.pieces
+    at = after.start
+    for start, length in ranges:
+        done = 0
+        while done < length:
+            count = min(CHUNK, length - done)
+            a = reading.bytes(before.file, before.start + start + done, count)
+            b = reading.bytes(after.file, at, count)
+            if a != b:
+                raise _Wrong(f"{new.name} differs from the original's {old.name}")
+            done, at = done + count, at + count
+    if at != after.start + after.length:
+        raise _Wrong(f"{new.name} has {after.length:,} bytes, expected {at - after.start:,}")
+
+
+def _finite(t: StoredTensor, reading: _Reading) -> None:
+    kind = TYPES.get(t.dtype)
+    if kind is None:
+        raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")
+    for data in _chunks(t.pieces, reading):
+        if not bool(torch.isfinite(torch.frombuffer(bytearray(data), dtype=kind)).all()):
+            raise _Wrong(f"{t.name} holds NaN or Inf")
+
+
+def _chunks(pieces: Sequence[Piece], reading: _Reading) -> Iterator[bytes]:
+    for p in pieces:
+        for start in range(0, p.length, CHUNK):
+            yield reading.bytes(p.file, p.start + start, min(CHUNK, p.length - start))
+
+
+class _Reading:
+    """Files that stay open while ranges of them are read."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def bytes(self, file: Path, start: int, count: int) -> bytes:
+        """Exactly so many bytes."""
+        if file not in self._handles:
+            self._handles[file] = os.open(file, os.O_RDONLY)
+        parts = b""
+        while len(parts) < count:
+            more = os.pread(self._handles[file], count - len(parts), start + len(parts))
+            if not more:
+                raise _Wrong(f"{file.name} ends early")
+            parts += more
+        return parts
