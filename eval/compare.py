@@ -206,9 +206,9 @@ class Subject:
         """The plan that `moe-fair prune` takes when it tries several; statistics are kept."""
         from moe_fair.pipelines import moe as pipeline
         from moe_fair.pipelines.calibrate import collect
-        from moe_fair.pipelines.plan_selection import best_plan, parted
+        from moe_fair.pipelines.plan_selection import best_plan, split_holdout
 
-        text, trial = parted(chosen, self.text)
+        text, trial = split_holdout(chosen, self.text)
         assert trial is not None
         if self._partial is None:
             self._partial = collect(self.recipe, self.source, text, _quiet)

@@ -47,13 +47,13 @@ def calibrate(
         ValueError: bad input; one line says what, which, why and what to do.
     """
     from moe_fair.core.recipe import Recipe, check_taken
-    from moe_fair.engines.processes import team
+    from moe_fair.engines.processes import current_team
     from moe_fair.pipelines import moe as pipeline
 
     recipe = Recipe().with_settings({"model": model, **settings})
     check_taken(settings, "calibrate")
     statistics = pipeline.calibrate(recipe, None if output is None else _path("output", output))
-    everywhere = team().told(lambda: statistics)
+    everywhere = current_team().broadcast(lambda: statistics)
     assert everywhere is not None  # the first process has them
     return everywhere
 

@@ -89,7 +89,8 @@ def python(
 
 LIMITED = """
 import resource, sys
-import moe_fair.pipelines.moe, moe_fair.cli.tables, moe_fair.report.write  # what is imported counts, too
+# what is imported counts, too
+import moe_fair.pipelines.moe, moe_fair.cli.tables, moe_fair.report.write
 from moe_fair.cli import main
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20

@@ -200,7 +200,7 @@ def test_the_commands_measure_what_the_score_needs(
     )  # fmt: skip
     saved = Statistics.load(tmp_path / "out" / "moe_fair")
     assert holds_alone(saved)
-    assert saved.facts["alone"]["sequences"] == 2
+    assert saved.metadata["alone"]["sequences"] == 2
     again = moe_fair.plan(saved, method=SCORE, ratio=0.25)
     assert again.kept == done.plan.kept
     text = ["-c", str(CALIBRATION), "--samples", "4", "--length", "16", "--curve-samples", "2"]

@@ -176,8 +176,8 @@ def test_prune_measures_what_it_needs(tmp_path: Path, statistics_folder: Path) -
     }  # fmt: skip
     done = moe_fair.prune(str(MODEL), tmp_path / "out", statistics=statistics_folder, **settings)
     saved = Statistics.load(tmp_path / "out" / "moe_fair")
-    assert saved.facts["curves"]["removal"] == "frequency"
-    assert saved.facts["curves"]["sequences"] == 2
+    assert saved.metadata["curves"]["removal"] == "frequency"
+    assert saved.metadata["curves"]["sequences"] == 2
     again = moe_fair.plan(saved, allocate="curves", removal="frequency", experts=40)
     assert again.kept == done.plan.kept
-    assert str(CALIBRATION) in saved.facts["calibration"]["calibration"]
+    assert str(CALIBRATION) in saved.metadata["calibration"]["calibration"]

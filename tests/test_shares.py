@@ -20,7 +20,7 @@ def test_shares(costs: list[int], size: int) -> None:
 
 def test_alone() -> None:
     assert ALONE.share("abc", lambda _: 1) == ["a", "b", "c"]
-    assert ALONE.told(lambda: 3) == 3
+    assert ALONE.broadcast(lambda: 3) == 3
     assert ALONE.gather(3) == [3]
-    assert ALONE.node_told(3) == 3
+    assert ALONE.broadcast_on_node(3) == 3
     assert ALONE.reduce(None) is None

@@ -102,7 +102,7 @@ from moe_fair.cli.options import (
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
 from moe_fair.core.printable import printable
-from moe_fair.engines import processes as distributed
+from moe_fair.engines import processes
 
 if TYPE_CHECKING:
     from moe_fair.core.recipe import Recipe
@@ -183,7 +183,7 @@ def plan(
 
     gathered = _statistics(statistics)
     made = pipeline.plan(gathered, settings)
-    if rivals(settings) and gathered.facts["calibration"].get("held_back"):
+    if rivals(settings) and gathered.metadata["calibration"].get("held_back"):
         _say("note: not tried against other plans, which takes the model: prune --stats does")
     if output is not None:
         made.save(output)
@@ -237,11 +237,11 @@ def prune(
         from moe_fair.pipelines.dry_run import dry_run as try_out
 
         found = try_out(settings, output, statistics=gathered, ready=ready, say=_say)
-        if distributed.is_first():
+        if processes.is_first():
             print(json.dumps(asdict(found), indent=1)) if as_json else dry_run_report(found)
         return
     done = pipeline.prune(settings, output, statistics=gathered, ready=ready, say=_say)
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     if as_json:
         print(json.dumps(pruned_json(done), indent=1))
@@ -326,7 +326,7 @@ def evaluate(
             )  # fmt: skip
         if agreement and original is not None:
             found = evaluating.run_agreement(settings, source, original, folder, _say)
-        if not distributed.is_first():
+        if not processes.is_first():
             return
         if folder is not None and output is None:
             from moe_fair.report.write import write_report
@@ -438,15 +438,15 @@ def _without_bars() -> Iterator[None]:
     Of several processes the first alone shows them, and what lm-eval prints.
     """
     with ExitStack() as quiet:
-        if not (distributed.is_first() and sys.stderr.isatty()):
+        if not (processes.is_first() and sys.stderr.isatty()):
             quiet.enter_context(redirect_stderr(io.StringIO()))
-        if not distributed.is_first():
+        if not processes.is_first():
             quiet.enter_context(redirect_stdout(io.StringIO()))
         yield
 
 
 def _say(line: str) -> None:
-    if distributed.is_first():
+    if processes.is_first():
         terminal.say(line)
 
 
@@ -454,10 +454,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] not in TOGETHER:
-        if not distributed.is_first():
+        if not processes.is_first():
             sys.exit(0)
-        distributed.stay_alone()
-    with terminal.streams(), interrupts.handled(alone=distributed.processes() == 1):
+        processes.stay_alone()
+    with terminal.streams(), interrupts.handled(alone=processes.processes() == 1):
         _quieten()
         code = _run(arguments)
     # out here, where nothing holds the frames of what failed: after a lack of memory, what torch
@@ -468,10 +468,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     """Run a command; returns the exit code."""
     try:
-        distributed.team()
+        processes.current_team()
         command = typer.main.get_command(app)
         code = command.main(arguments, prog_name="moe-fair", standalone_mode=False)
-        distributed.finish()
+        processes.finish()
         sys.stdout.flush()  # a disk that is full says so here
         return code if isinstance(code, int) else 0
     except interrupts.Interrupted as e:
@@ -507,14 +507,14 @@ def _fail(e: Exception, arguments: list[str]) -> int:
         option = next((a for a in arguments[:-1] if f"'{a}'" in text), None)
         given = f"{option} {arguments[arguments.index(option) + 1]!r}: " if option else ""
         text = f"moe-fair: error: {given}{' '.join(text.split())} (--help lists the options)"
-        return distributed.fail(text, terminal.say, 2)
+        return processes.fail(text, terminal.say, 2)
     text = " ".join(str(e).split()) or type(e).__name__
     if (lack := _lack(e, text)) is not None:
-        return distributed.fail(f"moe-fair: error: {lack}", terminal.say, 2)
+        return processes.fail(f"moe-fair: error: {lack}", terminal.say, 2)
     if isinstance(e, (ValueError, OSError)):
-        return distributed.fail(f"moe-fair: error: {text}", terminal.say, 2)
+        return processes.fail(f"moe-fair: error: {text}", terminal.say, 2)
     text = f"moe-fair: internal error: {type(e).__name__}: {text} (--debug shows where)"
-    return distributed.fail(text, terminal.say, 1)
+    return processes.fail(text, terminal.say, 1)
 
 
 def _lack(e: Exception, text: str) -> str | None:

@@ -110,7 +110,7 @@ def attach(
     Args:
         changes: group name -> [J] loss changes at `depths_to_measure`.
         removal, weights: the criterion and the domain weights of the removal order.
-        facts: whatever explains the measurement.
+        metadata: whatever explains the measurement.
     """
     constants = {
         g.name: {
@@ -124,7 +124,7 @@ def attach(
     return replace(
         statistics,
         constants={**statistics.constants, **constants},
-        facts={**statistics.facts, FACTS: about},
+        metadata={**statistics.metadata, FACTS: about},
     )
 
 
@@ -137,7 +137,7 @@ def curves(
         ValueError: no curves were measured, or those of another removal order.
     """
     if not holds_curves(statistics, removal, weights):
-        about = statistics.facts.get(FACTS)
+        about = statistics.metadata.get(FACTS)
         have = (
             "hold no cost curves"
             if about is None
@@ -162,7 +162,7 @@ def holds_curves(
     statistics: Statistics, removal: str, weights: Mapping[str, float] | None = None
 ) -> bool:
     """The statistics hold the cost curves of this removal order."""
-    about = statistics.facts.get(FACTS)
+    about = statistics.metadata.get(FACTS)
     return about is not None and (about["removal"], about["weights"]) == (removal, _plain(weights))
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-ORACLE_FORMAT = "moe_fair.pipelines.oracle/1"
+ORACLE_FORMAT = "moe_fair.oracle/1"
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Oracle:
         loss: the loss with nothing removed.
         tokens: predicted tokens it was measured on.
         fingerprint: digests of the model and the text.
-        facts: whatever explains the run.
+        metadata: whatever explains the run.
     """
 
     changes: Mapping[str, Tensor]
     loss: float
     tokens: int
     fingerprint: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file."""
         about = {
             "loss": self.loss, "tokens": self.tokens, "fingerprint": dict(self.fingerprint),
-            "facts": dict(self.facts),
+            "facts": dict(self.metadata),
         }  # fmt: skip
         save_file(
             {k: v.contiguous() for k, v in self.changes.items()},

@@ -129,9 +129,9 @@ class Statistics:
         sequence_ids, sequence_domains: [S] int64, which sequence each row is and its domain.
         tokens, sequences: [D] float64, size of the calibration set per domain.
         fingerprint: digests of what the numbers were measured on (model, tokenizer, calibration).
-        facts: whatever explains the run: model id, data type, sizes of the model.
-        lost: what rounding has taken from the sums so far, in their shapes; nothing once `settled`.
-            With it a sum does not depend on the order in which shards were merged.
+        metadata: whatever explains the run: model id, data type, sizes of the model.
+        compensation: what rounding has taken from the sums so far, in their shapes; nothing once
+            `rounded`. With it a sum does not depend on the order in which shards were merged.
         sketches: group name -> distributions of each unit's output per domain, where collected.
         digest: of the file that they were read from, whose numbers it fits; empty where the file
             is of an earlier version and has none, or where they were not read.
@@ -147,8 +147,8 @@ class Statistics:
     tokens: Tensor
     sequences: Tensor
     fingerprint: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    lost: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    compensation: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sketches: dict[str, Sketch] = field(default_factory=dict)
     digest: str = ""
 
@@ -195,8 +195,8 @@ class Statistics:
             for k, v in mine.items():
                 sums[g][k], lost[g][k] = two_sum(v, other.sums[g][k])
                 for part in (self, other):
-                    if g in part.lost:
-                        lost[g][k] += part.lost[g][k]
+                    if g in part.compensation:
+                        lost[g][k] += part.compensation[g][k]
         return Statistics(
             groups=self.groups,
             domains=self.domains,
@@ -208,22 +208,25 @@ class Statistics:
             tokens=self.tokens + other.tokens,
             sequences=self.sequences + other.sequences,
             fingerprint=self.fingerprint,
-            facts=self.facts,
-            lost=lost,
+            metadata=self.metadata,
+            compensation=lost,
             sketches={g: s.merge(other.sketches[g]) for g, s in self.sketches.items()},
         )
 
-    def settled(self) -> Statistics:
+    def rounded(self) -> Statistics:
         """The same with what was lost added back: the sums rounded once."""
         sums = {
-            g: {k: v + self.lost[g][k] if g in self.lost else v for k, v in kinds.items()}
+            g: {
+                k: v + self.compensation[g][k] if g in self.compensation else v
+                for k, v in kinds.items()
+            }
             for g, kinds in self.sums.items()
         }
-        return replace(self, sums=sums, lost={})
+        return replace(self, sums=sums, compensation={})
 
     def save(self, folder: Path) -> Path:
         """Write `statistics.safetensors` into `folder`; the same statistics give the same bytes."""
-        header, tensors = self.settled().pack()
+        header, tensors = self.rounded().pack()
         header["digest"] = digest_of(header, tensors)
         folder.mkdir(parents=True, exist_ok=True)
         path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
@@ -240,7 +243,7 @@ class Statistics:
             "groups": [asdict(g) for g in self.groups],
             "domains": list(self.domains),
             "fingerprint": self.fingerprint,
-            "facts": self.facts,
+            "facts": self.metadata,
         }
         return header, dict(self._tensors())
 
@@ -249,7 +252,7 @@ class Statistics:
         yield "sequence_domains", self.sequence_domains
         yield "tokens", self.tokens
         yield "sequences", self.sequences
-        kinds = {"sums": self.sums, "constants": self.constants, "lost": self.lost}
+        kinds = {"sums": self.sums, "constants": self.constants, "lost": self.compensation}
         for kind, store in kinds.items():
             for group, tensors in store.items():
                 for name, t in tensors.items():
@@ -300,7 +303,7 @@ class Statistics:
         """
         if not self.groups or not all(isinstance(d, str) for d in self.domains):
             raise ValueError("no groups, or domains without a name")
-        if not isinstance(self.fingerprint, dict) or not isinstance(self.facts, dict):
+        if not isinstance(self.fingerprint, dict) or not isinstance(self.metadata, dict):
             raise ValueError("its fingerprint or facts are not a table")
         d, s = len(self.domains), len(self.sequence_ids)
         if self.tokens.shape != (d,) or self.sequences.shape != (d,):
@@ -342,10 +345,10 @@ class Statistics:
             tokens=tensors["tokens"],
             sequences=tensors["sequences"],
             fingerprint=header["fingerprint"],
-            facts=header["facts"],
+            metadata=header["facts"],
             sums=stores["sums"],
             constants=stores["constants"],
-            lost=stores["lost"],
+            compensation=stores["lost"],
             sketches={g: Sketch.unpack(t) for g, t in packed.items()},
         )
 

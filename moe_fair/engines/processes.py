@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from moe_fair.core.units import Statistics
 
 T = TypeVar("T")
-BEAT = 0.5  # seconds between two looks at the others
-SILENCE = 20.0  # seconds without a sign of life after which another machine counts as lost
-FORMING = 600.0  # seconds that all processes may take to arrive
+HEARTBEAT_SECONDS = 0.5  # seconds between two looks at the others
+HEARTBEAT_TIMEOUT = (
+    20.0  # seconds without a sign of life after which another machine counts as lost
+)
+RENDEZVOUS_TIMEOUT = 600.0  # seconds that all processes may take to arrive
 FOREVER = timedelta(days=365)  # the watch decides who is lost, not a collective's time-out
 PIECE = 2**25  # elements sent at a time
 # by which torch, accelerate and MPI know that there are several processes
@@ -107,7 +109,7 @@ class Team:
                 mine.append(i)
         return [items[i] for i in sorted(mine)]
 
-    def told(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process."""
         if self.size == 1:
             return make()
@@ -129,7 +131,7 @@ class Team:
             dist.all_gather_object(box, item)
         return box
 
-    def node_told(self, item: T) -> T:
+    def broadcast_on_node(self, item: T) -> T:
         """The item of this machine's first process, once all on this machine have come here."""
         if self.node_size == 1:
             return item
@@ -168,7 +170,7 @@ _team = ALONE
 _watch: _Watch | None = None
 
 
-def team() -> Team:
+def current_team() -> Team:
     """The processes of this run; formed on the first call where a launcher started several.
 
     Raises:
@@ -199,14 +201,16 @@ def _meet() -> _Watch:
             "start it as a program of its own: torchrun -m moe_fair"
         )
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=FORMING))))
+        store, rank, size = next(
+            iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT)))
+        )
         store = PrefixStore("moe_fair", store)
         own = {"pid": os.getpid(), "host": socket.gethostname(), "node": _node_name()}
         store.set(f"member/{rank}", json.dumps(own))
         members = [json.loads(store.get(f"member/{r}")) for r in range(size)]
     except (RuntimeError, ValueError) as e:
         raise ValueError(
-            f"not all of the {processes()} processes came within {FORMING:.0f} s "
+            f"not all of the {processes()} processes came within {RENDEZVOUS_TIMEOUT:.0f} s "
             f"({' '.join(str(e).split())[:200]})"
         ) from e
     return _Watch(store, rank, members)
@@ -265,12 +269,14 @@ def fail(message: str, say: Callable[[str], None], code: int) -> int:
         say(message)
         return code
     if not _team.first:
-        time.sleep(4 * BEAT)  # what all meet, such as bad input, the first process says
+        time.sleep(
+            4 * HEARTBEAT_SECONDS
+        )  # what all meet, such as bad input, the first process says
     if _watch.claim(message):
         say(message if _team.first else f"{message} (process {_watch.describe(_watch.rank)})")
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(4 * BEAT)  # the others look before a launcher takes the store away
+    time.sleep(4 * HEARTBEAT_SECONDS)  # the others look before a launcher takes the store away
     _end_now(code)
 
 
@@ -335,7 +341,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         """Look, wait, look again."""
         while not self._stopped.is_set():
-            ready, _, _ = select.select([self._signals], [], [], BEAT)
+            ready, _, _ = select.select([self._signals], [], [], HEARTBEAT_SECONDS)
             if ready:
                 self._signalled(os.read(self._signals, 1)[0])
             try:
@@ -381,9 +387,10 @@ class _Watch(threading.Thread):
                 self._seen[r] = (pulse, now)
             heard[m["node"]] = max(heard.get(m["node"], 0.0), self._seen[r][1])
         for node, when in heard.items():
-            if now - when > SILENCE:
+            if now - when > HEARTBEAT_TIMEOUT:
                 lost = next(r for r, m in enumerate(self.members) if m["node"] == node)
-                text = f"process {self.describe(lost)} has not been heard of for {SILENCE:.0f} s"
+                who = self.describe(lost)
+                text = f"process {who} has not been heard of for {HEARTBEAT_TIMEOUT:.0f} s"
                 self._end(text, 1)
 
     def _neighbours(self) -> Iterator[int]:
@@ -402,14 +409,14 @@ class _Watch(threading.Thread):
         if not there and self.rank < min(self._neighbours(), default=self.rank + 1):
             _print(f"{said['message']} (process {self.describe(said['rank'])})")
         if self.rank == 0:  # the store may be this process's: the others look first
-            time.sleep(4 * BEAT)
+            time.sleep(4 * HEARTBEAT_SECONDS)
         _end_now(1)
 
     def _end(self, text: str, code: int) -> NoReturn:
         message = f"moe-fair: error: {text}; start the same command again and it goes on"
         if self.claim(message):
             _print(message)
-            time.sleep(4 * BEAT)  # the others read it in the store
+            time.sleep(4 * HEARTBEAT_SECONDS)  # the others read it in the store
         _end_now(code)
 
 
@@ -451,7 +458,7 @@ def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        time.sleep(SILENCE + 4 * BEAT)
+        time.sleep(HEARTBEAT_TIMEOUT + 4 * HEARTBEAT_SECONDS)
         raise ValueError(f"lost contact with the other processes: {e}") from e
 
 

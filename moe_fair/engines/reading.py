@@ -72,7 +72,7 @@ class SharedReader(Reader):
             if group not in self._copies:
                 self._copy(group, tensors)
             path = f"/proc/{os.getpid()}/fd/{self._copies[group]}"
-        path = self.team.node_told(path)
+        path = self.team.broadcast_on_node(path)
         assert path is not None
         self.groups += 1
         self._drop_others(group)  # everybody has come here, so all have done with the last one

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_fair.moe.blocks import Forward, MoeBlock
 
 
-class Watch:
+class BlockRecorder:
     """Notes what one block's experts are called with and give. A context manager, again and again.
 
     Attributes:
@@ -30,7 +30,7 @@ class Watch:
         self.stock: Forward
         self._detach: Callable[[], None]
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> BlockRecorder:
         self.stock, self._detach = self.block.attach(self._forward)
         return self
 
@@ -38,12 +38,12 @@ class Watch:
         self._instead = self._change = None
         self._detach()
 
-    def answering(self, index: Tensor, weights: Tensor) -> Watch:
+    def answering(self, index: Tensor, weights: Tensor) -> BlockRecorder:
         """As a context: the experts run with this routing instead."""
         self._instead = (index, weights)
         return self
 
-    def adding(self, change: Tensor) -> Watch:
+    def adding(self, change: Tensor) -> BlockRecorder:
         """As a context: the routed output is changed by this, [T, D]."""
         self._change = change
         return self

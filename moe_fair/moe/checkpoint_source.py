@@ -24,7 +24,7 @@ from moe_fair.core.units import UnitGroup
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.pickles import convert, pickle_files
-from moe_fair.engines.processes import team
+from moe_fair.engines.processes import current_team
 from moe_fair.engines.shards import (
     StoredTensor,
     checkpoint_tensors,
@@ -165,10 +165,10 @@ class Checkpoint:
         """
         if not self.allow_pickle or not self._pickled():
             return self.home
-        us = team()
-        found = us.node_told(convert(self.home) if us.node_rank == 0 else None)
+        team = current_team()
+        found = team.broadcast_on_node(convert(self.home) if team.node_rank == 0 else None)
         assert found is not None
-        if us.node_rank == 0:
+        if team.node_rank == 0:
             weakref.finalize(self, shutil.rmtree, found, True)
         return found
 

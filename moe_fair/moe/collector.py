@@ -76,7 +76,7 @@ class ExpertCollector:
         self.u_score, self.gram = u_score, gram
         self.batch: Batch | None = None
         self.sequence_ids: list[int] = []  # of the batch
-        self._taps = [_Tap(self, b, len(self.domains)) for b in self.blocks]
+        self._taps = [_BlockCollector(self, b, len(self.domains)) for b in self.blocks]
         self._tokens = torch.zeros(len(domains), dtype=torch.float64)
         self._sequences: dict[int, int] = {}
 
@@ -124,9 +124,9 @@ class ExpertCollector:
             tokens=self._tokens,
             sequences=count,
             fingerprint=dict(fingerprint or {}),
-            facts=dict(facts or {}),
-            lost={
-                n: {k: v.cpu() for k, v in t.lost.items()}
+            metadata=dict(facts or {}),
+            compensation={
+                n: {k: v.cpu() for k, v in t.compensation.items()}
                 for n, t in zip(names, self._taps, strict=True)
             },
             sketches={
@@ -135,14 +135,14 @@ class ExpertCollector:
         )
 
 
-class _Tap:
+class _BlockCollector:
     """Stands before one experts module and books what passes."""
 
     def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
         self.collector, self.block, self.experts = collector, block, block.experts
         self.size, self.domains = block.num_experts, domains
         self.sums: dict[str, Tensor] = {}
-        self.lost: dict[str, Tensor] = {}  # to rounding, see `exact_sum`
+        self.compensation: dict[str, Tensor] = {}  # to rounding, see `exact_sum`
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.rerouting = Rerouting(block) if collector.counterfactual else None
@@ -175,7 +175,7 @@ class _Tap:
         if unbooked:
             weights, book = top_k_weights, None
         else:
-            book = _Booking(self, batch, top_k_index, f.detach(), top_k_weights.detach())
+            book = _BatchAccumulator(self, batch, top_k_index, f.detach(), top_k_weights.detach())
             weights = _Gate.apply(top_k_weights, book.anchor, book) if taylor else top_k_weights
         # the stock kernel's own last two steps, so that the logits stay the same bit for bit
         weighted = f * weights.flatten().unsqueeze(1)
@@ -192,7 +192,7 @@ class _Tap:
                 if taylor:
                     y.register_hook(book.output_gradient)
             if not taylor:
-                book.commit()
+                book.flush()
         return y
 
     def outputs(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ class _Tap:
         if name not in self.sums:
             shape = (self.domains, *value.shape)
             self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-            self.lost[name] = torch.zeros_like(self.sums[name])
+            self.compensation[name] = torch.zeros_like(self.sums[name])
         total, lost = two_sum(self.sums[name][domain], value)
         self.sums[name][domain] = total
-        self.lost[name][domain] += lost
+        self.compensation[name][domain] += lost
 
     def weigh(self) -> None:
         """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
@@ -238,11 +238,11 @@ class _Tap:
         return torch.stack([self.rows[i].cpu() for i in ids]) if ids else torch.zeros(0, self.size)
 
 
-class _Booking:
+class _BatchAccumulator:
     """One batch at one block: sums made in the forward, entered once the gradient has come."""
 
     def __init__(
-        self, tap: _Tap, batch: Batch, top_k_index: Tensor, f: Tensor, weights: Tensor
+        self, tap: _BlockCollector, batch: Batch, top_k_index: Tensor, f: Tensor, weights: Tensor
     ) -> None:
         self.tap, self.batch, self.ids = tap, batch, top_k_index.flatten()
         self.sequence_ids = tap.collector.sequence_ids
@@ -348,7 +348,7 @@ class _Booking:
             self.tap.rows[i] = row
         if self.tap.rerouting is not None:
             self._second_order(gradient)
-        self.commit()
+        self.flush()
 
     def _per_sequence(self, values: Tensor) -> Tensor:
         """[S] -> [B, E] sums over counted rows."""
@@ -376,7 +376,7 @@ class _Booking:
         self.sums["removed_first_sq"] = per_sequence.square().sum(0)
         self.sums["removed_gram"] = delta.T @ delta
 
-    def commit(self) -> None:
+    def flush(self) -> None:
         """Enter the batch's sums."""
         for name, value in self.sums.items():
             self.tap.add(self.batch.domain, name, value)
@@ -400,7 +400,7 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, anchor: Tensor, book: _Booking) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, anchor: Tensor, book: _BatchAccumulator) -> Tensor:
         ctx.book = book
         return weights.view_as(weights)
 

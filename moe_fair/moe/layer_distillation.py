@@ -36,7 +36,7 @@ COPIED_EPOCHS = 2  # over a text of which there are three copies or more
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Distillation:
     """Held-out error relative to the layer's own change, before and after; the epoch kept."""
 
     before: float
@@ -52,7 +52,7 @@ def epochs_for(batches: Sequence[Batch]) -> int:
     return min(most, max(1, PASSES // max(1, tokens)))
 
 
-def tune(
+def distill_layer(
     layer: nn.Module,
     block: nn.Module,
     calls: Sequence[LayerCall],
@@ -63,7 +63,7 @@ def tune(
     *,
     epochs: int,
     seed: int = 0,
-) -> Tuned:
+) -> Distillation:
     """Train `block` inside `layer`, in place.
 
     Args:
@@ -127,7 +127,7 @@ def tune(
     if kept is not None:
         for n, p in names.items():
             p.data.copy_(kept[n])
-    return Tuned(before, best, epoch)
+    return Distillation(before, best, epoch)
 
 
 @torch.no_grad()

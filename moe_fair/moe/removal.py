@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_fair.engines.batch import Batch, Visit, quietly
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.rerouting import Candidates, Rerouting
 
@@ -99,7 +99,7 @@ def _without(
     layers. That no token is routed to a set is not enough: without renormalisation of the top k
     its share of the softmax goes to the others.
     """
-    tap, rerouting = Watch(block), Rerouting(block)
+    tap, rerouting = BlockRecorder(block), Rerouting(block)
     rerouting.attach()
     try:
         with tap:
@@ -133,7 +133,7 @@ def _without(
 
 
 def _differences(
-    tap: Watch, block: MoeBlock, ids: Tensor, weights: Tensor, wanted: Sequence[int]
+    tap: BlockRecorder, block: MoeBlock, ids: Tensor, weights: Tensor, wanted: Sequence[int]
 ) -> Iterator[Tensor]:
     """[T, D] change of the routed output for each wanted removal."""
     candidates = Candidates.of(tap.index, ids, weights, block.num_experts)

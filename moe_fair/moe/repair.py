@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.layer_distillation import epochs_for, tune
+from moe_fair.moe.layer_distillation import distill_layer, epochs_for
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
-from moe_fair.moe.routed_output import Routed, read_down, write_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut_block
 
 HELD_OUT = 5  # every fifth sequence judges the fits
@@ -136,7 +136,7 @@ class Repairer:
     ) -> LayerRepair:
         """Cut and repair one layer; both streams go past it."""
         share = _uptake(layer, block, calls[0], original[0])
-        watch = Watch(block)
+        watch = BlockRecorder(block)
         wanted: list[Tensor] = []  # the original layer's output, or its routed output
         for j, _ in enumerate(self.engine.visit("repairing", block.layer, batches)):
             with watch:
@@ -156,7 +156,7 @@ class Repairer:
                 text.add(batch, watch, target)
             found = _fit(block, self.kind, *text.joined())
             if self.trains:
-                tuned = tune(
+                tuned = distill_layer(
                     layer, block.block, calls, batches, pruned, original, judges,
                     epochs=epochs_for(batches),
                 )  # fmt: skip
@@ -238,7 +238,7 @@ def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) 
 
     1 in most families, a residual multiplier in some, None behind a norm.
     """
-    watch = Watch(block)
+    watch = BlockRecorder(block)
     with watch:
         out = call.run(layer, hidden)
     y = watch.y
@@ -261,7 +261,7 @@ class _Text:
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, batch: Batch, watch: Watch, target: Tensor) -> None:
+    def add(self, batch: Batch, watch: BlockRecorder, target: Tensor) -> None:
         real = batch.mask.flatten().bool()
         judge = judges(batch).repeat_interleave(batch.mask.shape[1])
         part = (watch.x, watch.index, watch.weights, target, judge)
@@ -288,9 +288,9 @@ def _fit(
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
     learn = ~judge
-    routed = Routed(block.experts, x[judge], ids[judge], weights[judge])
+    routed = RoutedOutput(block.experts, x[judge], ids[judge], weights[judge])
     before = error(routed.output(read_down(block.experts)), target[judge])
-    fitting = Routed(block.experts, x[learn], ids[learn], weights[learn])
+    fitting = RoutedOutput(block.experts, x[learn], ids[learn], weights[learn])
     path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
     after, ridge, best = float("inf"), 0.0, None
     for tried, w in path(fitting, target[learn], kind.ridges):
@@ -300,13 +300,17 @@ def _fit(
     del fitting, routed
     if not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before)
-    [(_, w)] = path(Routed(block.experts, x, ids, weights), target, [ridge], best)
+    [(_, w)] = path(RoutedOutput(block.experts, x, ids, weights), target, [ridge], best)
     write_down(block.experts, w)
     return LayerRepair(block.name, kind.name, ridge, before, after)
 
 
 def _one_by_one(
-    kind: Repair, routed: Routed, target: Tensor, ridges: Sequence[float], _: Tensor | None = None
+    kind: Repair,
+    routed: RoutedOutput,
+    target: Tensor,
+    ridges: Sequence[float],
+    _: Tensor | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
     """Each ridge with its fit, none of which knows of another."""
     for ridge in ridges:

@@ -34,7 +34,7 @@ def copies_for(tokens: int) -> int:
     return min(MOST, max(0, TOKENS // max(1, tokens) - 1))
 
 
-def own_words(
+def resampled_text(
     engine: Engine,
     batches: Sequence[Batch],
     copies: int,

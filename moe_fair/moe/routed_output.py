@@ -20,7 +20,7 @@ from torch import Tensor
 KEPT_BYTES = 2**32  # of hidden activations, and of Gram matrices; what is more is computed again
 
 
-class Routed:
+class RoutedOutput:
     """Some tokens' way through the experts of one layer.
 
     Args:

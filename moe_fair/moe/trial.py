@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.rerouting import Rerouting
 
@@ -88,7 +88,7 @@ def _without(block: MoeBlock | None, gone: list[int]) -> Iterator[None]:
     if block is None or not gone:
         yield
         return
-    watch = Watch(block)
+    watch = BlockRecorder(block)
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(Rerouting(block).hiding(gone))

@@ -65,7 +65,7 @@ def collect(
     parts: list[Statistics | None] = [None] * len(chunks)
     if team.first:
         parts = [_finished(home, c, fingerprint) for home, c in zip(homes, chunks, strict=True)]
-    missing = team.told(lambda: [i for i, part in enumerate(parts) if part is None])
+    missing = team.broadcast(lambda: [i for i, part in enumerate(parts) if part is None])
     if len(missing) < len(chunks):
         say(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks were done before")
     if missing:
@@ -88,7 +88,7 @@ def collect(
                 part = team.reduce(own)
                 home = homes[i]
                 if part is not None:
-                    part = parts[i] = part.settled()
+                    part = parts[i] = part.rounded()
                     if home is not None:
                         part.save(home)
         read = sum(team.gather(engine.bytes_read))
@@ -100,7 +100,7 @@ def collect(
     if not team.first:
         return None
     # always from the first to the last chunk, so that an interruption leaves no trace in the sums
-    return reduce(Statistics.merge, (p for p in parts if p is not None)).settled()
+    return reduce(Statistics.merge, (p for p in parts if p is not None)).rounded()
 
 
 def _collector(
@@ -230,7 +230,7 @@ def _chosen(recipe: Recipe, source: Checkpoint, team: Team) -> Choice:
     """The engine of a pass over batches, the same in every process."""
     if recipe.device_map:
         return Choice("resident", f"spread by --device-map {recipe.device_map}")
-    return team.told(lambda: choose_engine(recipe, source, team.node_size))
+    return team.broadcast(lambda: choose_engine(recipe, source, team.node_size))
 
 
 def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:

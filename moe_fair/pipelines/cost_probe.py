@@ -25,17 +25,17 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.one_layer import alone
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import weight_dtype
-from moe_fair.moe.layer_distillation import tune
+from moe_fair.moe.layer_distillation import distill_layer
 from moe_fair.moe.repair import HELD_OUT, judges
 from moe_fair.moe.repairs import Repair, repair
 from moe_fair.moe.repairs.refit import DIRECT
-from moe_fair.moe.resampled_text import MOST, own_words
-from moe_fair.moe.routed_output import Routed
+from moe_fair.moe.resampled_text import MOST, resampled_text
+from moe_fair.moe.routed_output import RoutedOutput
 from moe_fair.moe.surgery import cut_block
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.repair import step_sequences
@@ -234,7 +234,7 @@ class _Probe:
         trial_losses(self.engine(), batches, [{self.block.name: gone}])
 
     def _draw(self, batches: list[Batch]) -> None:
-        own_words(self.engine(), batches, MOST, seed=0)
+        resampled_text(self.engine(), batches, MOST, seed=0)
 
     def repair(self, kind: str, kept: int, rate: float) -> tuple[Line, Line]:
         """A fit at one strength, and an epoch of training, each from two sizes of text."""
@@ -262,20 +262,20 @@ class _Probe:
 
     @torch.no_grad()
     def _fit(self, rule: Repair, calls: list[LayerCall], hidden: list[Tensor]) -> None:
-        watch, parts = Watch(self.block), []
+        watch, parts = BlockRecorder(self.block), []
         with watch:
             for call, x in zip(calls, hidden, strict=True):
                 call.run(self.layer, x)
                 parts.append((watch.x, watch.index, watch.weights, watch.y))
         x, ids, weights, y = (torch.cat(t) for t in zip(*parts, strict=True))
         target = (y + torch.randn_like(y)).to(torch.promote_types(y.dtype, torch.float32))
-        rule.fit(Routed(self.block.experts, x, ids, weights), target, rule.ridges[-1])
+        rule.fit(RoutedOutput(self.block.experts, x, ids, weights), target, rule.ridges[-1])
 
     @torch.no_grad()
     def _train(self, batches: list[Batch], calls: list[LayerCall], hidden: list[Tensor]) -> None:
         targets = [c.run(self.layer, x) * 1.01 for c, x in zip(calls, hidden, strict=True)]
         block = self.block.block
-        tune(self.layer, block, calls, batches, hidden, targets, judges, epochs=1)
+        distill_layer(self.layer, block, calls, batches, hidden, targets, judges, epochs=1)
 
     def _fits(self, kind: str, one: Line, scale: float) -> Line:
         """What a layer takes: every strength on what teaches, the best one on all."""

@@ -15,7 +15,7 @@ from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import TARGETS, Recipe, flag
 from moe_fair.core.units import Statistics
-from moe_fair.engines.processes import team
+from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import first_line, pick_device
 from moe_fair.moe.engine_choice import PACKED, free_memory, weight_dtype
@@ -91,7 +91,7 @@ def dry_run(
     Raises:
         ValueError: whatever the run would refuse before it loads weights.
     """
-    us = team()
+    team = current_team()
     notes: list[str] = []
 
     def keep(line: str) -> None:
@@ -100,18 +100,18 @@ def dry_run(
             notes.append(line.removeprefix("note: "))
 
     place = find_place(output)
-    if us.first:
+    if team.first:
         check_output(output, place)
-    job = check_prune(recipe, output, place, statistics, ready, keep, us)
-    chosen = choose_engine(job.recipe, job.source, us.node_size)
+    job = check_prune(recipe, output, place, statistics, ready, keep, team)
+    chosen = choose_engine(job.recipe, job.source, team.node_size)
     costs = None
-    if us.first and (job.run.reads_text or job.heldout is not None):
+    if team.first and (job.run.reads_text or job.heldout is not None):
         say("timing one layer")
         try:
             costs = _timed(job, chosen.engine)
         except (ValueError, RuntimeError) as e:  # the checks have passed all the same
             notes.append(f"no estimate of the time: {first_line(e)}")
-    stages = list(_stages(job, chosen.engine, costs, us.size))
+    stages = list(_stages(job, chosen.engine, costs, team.size))
     return DryRun(
         output=str(output),
         checks=_checks(job, output),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_fair.core.output import claim
 from moe_fair.core.recipe import Recipe
-from moe_fair.engines.processes import team
+from moe_fair.engines.processes import current_team
 from moe_fair.engines.progress import Progress
 from moe_fair.evaluate.agreement import Agreements, agreement
 from moe_fair.evaluate.compare import Row, compare
@@ -49,7 +49,7 @@ def run_benchmarks(
     """
     from moe_fair.evaluate import benchmark as lm_eval  # takes seconds to import
 
-    us = team()
+    team = current_team()
     lm_eval.find_tasks(benchmark)  # a wrong name fails before a model is loaded
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     sides = {"original": baseline, "pruned" if baseline else "model": source}
@@ -59,12 +59,12 @@ def run_benchmarks(
             continue
         say(f"lm-eval: {', '.join(benchmark.tasks)} on {checkpoint.model}")
         with quiet():
-            results[name] = lm_eval.run(checkpoint, benchmark, us)
-        if folder is not None and us.first:
+            results[name] = lm_eval.run(checkpoint, benchmark, team)
+        if folder is not None and team.first:
             path = lm_eval.save(results[name], folder / "lm-eval", f"{stamp}-{name}", log_samples)
             say(f"lm-eval's results: {path}")
     rows = compare(results["pruned" if baseline else "model"], results.get("original"))
-    if folder is not None and us.first:
+    if folder is not None and team.first:
         save_benchmarks(folder, rows)
     return rows
 
@@ -85,8 +85,8 @@ def run_agreement(
         ValueError: no text, or the two read text differently.
     """
     check_same_tokens(source, baseline)
-    us = team()
-    text = us.told(lambda: heldout_set(recipe, source, say))
+    team = current_team()
+    text = team.broadcast(lambda: heldout_set(recipe, source, say))
     if text is None:
         raise ValueError("--agreement needs text: give --heldout path/to/text.jsonl")
     vocabulary = source.config.get_text_config().vocab_size
@@ -94,16 +94,16 @@ def run_agreement(
     engines = []
     with Progress("agreement", 0) as progress:
         for checkpoint in (baseline, source):
-            chosen = us.told(lambda c=checkpoint: choose_engine(recipe, c, us.node_size))  # type: ignore[misc]
-            share = -(-text.tokens // us.size)
+            chosen = team.broadcast(lambda c=checkpoint: choose_engine(recipe, c, team.node_size))  # type: ignore[misc]
+            share = -(-text.tokens // team.size)
             progress.add(share * passes(chosen, checkpoint, False))
             engine, _ = start(
                 checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit
             )
             engines.append(engine)
         original, pruned = engines
-        found = agreement(original, pruned, text.batches(size), text.domains, us)
-    if folder is not None and us.first:
+        found = agreement(original, pruned, text.batches(size), text.domains, team)
+    if folder is not None and team.first:
         save_agreement(folder, found)
     return found
 
@@ -120,5 +120,5 @@ def claimed(model: str, output: Path | None) -> Iterator[Path | None]:
     if folder is None:
         yield None
         return
-    with claim(folder, new=False, first=team().first) as place:
+    with claim(folder, new=False, first=current_team().first) as place:
         yield place.path

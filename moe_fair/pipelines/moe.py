@@ -17,7 +17,7 @@ from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.engines.processes import ALONE, Team, is_first, team
+from moe_fair.engines.processes import ALONE, Team, current_team, is_first
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
 from moe_fair.moe.calibration_text import CalibrationSet
@@ -33,7 +33,7 @@ from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.pipelines.plan import plan
-from moe_fair.pipelines.plan_selection import best_plan, check_rivals, parted, rivals
+from moe_fair.pipelines.plan_selection import best_plan, check_rivals, rivals, split_holdout
 from moe_fair.pipelines.preflight import PLAN_FILE, Job, check_prune
 from moe_fair.pipelines.removal_costs import (
     ALONE_COSTS,
@@ -77,14 +77,14 @@ def calibrate(
 
     Where several processes do it together, the first has the statistics and the others None.
     """
-    us = team()
+    team = current_team()
     for name in ("stats", "plan"):
         if name in recipe.given:
             raise ValueError(f"calibrate makes statistics anew; take {name} out of the recipe")
     if output is None:
-        return _calibrate(recipe, None, say, us)[0]
-    with claim(output, first=us.first) as place:
-        statistics, recorded = _calibrate(recipe, place, say, us)
+        return _calibrate(recipe, None, say, team)[0]
+    with claim(output, first=team.first) as place:
+        statistics, recorded = _calibrate(recipe, place, say, team)
         if statistics is not None:
             folder = fresh(place.partial)
             statistics.save(folder)
@@ -96,7 +96,7 @@ def calibrate(
 
 
 def _calibrate(
-    recipe: Recipe, place: Place | None, say: Say, us: Team
+    recipe: Recipe, place: Place | None, say: Say, team: Team
 ) -> tuple[Statistics | None, str]:
     """The same, without writing the result; and the recipe that does it again, as YAML."""
     source = open_model(recipe)
@@ -112,12 +112,12 @@ def _calibrate(
         check_costs(recipe, source, CURVE_COSTS)
     if every.alone:
         check_costs(recipe, source, ALONE_COSTS)
-    whole = us.told(lambda: calibration_set(recipe, source, say))
+    whole = team.broadcast(lambda: calibration_set(recipe, source, say))
     check_digest("calibration", whole, recipe)
-    text, _ = parted(recipe, whole, say)
+    text, _ = split_holdout(recipe, whole, say)
     check_domains(recipe, text, None, run)
     work = work_folder(place, recipe) if place is not None else None
-    statistics = collect(every, source, text, say, work, us)
+    statistics = collect(every, source, text, say, work, team)
     if every.alone and statistics is not None:
         home = work / "alone" if work else None
         statistics = measure_alone(recipe, source, text, statistics, home, say)
@@ -144,7 +144,7 @@ def oracle(
         output: new directory for the oracle, the table and the recipe.
         statistics: to score with; without them they are collected on the same text.
     """
-    if team().size > 1:
+    if current_team().size > 1:
         raise ValueError("an oracle is measured by one process; start it without a launcher")
     with claim(output) as place:
         source = open_model(recipe)
@@ -183,9 +183,9 @@ def prune(
 
     Where several processes do it together, they share the measuring; the first plans and writes.
     """
-    us = team()
-    with claim(output, first=us.first) as place:
-        return _prune(recipe, output, place, statistics, ready, say, us)
+    team = current_team()
+    with claim(output, first=team.first) as place:
+        return _prune(recipe, output, place, statistics, ready, say, team)
 
 
 def _prune(
@@ -195,27 +195,27 @@ def _prune(
     statistics: Statistics | None,
     ready: Plan | None,
     say: Say,
-    us: Team,
+    team: Team,
 ) -> Pruned:
-    job = check_prune(recipe, output, place, statistics, ready, say, us)
-    run = _Pruning(job, output, place, say, us)
+    job = check_prune(recipe, output, place, statistics, ready, say, team)
+    run = _Pruning(job, output, place, say, team)
     statistics = run.measured() if job.plan is None else None
-    made = us.told(lambda: run.decided(statistics))
-    if us.first:
+    made = team.broadcast(lambda: run.decided(statistics))
+    if team.first:
         run.write(made, statistics)
     before, after = run.losses()
-    if us.first:
+    if team.first:
         run.measure_heads(made, job.heldout)
         run.finish(before, after)
-    return Pruned(output, made, before, us.told(lambda: after))
+    return Pruned(output, made, before, team.broadcast(lambda: after))
 
 
 class _Pruning:
     """The steps of one `prune`; those that write are the first process's."""
 
-    def __init__(self, job: Job, output: Path, place: Place, say: Say, us: Team) -> None:
+    def __init__(self, job: Job, output: Path, place: Place, say: Say, team: Team) -> None:
         self.job, self.recipe, self.source = job, job.recipe, job.source
-        self.output, self.place, self.say, self.us = output, place, say, us
+        self.output, self.place, self.say, self.team = output, place, say, team
         self.work = work_folder(place, job.recipe)
         self.folder = place.partial
 
@@ -225,8 +225,8 @@ class _Pruning:
         statistics = job.statistics
         if statistics is None:
             assert job.seen is not None
-            statistics = collect(job.collected, source, job.seen, self.say, self.work, self.us)
-        if self.us.first and statistics is not None and job.run.measures:
+            statistics = collect(job.collected, source, job.seen, self.say, self.work, self.team)
+        if self.team.first and statistics is not None and job.run.measures:
             assert job.text is not None
             if job.alone:
                 home = self.work / "alone"
@@ -297,13 +297,13 @@ class _Pruning:
         heldout = self.job.heldout
         if heldout is None:
             return None, None
-        recipe, us = self.recipe, self.us
-        before = measure(recipe, self.source, heldout, "held-out loss, original", us, self.say)
+        recipe, team = self.recipe, self.team
+        before = measure(recipe, self.source, heldout, "held-out loss, original", team, self.say)
         after = None
         # a disk that not all machines share: who wrote the result measures it
-        together = all(us.gather((self.folder / "config.json").is_file()))
-        if us.first or together:
-            them = us if together else ALONE
+        together = all(team.gather((self.folder / "config.json").is_file()))
+        if team.first or together:
+            them = team if together else ALONE
             pruned = Checkpoint(str(self.folder), trust_remote_code=recipe.trust_remote_code)
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after

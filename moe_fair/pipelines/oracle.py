@@ -53,7 +53,7 @@ def measure_oracle(
         loss=removals.loss,
         tokens=removals.tokens,
         fingerprint={**source.fingerprint, "calibration": text.digest},
-        facts={
+        metadata={
             "model": recipe.model, "samples": len(text.sequences), "length": recipe.length,
             "seed": recipe.seed,
         },

@@ -20,8 +20,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     removal, protection, rule = method(recipe)
     if recipe.hash_layers is not None:
         check_hash_layers(statistics.fingerprint, recipe.hash_layers, "statistics were")
-    size = ModelSize(**statistics.facts["size"])
-    facts, measured = statistics.facts.get("mtp"), any(g.follows for g in statistics.groups)
+    size = ModelSize(**statistics.metadata["size"])
+    facts, measured = statistics.metadata.get("mtp"), any(g.follows for g in statistics.groups)
     choice = choose_heads(recipe, facts, rule, measured=measured)
     if choice != "cut":
         statistics = statistics.without_following()
@@ -48,7 +48,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         rows=rows,
         grams=grams,
         fingerprint=statistics.fingerprint,
-        recipe={**statistics.facts["calibration"], **recipe.planning()},
+        recipe={**statistics.metadata["calibration"], **recipe.planning()},
     )
     made = with_heads(made, size, choice, facts, scored, recipe.mtp)
     return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made

@@ -106,7 +106,7 @@ def held_back(recipe: Recipe, text: CalibrationSet) -> int:
     return count if rivals(recipe) and count >= LEAST else 0
 
 
-def parted(
+def split_holdout(
     recipe: Recipe, text: CalibrationSet, say: Say = lambda _: None
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """What statistics are gathered on, and what plans are tried on."""

@@ -118,7 +118,7 @@ def check_prune(
     statistics: Statistics | None,
     ready: Plan | None,
     say: Say,
-    us: Team,
+    team: Team,
 ) -> Job:
     """Everything that can be checked before weights are loaded.
 
@@ -151,8 +151,8 @@ def check_prune(
             check_same_model(statistics.fingerprint, source, "statistics were")
             domain_weights(statistics.domains, recipe.weights)
             # of before they said anything of heads
-            facts = {"mtp": head_facts(source), **statistics.facts}
-            statistics = replace(statistics, facts=facts)
+            facts = {"mtp": head_facts(source), **statistics.metadata}
+            statistics = replace(statistics, metadata=facts)
             measured = any(g.follows for g in statistics.groups)
             choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
         alone, costly = _measured(recipe, source, statistics)
@@ -164,19 +164,19 @@ def check_prune(
     run = replace(run, repairs=kind is not None, heldout=bool(recipe.heldout))
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
-    if us.first:
+    if team.first:
         check_disk(after.bytes, output, place.partial)
     say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
     if statistics is not None and not run.measures:
         plan(statistics, recipe)  # it can be made
-    text = us.told(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
+    text = team.broadcast(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
     seen = trial = None
     if text is not None:
         seen, trial = divided(recipe, text, run, earlier, say)
         check_domains(recipe, seen, statistics, run)
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
-    heldout = us.told(lambda: heldout_set(recipe, source, say))
+    heldout = team.broadcast(lambda: heldout_set(recipe, source, say))
     if heldout is not None:
         check_digest("heldout", heldout, recipe)
     return Job(
@@ -189,7 +189,7 @@ def _earlier(statistics: Statistics | None, ready: Plan | None) -> Earlier:
     if statistics is not None and ready is not None:
         raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
     if statistics is not None:
-        about = statistics.facts["calibration"]
+        about = statistics.metadata["calibration"]
         return Earlier("statistics were", about, statistics.fingerprint.get("calibration"))
     if ready is not None:
         return Earlier("plan was", ready.recipe, ready.fingerprint.get("calibration"))

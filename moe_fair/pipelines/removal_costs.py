@@ -113,7 +113,9 @@ def measure_alone(
     }
     facts = {"sequences": len(part.sequences), "tokens": part.tokens}
     return replace(
-        statistics, sums={**statistics.sums, **sums}, facts={**statistics.facts, "alone": facts}
+        statistics,
+        sums={**statistics.sums, **sums},
+        metadata={**statistics.metadata, "alone": facts},
     )
 
 

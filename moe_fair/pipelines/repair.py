@@ -18,7 +18,7 @@ from moe_fair.moe.overlay import check_layouts
 from moe_fair.moe.quantised import packed
 from moe_fair.moe.repair import LayerRepair, Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
-from moe_fair.moe.resampled_text import copies_for, own_words
+from moe_fair.moe.resampled_text import copies_for, resampled_text
 from moe_fair.pipelines.calibrate import Say, choose_engine
 
 DEFAULT = "distill"
@@ -112,5 +112,5 @@ def repair_text(
     tokenizer = source.tokenizer()
     # in the middle of a text they would start or end something
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    copied = own_words(engine, batches, copies, seed=recipe.seed, forbidden=special)
+    copied = resampled_text(engine, batches, copies, seed=recipe.seed, forbidden=special)
     return [*batches, *teaching(copied)]

@@ -12,7 +12,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, split
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import method
-from moe_fair.pipelines.plan_selection import parted, rivals
+from moe_fair.pipelines.plan_selection import rivals, split_holdout
 from moe_fair.pipelines.unused_settings import Run
 
 
@@ -49,7 +49,7 @@ def divided(
     """
     check_digest("calibration", text, recipe)
     if run.collects:
-        return parted(recipe, text, say)
+        return split_holdout(recipe, text, say)
     held = earlier.held_back
     parts = split(text, held) if held < len(text.sequences) else (text, text)
     same = parts[0].digest == earlier.digest

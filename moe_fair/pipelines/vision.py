@@ -22,7 +22,7 @@ from moe_fair.core.units import Scores, Statistics
 from moe_fair.report.vision import write_report
 from moe_fair.vision.accuracy import latency, top1
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
-from moe_fair.vision.collect import Watch, collect
+from moe_fair.vision.collect import MeasureConfig, collect
 from moe_fair.vision.data import Data, ImageSet, open_data, sample
 from moe_fair.vision.finetune import finetune
 from moe_fair.vision.gradual import check_method, remove_gradually
@@ -255,9 +255,9 @@ def score(model: nn.Module, graph: Graph, images: ImageSet, settings: Settings) 
     """Statistics that the settings' criteria need, on a sample of the images."""
     x, y = sample(images, settings.samples, settings.seed)
     needs = {n for c in settings.scores() if c for n in c.needs}
-    watch = Watch(settings.batch_size, settings.directions, settings.seed, settings.memory)
+    watch = MeasureConfig(settings.batch_size, settings.directions, settings.seed, settings.memory)
     facts = {"model": settings.model, "data": settings.data, "samples": len(x)}
-    return collect(model, graph, x, y, needs=needs, watch=watch, facts=facts)
+    return collect(model, graph, x, y, needs=needs, watch=watch, metadata=facts)
 
 
 def _rules(settings: Settings) -> Rules:

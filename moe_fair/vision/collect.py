@@ -37,7 +37,7 @@ WEIGHT_STATISTICS = ("l1_norm", "l2_norm", "bn_scale")
 
 
 @dataclass(frozen=True)
-class Watch:
+class MeasureConfig:
     """How to measure.
 
     Attributes:
@@ -60,8 +60,8 @@ def collect(
     labels: Tensor,
     *,
     needs: Collection[str],
-    watch: Watch | None = None,
-    facts: dict[str, Any] | None = None,
+    watch: MeasureConfig | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> Statistics:
     """Statistics of every unit; the model runs in eval mode and is left as it was.
 
@@ -73,7 +73,7 @@ def collect(
     Raises:
         ValueError: a statistic that this model does not have.
     """
-    watch = watch or Watch()
+    watch = watch or MeasureConfig()
     training = model.training
     model.eval()
     order = torch.argsort(labels, stable=True)  # class by class: sorted once, sliced ever after
@@ -118,7 +118,7 @@ def collect(
         sequence_domains=torch.zeros(count, dtype=torch.int64),
         tokens=torch.tensor([float(count)], dtype=torch.float64),
         sequences=torch.tensor([float(count)], dtype=torch.float64),
-        facts=facts or {},
+        metadata=metadata or {},
     )
 
 
@@ -127,7 +127,7 @@ def taylor(
     graph: Graph,
     images: Tensor,
     labels: Tensor,
-    watch: Watch,
+    watch: MeasureConfig,
     *,
     weights: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -186,7 +186,7 @@ def taylor(
 
 
 def logit_changes(
-    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: Watch
+    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: MeasureConfig
 ) -> dict[str, Tensor]:
     """Group -> [S, N] float64: each image's loss at f - ∂f/∂z minus that at its logits f.
 
@@ -226,7 +226,7 @@ def logit_changes(
 
 
 def u_scores(
-    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: Watch
+    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: MeasureConfig
 ) -> dict[str, Tensor]:
     """FAIR-Pruner's U-Score of every unit, summed over the places where it is read.
 
@@ -247,7 +247,7 @@ def u_scores(
 
 
 def feature_ranks(
-    model: nn.Module, graph: Graph, images: Tensor, watch: Watch
+    model: nn.Module, graph: Graph, images: Tensor, watch: MeasureConfig
 ) -> dict[str, Tensor]:
     """Mean rank of each unit's feature map over the images, summed over the places it is read."""
     scores = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in graph.groups}
@@ -287,7 +287,9 @@ def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
     return flat[:, index.flatten()].reshape(len(x), len(index), -1)
 
 
-def _passes(model: nn.Module, graph: Graph, images: Tensor, watch: Watch) -> Iterator[list[Tap]]:
+def _passes(
+    model: nn.Module, graph: Graph, images: Tensor, watch: MeasureConfig
+) -> Iterator[list[Tap]]:
     """Taps in portions whose projections fit in the memory limit; large ones are split."""
     positions = _positions(model, graph, images[:1])
     portion: list[Tap] = []
@@ -323,7 +325,7 @@ def _positions(model: nn.Module, graph: Graph, image: Tensor) -> dict[str, int]:
 
 
 def _project(
-    model: nn.Module, taps: Sequence[Tap], images: Tensor, watch: Watch
+    model: nn.Module, taps: Sequence[Tap], images: Tensor, watch: MeasureConfig
 ) -> list[np.ndarray]:
     """[n, D, S] float32 projections for each tap."""
     stores: dict[int, np.ndarray] = {}

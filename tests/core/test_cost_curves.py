@@ -157,7 +157,7 @@ def test_curves_are_saved_with_the_statistics_and_belong_to_one_order(tmp_path: 
     loaded = Statistics.load(tmp_path)
     found = read_curves(loaded, "reap", {"a": 2.0})
     assert found["a"] == pytest.approx(fill(np.arange(1, 9), changes["a"].numpy(), 12))
-    assert loaded.facts["curves"]["sequences"] == 3
+    assert loaded.metadata["curves"]["sequences"] == 3
     for removal, weights in (("ean", {"a": 2.0}), ("reap", None), ("reap", {"a": 1.0})):
         with pytest.raises(ValueError, match="hold the cost curves of reap with weights a=2"):
             read_curves(loaded, removal, weights)

@@ -57,8 +57,8 @@ def test_any_tree_of_merges_gives_the_correctly_rounded_sum() -> None:
             a, b = (parts.pop(order.randrange(len(parts))) for _ in range(2))
             parts.append(a.merge(b))
         [merged] = parts
-        settled = merged.settled()
-        assert torch.equal(settled.sums["l0"]["taylor"][0], expected)
-        assert torch.equal(settled.rows["l0"], values)
-        assert not settled.lost
+        rounded = merged.rounded()
+        assert torch.equal(rounded.sums["l0"]["taylor"][0], expected)
+        assert torch.equal(rounded.rows["l0"], values)
+        assert not rounded.compensation
     assert len(plain) > 1  # order shows in plain addition

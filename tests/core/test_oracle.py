@@ -40,7 +40,7 @@ def test_it_is_kept_whole(tmp_path: Path) -> None:
     oracle.save(tmp_path / "o.safetensors")
     again = Oracle.load(tmp_path / "o.safetensors")
     assert torch.equal(again.changes["a"], oracle.changes["a"])
-    assert (again.loss, again.tokens, again.fingerprint, again.facts) == (
+    assert (again.loss, again.tokens, again.fingerprint, again.metadata) == (
         2.5, 77, {"model": "m"}, {"seed": 3},
     )  # fmt: skip
     (tmp_path / "o.safetensors").write_bytes(b"x")

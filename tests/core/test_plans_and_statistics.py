@@ -140,7 +140,7 @@ def statistics(ids: list[int], seed: int) -> Statistics:
         tokens=new(2),
         sequences=torch.bincount(domains, minlength=2).double(),
         fingerprint={"model": "m"},
-        facts={"x": 1},
+        metadata={"x": 1},
     )
 
 

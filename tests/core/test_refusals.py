@@ -157,7 +157,7 @@ def damaged(change: Callable[[Statistics], Statistics]) -> Statistics:
         (lambda s: replace(s, groups=()), "no groups, or domains without a name"),
         (lambda s: replace(s, domains=("a", 5)), "no groups, or domains without a name"),
         (lambda s: replace(s, fingerprint=[]), "fingerprint or facts are not a table"),
-        (lambda s: replace(s, facts=[1]), "fingerprint or facts are not a table"),
+        (lambda s: replace(s, metadata=[1]), "fingerprint or facts are not a table"),
         (lambda s: replace(s, tokens=s.tokens[:1]), "counts that are not those of 2 domains"),
         (lambda s: replace(s, sequences=s.sequences[:1]), "counts that are not those of 2"),
         (lambda s: replace(s, sums={**s.sums, "l1": {"x": torch.ones(2, 11).double()}}),
@@ -181,7 +181,7 @@ def test_statistics_that_cannot_be(
 def test_curves_may_have_other_lengths(tmp_path: Path) -> None:
     damaged(lambda s: replace(s, constants={"l1": {"curve_x": torch.ones(3)}})).save(tmp_path)
     assert Statistics.load(tmp_path).constants["l1"]["curve_x"].tolist() == [1, 1, 1]
-    assert Statistics.load(tmp_path / STATISTICS_FILE).facts == {"x": 1}  # the file itself
+    assert Statistics.load(tmp_path / STATISTICS_FILE).metadata == {"x": 1}  # the file itself
 
 
 def test_other_files_are_no_statistics(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_shards_of_other_things_are_not_merged() -> None:
             a.merge(replace(b, **change))  # type: ignore[arg-type]
     both = a.merge(b)
     assert both.tokens.tolist() == (a.tokens + b.tokens).tolist()
-    assert both.facts == {"x": 1}
+    assert both.metadata == {"x": 1}
 
 
 def test_a_group_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:

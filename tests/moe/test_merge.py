@@ -91,7 +91,7 @@ def merged(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple
     source = Checkpoint(str(folder / "model"))
     model = original(source)
     statistics = collect(source, model, ResidentEngine(model))
-    statistics.facts |= {"size": {"parameters": 10**9, "bytes": 10**9}, "calibration": {}}
+    statistics.metadata |= {"size": {"parameters": 10**9, "bytes": 10**9}, "calibration": {}}
     plan = pipeline.plan(statistics, Recipe(total=kept_in_all(source), reduce="merge"))
     return source, statistics, plan
 

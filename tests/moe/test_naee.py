@@ -24,7 +24,7 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe import collector as collecting
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
@@ -44,7 +44,7 @@ def grams(source: Checkpoint, model: torch.nn.Module, engine: object) -> Statist
     with collector:
         engine.run(batches(), collector, backward=False)  # type: ignore[attr-defined]
     found = collector.statistics()
-    found.facts |= {"size": {"parameters": 1, "bytes": 1}, "calibration": {}}
+    found.metadata |= {"size": {"parameters": 1, "bytes": 1}, "calibration": {}}
     return found
 
 
@@ -70,7 +70,7 @@ def test_the_objective_is_the_change_of_the_layers_output(
     for block in find_blocks(model):
         [group] = [g for g in plan.groups if g.name == block.name]
         assert len(group.kept) == 5
-        watch, changed, whole = Watch(block), 0.0, 0.0
+        watch, changed, whole = BlockRecorder(block), 0.0, 0.0
         for batch in batches():
             with watch, torch.no_grad():
                 model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)

@@ -12,7 +12,7 @@ from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.layer_distillation import epochs_for
 from moe_fair.moe.repair import HELD_OUT, teaching
-from moe_fair.moe.resampled_text import MOST, SHARE, TOKENS, copies_for, own_words
+from moe_fair.moe.resampled_text import MOST, SHARE, TOKENS, copies_for, resampled_text
 
 
 def text(rows: int = 6, length: int = 12) -> list[Batch]:
@@ -32,7 +32,7 @@ def test_tokens_are_drawn_from_the_models_prediction() -> None:
     batch = Batch(batch.input_ids, torch.ones_like(batch.mask), batch.sequence_ids, 0)
     copies = 6000
     drawn = torch.stack(
-        [b.input_ids for b in own_words(ResidentEngine(model), [batch], copies, seed=0)]
+        [b.input_ids for b in resampled_text(ResidentEngine(model), [batch], copies, seed=0)]
     )
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
@@ -49,7 +49,7 @@ def test_padding_first_tokens_and_special_tokens_stay() -> None:
     engine = ResidentEngine(tiny_model("qwen2_moe").eval())
     [batch] = text()
     often = set(range(3, 100))
-    every = own_words(engine, [batch], 40, seed=1, forbidden=often)
+    every = resampled_text(engine, [batch], 40, seed=1, forbidden=often)
     changed = 0
     for b in every:
         assert torch.equal(b.mask, batch.mask)
@@ -66,14 +66,14 @@ def test_padding_first_tokens_and_special_tokens_stay() -> None:
 def test_a_seed_gives_one_text_in_both_engines() -> None:
     model = tiny_model("deepseek_v3").eval()
     resident, streaming = ResidentEngine(model), StreamingEngine(LoadedLayers(model))
-    a = own_words(resident, text(), 2, seed=7)
-    b = own_words(streaming, text(), 2, seed=7)
+    a = resampled_text(resident, text(), 2, seed=7)
+    b = resampled_text(streaming, text(), 2, seed=7)
     assert len(a) == len(b) == 2
     assert all(torch.equal(x.input_ids, y.input_ids) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0].input_ids, a[1].input_ids)
-    other = own_words(resident, text(), 2, seed=8)
+    other = resampled_text(resident, text(), 2, seed=8)
     assert not torch.equal(a[0].input_ids, other[0].input_ids)
-    assert own_words(resident, text(), 0, seed=7) == []
+    assert resampled_text(resident, text(), 0, seed=7) == []
 
 
 def test_sequences_that_judge_have_no_copies_that_teach() -> None:

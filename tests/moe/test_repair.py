@@ -19,14 +19,14 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe.block_recorder import Watch
+from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.calibration_text import expand, parse_source, sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.repair import LayerRepair, Repairer
 from moe_fair.moe.repairs import refit, repair, repairs
-from moe_fair.moe.routed_output import Routed, read_down, write_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut
 
 # per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
@@ -71,12 +71,12 @@ def walk(
     return Repairer(engine, kept, kind, folder=folder, key="k").run(batches())
 
 
-def one_layer(kind: str) -> tuple[MoeBlock, Watch]:
+def one_layer(kind: str) -> tuple[MoeBlock, BlockRecorder]:
     """A block in float64 and what passes through its experts."""
     model = tiny_model(kind).double().eval().requires_grad_(False)
     model.set_experts_implementation("eager")
     block = find_blocks(model)[-1]
-    watch = Watch(block)
+    watch = BlockRecorder(block)
     ids = torch.randint(3, 128, (6, 60), generator=torch.Generator().manual_seed(1))
     # norms and routers of some families compute in float32: only what follows must be float64
     with watch, torch.no_grad():
@@ -84,7 +84,7 @@ def one_layer(kind: str) -> tuple[MoeBlock, Watch]:
     return block, watch
 
 
-def design(block: MoeBlock, watch: Watch) -> Tensor:
+def design(block: MoeBlock, watch: BlockRecorder) -> Tensor:
     """[T, E·F] by a loop over tokens and slots: g·h of each routed expert in its own columns."""
     m, x = block.experts, watch.x
     width = read_down(m).shape[1]
@@ -106,7 +106,7 @@ def design(block: MoeBlock, watch: Watch) -> Tensor:
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_fits_equal_their_closed_forms(kind: str) -> None:
     block, watch = one_layer(kind)
-    routed = Routed(block.experts, watch.x, watch.index, watch.weights)
+    routed = RoutedOutput(block.experts, watch.x, watch.index, watch.weights)
     phi, w0 = design(block, watch), read_down(block.experts)
     flat = w0.flatten(0, 1)
     y = phi @ flat

@@ -87,7 +87,7 @@ def test_the_best_of_those_tried_is_taken(
     )  # fmt: skip
     source = pipeline.open_model(recipe)
     text = pipeline.calibration_set(recipe, source, print)
-    seen, trial = trials.parted(recipe, text)
+    seen, trial = trials.split_holdout(recipe, text)
     assert trial is not None
     assert (len(seen.sequences), len(trial.sequences)) == (56, 8)
     assert set(seen.sequences) | set(trial.sequences) == set(text.sequences)
@@ -130,7 +130,7 @@ def test_calibrate_collects_for_rivals_without_a_target(tmp_path: Path) -> None:
     run("calibrate", *PRUNE[1:8], "--rivals", "fair-u", "-o", stats)
     found = Statistics.load(stats)
     assert all("sketch" in found.view(g) for g in found.groups)
-    assert found.facts["calibration"]["held_back"] == 8
+    assert found.metadata["calibration"]["held_back"] == 8
 
 
 def mean_loss(model: Path, text: CalibrationSet) -> float:

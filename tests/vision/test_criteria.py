@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vision.architectures import images, lively
 
-from moe_fair.vision.collect import Watch, collect
+from moe_fair.vision.collect import MeasureConfig, collect
 from moe_fair.vision.criteria import criteria, criterion
 from moe_fair.vision.proof import find_groups
 
@@ -44,7 +44,7 @@ def test_feature_rank_is_the_mean_rank_of_the_maps() -> None:
     model = lively("vgg16_bn")
     graph = find_groups(model, images(2))
     found = collect(
-        model, graph, images(6), LABELS, needs=["feature_rank"], watch=Watch(batch_size=4)
+        model, graph, images(6), LABELS, needs=["feature_rank"], watch=MeasureConfig(batch_size=4)
     )
     scores = criterion("hrank")(found).values
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_random_follows_the_seed() -> None:
     graph = find_groups(model, images(2))
     drawn = [
         criterion("random")(
-            collect(model, graph, images(6), LABELS, needs=["seed"], watch=Watch(seed=s))
+            collect(model, graph, images(6), LABELS, needs=["seed"], watch=MeasureConfig(seed=s))
         ).values["features.3"]
         for s in (1, 1, 2)
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vision.architectures import images, lively
 
-from moe_fair.vision.collect import Watch, collect, logit_changes, taylor
+from moe_fair.vision.collect import MeasureConfig, collect, logit_changes, taylor
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import Graph, logits
@@ -35,7 +35,7 @@ def losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_gate_form_equals_finite_differences(problem: tuple[nn.Module, Graph]) -> None:
     model, graph = problem
     x = images(6).double()
-    rows, _ = taylor(model, graph, x, LABELS, Watch(batch_size=4))
+    rows, _ = taylor(model, graph, x, LABELS, MeasureConfig(batch_size=4))
     h = 1e-7  # small: few activations cross a kink of ReLU on the way
     picked = graph.groups[:: max(1, len(graph.groups) // 5)]
     for g in picked:
@@ -60,7 +60,7 @@ def test_batches_change_nothing_and_the_model_is_left_as_it_was() -> None:
     graph = find_groups(model, images(2))
     needs = ["rows", "u_score", "weight_taylor"]
     found = [
-        collect(model, graph, images(6), LABELS, needs=needs, watch=Watch(batch_size=b))
+        collect(model, graph, images(6), LABELS, needs=needs, watch=MeasureConfig(batch_size=b))
         for b in (2, 6)
     ]
     for name, rows in found[0].rows.items():
@@ -91,7 +91,7 @@ def test_logit_form_is_exact_where_the_logits_are_linear_in_the_gate() -> None:
     model = lively("vgg16_bn").double()
     graph = find_groups(model, images(2).double())
     x = images(6).double()
-    found = logit_changes(model, graph, x, LABELS, Watch(batch_size=4))
+    found = logit_changes(model, graph, x, LABELS, MeasureConfig(batch_size=4))
     last = graph.groups[-1:]
     wanted = loss_changes(model, last, x, LABELS)[last[0].name]
     assert float(wanted.abs().max()) > 1e-3
@@ -108,7 +108,7 @@ def test_logit_form_is_its_formula() -> None:
     x = images(6).double()
     frozen = next(model.parameters())
     frozen.requires_grad_(False)
-    found = logit_changes(model, graph, x, LABELS, Watch(batch_size=4))
+    found = logit_changes(model, graph, x, LABELS, MeasureConfig(batch_size=4))
     assert not frozen.requires_grad
     frozen.requires_grad_(True)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -142,7 +142,9 @@ def test_weight_form_is_the_sum_over_filters() -> None:
     model = lively("vgg16_bn").double()
     graph = find_groups(model, images(2).double())
     x = images(6).double()
-    found = collect(model, graph, x, LABELS, needs=["weight_taylor"], watch=Watch(batch_size=4))
+    found = collect(
+        model, graph, x, LABELS, needs=["weight_taylor"], watch=MeasureConfig(batch_size=4)
+    )
     scores = criterion("taylor-weight")(found).values
     wanted = weight_sums(model.eval(), model.features[3], x)
     torch.testing.assert_close(scores["features.3"], wanted, rtol=1e-6, atol=1e-12)

@@ -11,7 +11,7 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 from moe_fair.core.distances import between_classes, directions, largest_class_distance
-from moe_fair.vision.collect import Watch, collect, u_scores
+from moe_fair.vision.collect import MeasureConfig, collect, u_scores
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.proof import find_groups
@@ -124,7 +124,7 @@ def test_units_are_tapped_where_they_are_read(
     problem: tuple[Small, Graph, torch.Tensor, torch.Tensor],
 ) -> None:
     model, graph, images, labels = problem
-    watch = Watch(batch_size=4, directions=12, seed=SEED)
+    watch = MeasureConfig(batch_size=4, directions=12, seed=SEED)
     found = collect(model, graph, images, labels, needs=["u_score"], watch=watch)
     with torch.no_grad():
         maps, numbers = model.first(images).flatten(2), model.second(images)[..., None]
@@ -132,7 +132,7 @@ def test_units_are_tapped_where_they_are_read(
     np.testing.assert_allclose(scores["a"], naive(maps, labels, 12, SEED), rtol=1e-5)
     # single numbers to 1e-9, before scores are rounded and from the very same forward
     images, labels = _sorted(images, labels)
-    raw = u_scores(model, graph, images, labels, Watch(directions=12, seed=SEED))["b"]
+    raw = u_scores(model, graph, images, labels, MeasureConfig(directions=12, seed=SEED))["b"]
     with torch.no_grad():
         numbers = model.second(images)[..., None]
     np.testing.assert_allclose(raw, naive(numbers, labels, 12, SEED), rtol=0, atol=1e-9)
@@ -144,8 +144,10 @@ def test_batches_and_memory_limits_change_nothing(
     model, graph, images, labels = problem
     order = torch.argsort(labels, stable=True)
     images, labels = images[order], labels[order]
-    whole = u_scores(model, graph, images, labels, Watch(directions=12))
-    small = u_scores(model, graph, images, labels, Watch(batch_size=5, directions=12, memory=1300))
+    whole = u_scores(model, graph, images, labels, MeasureConfig(directions=12))
+    small = u_scores(
+        model, graph, images, labels, MeasureConfig(batch_size=5, directions=12, memory=1300)
+    )
     for name in whole:
         torch.testing.assert_close(small[name], whole[name], rtol=1e-5, atol=1e-7)
 
@@ -168,7 +170,7 @@ def test_a_unit_that_two_layers_read_has_the_sum(
     torch.manual_seed(1)
     model = Forked().eval()
     graph = find_groups(model, images[:2])
-    watch = Watch(directions=8, seed=SEED)
+    watch = MeasureConfig(directions=8, seed=SEED)
     found = u_scores(model, graph, *_sorted(images, labels), watch)
     with torch.no_grad():
         y = torch.relu(model.a(images))

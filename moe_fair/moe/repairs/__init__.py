@@ -3,9 +3,9 @@
 A module here with `name`, `ridges` and `fit(routed, target, ridge)` is a repair; another package
 adds its own through the entry point group `moe_fair.repairs`. Where it also has `check(experts)`,
 that raises for experts which it cannot repair, before anything is measured. With `wants_text` it
-has so many parameters that a short text is lengthened for it (`moe.resampled_text`); with `trains` the
-layer is also distilled (`moe.layer_distillation`). With `path(routed, target, ridges, start)`, which yields each
-ridge with its fit in an order of its own, one fit goes on from another.
+has so many parameters that a short text is lengthened for it (`moe.resampled_text`); with `trains`
+the layer is also distilled (`moe.layer_distillation`). With `path(routed, target, ridges, start)`,
+which yields each ridge with its fit in an order of its own, one fit goes on from another.
 
 Shape legend: T tokens, E experts, F hidden, D model.
 """
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moe_fair.core.registry import discover, pick
-from moe_fair.moe.routed_output import Routed, check_linear
+from moe_fair.moe.routed_output import RoutedOutput, check_linear
 
 
 class Repair(Protocol):
@@ -31,7 +31,7 @@ class Repair(Protocol):
     name: str
     ridges: tuple[float, ...]
 
-    def fit(self, routed: Routed, target: Tensor, ridge: float) -> Tensor:
+    def fit(self, routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
         """Down projections [E, F, D] with which `routed` comes near the target [T, D]."""
         ...
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_fair.moe.repairs.scale import factor
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "channel"
 ridges = (0.0, 0.1)
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D]; a_d = (⟨y_d, y'_d⟩ + λ a) / (⟨y'_d, y'_d⟩ + λ), λ the ridge times the mean square.
 
     A channel without output keeps the factor of the layer.

@@ -1,6 +1,7 @@
-"""`refit`, then the layer's MoE block trained toward the original layer's output (`moe.layer_distillation`).
+"""`refit`, then the layer's MoE block trained toward the original layer's output.
 
-Router, experts and shared experts take part; the gradient stays within the layer.
+Router, experts and shared experts take part; the gradient stays within the layer (see
+`moe.layer_distillation`).
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from moe_fair.moe.repairs.scale import factor
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "matrix"
 ridges = (0.03, 0.3, 3.0)
 wants_text = True
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D] down projections times A; λ is the ridge times the mean diagonal of y'ᵀy'."""
     w = read_down(routed.experts)
     y = routed.output(w).double()

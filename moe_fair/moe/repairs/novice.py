@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "novice"
 ridges = (0.0,)
@@ -37,7 +37,7 @@ def check(experts: Any) -> None:
         )
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D]; the last of the F rows is the bias."""
     w = read_down(routed.experts)
     missing = target.double() - routed.output(w).double()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.moe.repairs.scale import factor
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "refit"
 ridges = (0.01, 0.1, 1.0)
@@ -27,13 +27,13 @@ SWEEPS = 2  # for each ridge; one where a solution on other tokens is at hand
 SOLVED = 1e-6  # of the largest sweep's step
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D]; λ is the ridge times the mean of Σ (g·h)² over hidden activations."""
     return next(path(routed, target, [ridge]))[1]
 
 
 def path(
-    routed: Routed,
+    routed: RoutedOutput,
     target: Tensor,
     ridges: Sequence[float],
     start: Tensor | None = None,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "scale"
 ridges = (0.0,)
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D] the present down projections times the factor."""
     w = read_down(routed.experts)
     return factor(routed.output(w), target) * w

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_fair.moe.routed_output import Routed, read_down
+from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 name = "variance"
 ridges = (0.0, 0.5)
 
 
-def fit(routed: Routed, target: Tensor, ridge: float) -> Tensor:
+def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
     """[E, F, D]; a_d = (1 - s) σ_d / σ'_d + s, s = ridge / (1 + ridge)."""
     w = read_down(routed.experts)
     y = routed.output(w).double()
