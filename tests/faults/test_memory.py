@@ -64,7 +64,7 @@ def lack(
     Args:
         engine: where this is so; None: in both.
     """
-    forward, backward = collecting._BlockCollector.forward, collecting._Booking.backward
+    forward, backward = collecting._BlockCollector.forward, collecting._BatchAccumulator.backward
 
     def short(tap: Any) -> bool:
         streaming = any(b.experts.down_proj.is_meta for b in tap.collector.blocks)
@@ -82,7 +82,7 @@ def lack(
         backward(self, gradient)
 
     patch.setattr(collecting._BlockCollector, "forward", first)
-    patch.setattr(collecting._Booking, "backward", last)
+    patch.setattr(collecting._BatchAccumulator, "backward", last)
 
 
 def cuda() -> Exception:
