@@ -14,13 +14,20 @@ import torch
 from places import CALIBRATION, MODEL
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests say why they do not run."""
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests say why they do not run; nightly ones are left out unless `-m` speaks of them."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(
+                    pytest.mark.skip(reason="needs a CUDA device; torch sees none here")
+                )
+    if "nightly" in config.option.markexpr or any("::" in a for a in config.args):
         return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+    left_out = [i for i in items if "nightly" in i.keywords]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)  # pytest's last line counts them
+        items[:] = [i for i in items if "nightly" not in i.keywords]
 
 
 @pytest.fixture(scope="session", autouse=True)

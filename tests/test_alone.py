@@ -64,6 +64,7 @@ def measured(
     return measure_alone(recipe, source, text, Statistics.load(base), work), work
 
 
+@pytest.mark.slow
 def test_changes_are_those_of_masked_models(
     measured: tuple[Statistics, Path], opened: Opened
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_layer_that_gains_by_every_removal_expects_nothing() -> None:
     torch.testing.assert_close(criterion(SCORE).score(view), truth / 2)
 
 
+@pytest.mark.slow
 def test_the_commands_measure_what_the_score_needs(
     tmp_path: Path, base: Path, recipe: Recipe, fails: Callable[..., str]
 ) -> None:

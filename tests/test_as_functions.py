@@ -130,6 +130,7 @@ def kept(plan: Plan | None) -> dict[str, list[int]]:
     return {k: list(v) for k, v in plan.kept.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_within_torchs_modes(
     tmp_path: Path, settings: dict[str, Any], statistics_folder: Path, mode: Callable[[], Any]

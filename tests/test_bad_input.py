@@ -155,6 +155,7 @@ def test_broken_weights(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "outside the checkpoint" in run(tmp_path / "short")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_another_models_statistics_and_plans(
     fails: Callable[..., str], tmp_path: Path, statistics_folder: Path

@@ -40,6 +40,7 @@ def measured(
     return measure_curves(recipe, source, text, base, "taylor-sq", work), work
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_masked_models(
     measured: tuple[Statistics, Path], recipe: Recipe
 ) -> None:
@@ -169,6 +170,7 @@ def test_what_cannot_be_measured_is_said_before_the_model_loads(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_prune_measures_what_it_needs(tmp_path: Path, statistics_folder: Path) -> None:
     settings = {
         "allocate": "curves", "removal": "frequency", "experts": 40, "repair": "none",

@@ -72,6 +72,7 @@ def test_the_directory_that_we_are_in(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model_name(Recipe(model="..")) == "mine"
 
 
+@pytest.mark.slow
 def test_it_is_said_and_an_existing_one_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str],
     capsys: pytest.CaptureFixture[str],

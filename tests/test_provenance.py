@@ -113,12 +113,14 @@ def test_measured_costs_are_in_the_statistics(tmp_path: Path, statistics_folder:
     assert again(tmp_path / "alone")["curve_samples"] == 2
 
 
+@pytest.mark.slow
 def test_statistics_again(tmp_path: Path) -> None:
     run("calibrate", MODEL, *SMALL, "-o", tmp_path / "a")
     run("calibrate", "--recipe", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_the_text_of_this_run_is_what_was_asked_for(
     tmp_path: Path, statistics_folder: Path
 ) -> None:

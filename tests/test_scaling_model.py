@@ -24,6 +24,7 @@ def test_every_term_is_what_is_measured() -> None:
     assert all(abs(ratio - 1) < 1e-3 for ratio in found.values()), found
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_script() -> None:
     done = python(ROOT / "eval" / "scaling.py")
     assert done.stdout.strip() in (ROOT / "eval" / "SCALING.md").read_text()

@@ -53,6 +53,7 @@ def test_one_go_equals_the_stages_byte_for_byte(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_engines_give_the_same_bytes(tmp_path: Path) -> None:
     for engine in ("resident", "streaming"):
         run("calibrate", MODEL, *SMALL, "--engine", engine, "-o", tmp_path / engine)
@@ -139,6 +140,7 @@ def test_the_recipe_that_was_saved_runs_again(tmp_path: Path) -> None:
     assert recipe == Recipe().with_settings(recipe.to_dict())
 
 
+@pytest.mark.slow
 def test_nothing_half_written_takes_the_final_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_folder: Path
 ) -> None:

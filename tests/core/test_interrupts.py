@@ -27,6 +27,7 @@ with handled():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
 def test_a_process_that_computes_in_c_code(tmp_path: Path, sent: list[signal.Signals]) -> None:
     command = [sys.executable, "-c", BUSY, str(tmp_path / "out.lock")]

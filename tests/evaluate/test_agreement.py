@@ -114,6 +114,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, statistics_folder: Path) ->
     return Checkpoint(str(folder))
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_same(source: Checkpoint, pruned: Checkpoint) -> None:
     """One layer at a time, and against losses that another path of the code measures."""
     resident, streaming = (

@@ -89,6 +89,7 @@ def test_the_numbers_of_the_lm_eval_command(
     assert "local_passages_rust-docs" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_table_of_two_models(out: Path, run: Callable[..., str]) -> None:
     """On a screen of any width no number is cut short; the report is written again."""
     task = "local_choice_python"
@@ -141,6 +142,7 @@ def test_of_a_multimodal_model_the_language_model_is_asked(
         assert float(item["filtered_resps"][0]) == pytest.approx(float(want), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_into_other_models(tmp_path: Path, run: Callable[..., str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in MODEL.rglob("*")}
     common = "--tasks", "local_choice_python", "--include-path", TASKS, "--limit", 2

@@ -59,6 +59,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_the_result_is_written(
     fails: Callable[..., str], statistics_folder: Path, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_disk_that_fills_while_the_result_is_written(
         assert (out / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_statistics_are_saved(
     fails: Callable[..., str], small_disk: Path
 ) -> None:
@@ -291,6 +293,7 @@ def test_a_file_whose_bytes_cannot_be_read(
     assert "Input/output error" in fails(*run)
 
 
+@pytest.mark.slow
 def test_a_read_error_while_the_result_is_copied(
     fails: Callable[..., str], plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def same(a: Statistics, b: Statistics) -> bool:
 FLOAT32 = 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "error"), [(5, cpu), (5, MemoryError), (1, cuda)])
 def test_smaller_batches(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, limit: int,
@@ -186,6 +187,7 @@ def test_one_layer_at_a_time_gives_the_same_bits(
     assert same(found, undisturbed)
 
 
+@pytest.mark.slow
 def test_streaming_in_smaller_batches(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics
 ) -> None:
@@ -197,6 +199,7 @@ def test_streaming_in_smaller_batches(
     close(undisturbed, found, FLOAT32)
 
 
+@pytest.mark.slow
 def test_nothing_smaller_to_try(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, fails: Fails, tmp_path: Path
 ) -> None:
@@ -245,6 +248,7 @@ def test_held_out_losses_too(monkeypatch: pytest.MonkeyPatch, recipe: Make) -> N
     assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_other_batch_sizes_do_not_mix(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, tmp_path: Path
 ) -> None:

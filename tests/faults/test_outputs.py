@@ -153,6 +153,7 @@ def test_a_lock_goes_when_a_run_fails(
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
 
 
+@pytest.mark.slow
 def test_a_volume_is_worked_inside_of(
     fails: Callable[..., str], cut: list[object], plain: Path, volume: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_volume_is_worked_inside_of(
     assert "is not empty" in fails(*cut, volume)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_same_disk_is_mounted(cut: list[object], plain: Path, tmp_path: Path) -> None:
     """`mount --bind`: the same device on both sides, and yet no name to give away."""
     folder, disk = tmp_path / "a volume", tmp_path / "disk"
@@ -176,6 +178,7 @@ def test_a_part_of_the_same_disk_is_mounted(cut: list[object], plain: Path, tmp_
     same(disk, plain)
 
 
+@pytest.mark.slow
 def test_a_folder_in_one_that_is_not_writable(
     fails: Callable[..., str], cut: list[object], plain: Path, volume: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +195,7 @@ def test_a_folder_in_one_that_is_not_writable(
         subprocess.run(["umount", "-l", str(volume / "given")], check=True)
 
 
+@pytest.mark.slow
 def test_links_lead_to_where_the_result_lies(
     cut: list[object], plain: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +281,7 @@ def devices(tmp_path: Path) -> Iterator[list[Path]]:
     os.close(reader)
 
 
+@pytest.mark.slow
 def test_devices_are_written_into(
     fails: Callable[..., str], statistics_folder: Path, plain: Path, tmp_path: Path,
     devices: list[Path],
@@ -303,6 +308,7 @@ def test_devices_are_written_into(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["prune", "--ratio"], ["sparsify", "--sparsity"]])
 def test_image_classifiers_in_a_volume(command: list[str], volume: Path) -> None:
     runs(

@@ -54,6 +54,7 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return stop.value.code, "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")]
@@ -93,6 +94,7 @@ def test_an_interrupt_of_which_others_made_an_error(
     assert (code, line) == (130, f"moe-fair: interrupted{GOES_ON}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_when_the_result_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -132,6 +134,7 @@ def test_nobody_reads_the_screen(line: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_screen_that_is_a_full_disk() -> None:
     done = shell("run --version >/dev/full")
@@ -171,6 +174,7 @@ NAMES = ["run[v2]", "[/bold]x", ":smile:", "a\x1b[31mb", "a\nmoe-fair: error: b"
 SHOWN = ["run[v2]", "[/bold]x", ":smile:", r"a\x1b[31mb", r"a\nmoe-fair: error: b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shown"), list(zip(NAMES, SHOWN, strict=True)), ids=range(5))
 def test_outputs_with_hostile_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -196,6 +200,7 @@ def test_errors_that_quote_names(fails: Callable[..., str], tmp_path: Path) -> N
     assert r"'a\x07'" in fails("prune", MODEL, "--experts", "a\x07", "-o", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_calibration_that_tells_of_names(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ def flipped(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_statistics_with_a_flipped_byte(statistics_folder: Path, tmp_path: Path) -> None:
     whole = (statistics_folder / STATISTICS_FILE).read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")

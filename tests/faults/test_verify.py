@@ -60,6 +60,7 @@ def change(file: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) 
     save_file(tensors, file, {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_what_prune_wrote_verifies(
     plain: Path, repaired: Path, original: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +205,7 @@ def test_another_original_is_bad_input(
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prune_keeps_a_result_that_does_not_verify_from_its_name(
     tmp_path: Path, statistics_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +345,7 @@ def test_what_is_not_listed_is_named(out: Path) -> None:
     assert files.detail.endswith("beside them, not listed: .ssh/, notes.bak")
 
 
+@pytest.mark.slow
 def test_later_files_are_known(out: Path) -> None:
     """The names in core are those that eval and report write under."""
     for name in (BENCHMARKS, AGREEMENT, HELDOUT):

@@ -43,6 +43,7 @@ def close(a: Statistics, b: Statistics) -> None:
             torch.testing.assert_close(b.constants[group][name], t, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     calibrate(tmp_path / "plain", MODEL)
     calibrate(tmp_path / "again", MODEL, "--checkpointing")
@@ -73,6 +74,7 @@ def test_all_on_disk_and_auto(tmp_path: Path) -> None:
         close(plain, calibrate(output, MODEL, "--no-counterfactual", "--device-map", given))
 
 
+@pytest.mark.slow
 def test_a_router_bias_on_disk(tmp_path: Path) -> None:
     """A correction bias is a buffer, which accelerate leaves where the layer computes."""
     model = tmp_path / "model"

@@ -2,13 +2,16 @@
 
 The families are the registry's, so a new one in transformers is met here at once. Each either
 passes everything or is refused, before anything is measured, with the reason that stands in
-`eval/families.json`; the README's table is made from that file (`eval/families_table.py`).
+`eval/families.json`; the README's table is made from that file (`eval/families_table.py`). One
+family of each structure is checked in full, of the others streaming and the unequal cut (see
+`structures`); `-m nightly` checks the rest of them.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from flow import (
     check_streaming,
     check_trial,
 )
+from moe.structures import ALIKE, EXPERTS, structure
 from places import EVAL, RECORD, older_than, streamed
 from tiny import fused_families, tiny_model
 from transformers import CONFIG_MAPPING, __version__
@@ -42,16 +46,21 @@ def _unknown(kind: str) -> list[Any]:
     return [pytest.mark.skip(reason=f"transformers {__version__} has no model type {kind}")]
 
 
-def _marked(kind: str) -> Any:
-    return pytest.param(kind, marks=[*_unknown(kind), *([] if kind in QUICK else [SLOW])])
-
-
-SLOW = pytest.mark.slow
+SLOW, NIGHTLY = pytest.mark.slow, pytest.mark.nightly
 # what this registry has, and what the record's has: what is missing in one of them is seen
-FAMILIES = [_marked(kind) for kind in sorted({*fused_families(), *RECORD["served"]} - set(REFUSED))]
+SERVED = sorted({*fused_families(), *RECORD["served"]} - set(REFUSED))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def _families(full: Collection[str]) -> list[Any]:
+    """All of them; those outside `full` every night."""
+    marks = {k: [] if k in QUICK else [SLOW] if k in full else [SLOW, NIGHTLY] for k in SERVED}
+    return [pytest.param(k, marks=[*_unknown(k), *marks[k]]) for k in SERVED]
+
+
+EVERY, ONE_A_STRUCTURE, ONE_A_KIND_OF_EXPERTS = map(_families, (SERVED, ALIKE, EXPERTS))
+
+
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return _saved(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -61,6 +70,7 @@ def _saved(kind: str, folder: Path) -> Checkpoint:
     return Checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("checkpoint", EVERY, indirect=True)
 def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> None:
     if not streamed(checkpoint.config.model_type):
         with pytest.raises(ValueError, match="hands the next more than hidden states"):
@@ -69,16 +79,19 @@ def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> N
         check_streaming(checkpoint)
 
 
+@pytest.mark.parametrize("checkpoint", ONE_A_KIND_OF_EXPERTS, indirect=True)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: str) -> None:
     check_naive(checkpoint, implementation)
 
 
+@pytest.mark.parametrize("checkpoint", ONE_A_STRUCTURE, indirect=True)
 @pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 
 
+@pytest.mark.parametrize("checkpoint", ONE_A_STRUCTURE, indirect=True)
 def test_trial_losses_are_those_of_masked_models(checkpoint: Checkpoint) -> None:
     if not streamed(checkpoint.config.model_type):
         with pytest.raises(ValueError, match="hands the next more than hidden states"):
@@ -87,12 +100,29 @@ def test_trial_losses_are_those_of_masked_models(checkpoint: Checkpoint) -> None
         check_trial(checkpoint)
 
 
-@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
-def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: bool) -> None:
-    loaded = check_cut(checkpoint, tmp_path / "out", uniform)
-    stock = uniform and checkpoint.config.model_type not in RECORD["never_stock"]
+@pytest.mark.parametrize("checkpoint", ONE_A_STRUCTURE, indirect=True)
+def test_cut_alike_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    loaded = check_cut(checkpoint, tmp_path / "out", uniform=True)
+    stock = checkpoint.config.model_type not in RECORD["never_stock"]
     assert (type(loaded).__name__ != "MoeFairForCausalLM") == stock
     check_generation(loaded)
+
+
+@pytest.mark.parametrize("checkpoint", EVERY, indirect=True)
+def test_cut_unequally_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    loaded = check_cut(checkpoint, tmp_path / "out", uniform=False)
+    assert type(loaded).__name__ == "MoeFairForCausalLM"
+    check_generation(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_structures_are_what_the_models_say() -> None:
+    of = {k: structure(tiny_model(k)) for k in SERVED if k in CONFIG_MAPPING}
+    for first, others in ALIKE.items():
+        assert {of[k] for k in (first, *others) if k in of} == {of[first]} if first in of else True
+    assert len({of[k] for k in ALIKE if k in of}) == len([k for k in ALIKE if k in of])
+    assert {k for first, others in ALIKE.items() for k in (first, *others)} >= of.keys()
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=_unknown(k)) for k in REFUSED])

@@ -218,6 +218,7 @@ def test_the_command_merges_in_one_go_as_from_a_plan(
     assert all(".experts." in n for n in differ)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats, plan = tmp_path / "stats", tmp_path / "plan.json"
     run("calibrate", MODEL, *SMALL, "-o", stats)

@@ -56,11 +56,13 @@ def test_streaming_statistics_are_the_resident_ones(checkpoint: Checkpoint) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint) -> None:
     check_naive(checkpoint, "grouped_mm")
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 

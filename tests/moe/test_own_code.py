@@ -49,6 +49,7 @@ def test_the_present_template_is_a_released_one() -> None:
     assert len(RELEASED) >= 5
 
 
+@pytest.mark.slow
 def test_hostile_generate_is_not_run(out: Path, tmp_path: Path) -> None:
     """The manifest written anew does not help, nor that our own file is as it was."""
     mark = tmp_path / "mark"
@@ -167,6 +168,7 @@ def test_kernels_of_the_hub_are_code(out: Path, tmp_path: Path, given: dict[str,
             Checkpoint(str(folder))
 
 
+@pytest.mark.slow
 def test_a_model_whose_tokenizer_names_code_is_told_before_it_is_measured(
     tmp_path: Path, statistics_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

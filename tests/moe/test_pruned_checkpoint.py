@@ -116,6 +116,7 @@ def test_its_logits_are_the_masked_original(pruned: Any, stranger: dict[str, Any
     assert (stranger["logits"] - whole).abs().max() > 1e-2  # the mask did something
 
 
+@pytest.mark.slow
 def test_sizes_in_the_plan_are_those_on_disk(pruned: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         pruned.output, trust_remote_code=not pruned.plan.uniform

@@ -103,6 +103,7 @@ def design(block: MoeBlock, watch: BlockRecorder) -> Tensor:
     return rows.flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_fits_equal_their_closed_forms(kind: str) -> None:
     block, watch = one_layer(kind)

@@ -362,6 +362,7 @@ def test_chats_that_the_template_refuses_are_skipped(tmp_path: Path) -> None:
         windows([Source(str(lines(file, bad)))], own, samples=9, length=99)
 
 
+@pytest.mark.slow
 def test_a_line_of_twenty_megabytes(tokenizer: Any, tmp_path: Path) -> None:
     """Only as much of it is tokenised as is needed, and the tokens are those of the whole."""
     text = "".join(f"word{n % 977} and {n},\n" for n in range(1_250_000))

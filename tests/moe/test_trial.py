@@ -172,6 +172,7 @@ def taken(*losses: torch.Tensor) -> str:
     return trials.best_of([own, rival]).name
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_measured_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_folder: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_what_a_killed_run_measured_is_found(
     assert "packed weights are not streamed" in said[-1]
 
 
+@pytest.mark.slow
 def test_domains_without_weight_leave_no_trace(tmp_path: Path, statistics_folder: Path) -> None:
     """The trial with a weight of 0 is that on the text without the domain, standard errors too."""
     recipe = Recipe(

@@ -127,6 +127,7 @@ def test_what_is_pushed_loads_by_its_name(hub: Hub, out: Path, kind: str, tmp_pa
 SECRETS = (".env", ".ssh/id_ed25519", ".git/config", "notes.bak", "moe_fair/lm-eval/results.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unequal"], indirect=True)
 def test_only_what_is_named_goes_up(
     out: Path, kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -159,6 +160,7 @@ def test_only_what_is_named_goes_up(
     assert "steal" not in (out / "moe_fair" / "report.html").read_text()  # drawn anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform"], indirect=True)
 @pytest.mark.parametrize("name", ["tokenizer.json", "moe_fair", "README.md"])
 def test_links_are_refused(out: Path, kind: str, name: str, tmp_path: Path) -> None:

@@ -29,13 +29,25 @@ REFUSED = [x for x in LAYOUTS if x.refused]
 UNIFORM = ("--method", "reap", "--allocate", "uniform")
 UNEQUAL = ("--method", "second-order", "--rivals", "none")
 KEPT = 6
+NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
+# an expert a tensor; packed in FP8 blocks; fused and transposed; a tokenizer that is code
+QUICK = (
+    "Qwen1.5-MoE-A2.7B-Chat",
+    "Qwen3-Coder-30B-A3B-Instruct-FP8",
+    "Qwen3-VL-30B-A3B-Instruct",
+    "Kimi-K2-Instruct",
+)
 
 
 def _name(layout: Layout) -> str:
     return layout.name.rpartition("/")[2].replace(" ", "-")
 
 
-@pytest.fixture(scope="module", params=SERVED, ids=_name)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=[] if _name(x) in QUICK else [pytest.mark.slow]) for x in SERVED],
+    ids=_name,
+)
 def published(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Layout, Path]:
@@ -57,8 +69,8 @@ def _prune(layout: Layout, folder: Path, out: Path, *how: str) -> None:
     [
         (UNIFORM, "none"),
         (UNEQUAL, "refit"),
-        pytest.param(UNIFORM, "refit", marks=pytest.mark.slow),
-        pytest.param(UNEQUAL, "none", marks=pytest.mark.slow),
+        pytest.param(UNIFORM, "refit", marks=NIGHTLY),
+        pytest.param(UNEQUAL, "none", marks=NIGHTLY),
     ],
     ids=["uniform-none", "unequal-refit", "uniform-refit", "unequal-none"],
 )

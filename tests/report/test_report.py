@@ -125,6 +125,7 @@ def page(html_text: str) -> Page:
     return Page(html_text)
 
 
+@pytest.mark.slow
 def test_prune_writes_it(pruned: Path) -> None:
     """Written before the benchmarks came; nothing half-written beside it."""
     page = Page((pruned / "moe_fair" / "report.html").read_text())
@@ -132,6 +133,7 @@ def test_prune_writes_it(pruned: Path) -> None:
     assert not list(pruned.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
     assert page.headings == [
         "In short", "Experts kept per layer", "Tolerance of Difference", "Scores",
@@ -221,6 +223,7 @@ def hostile(out: Path) -> None:
     (folder / "heldout.json").write_text(json.dumps(losses))
 
 
+@pytest.mark.slow
 def test_hostile_names_are_read_and_nothing_else(out: Path, page: Page) -> None:
     hostile(out)
     found = written(out)
@@ -270,6 +273,7 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(
     assert "CONSOLE" not in done.stderr
 
 
+@pytest.mark.slow
 def test_markdown(out: Path) -> None:
     path = write_report(out, "md")
     text = path.read_text()
@@ -280,6 +284,7 @@ def test_markdown(out: Path) -> None:
     assert "## Benchmarks" in text
 
 
+@pytest.mark.slow
 def test_plans_without_what_pictures_need(out: Path) -> None:
     """No statistics beside the plan, no protection scores, other code's fields in the JSON."""
     (out / "moe_fair" / "statistics.safetensors").unlink()
@@ -299,6 +304,7 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
     assert len(page.images) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["second-order", "reap"])
 def test_methods_without_protection_scores(out: Path, method: str) -> None:
     """No ToD to draw, and the page says so and what to run; counts per layer as planned."""
@@ -391,6 +397,7 @@ def test_any_document_can_be_drawn() -> None:
     assert width > height > 100
 
 
+@pytest.mark.slow
 def test_drawing_leaves_torch_and_matplotlib_alone(out: Path) -> None:
     """Reports are drawn inside other people's programs."""
     import matplotlib

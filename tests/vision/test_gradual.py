@@ -268,6 +268,7 @@ def gradually(pictures: Path, **more: Any) -> Any:
     return pipeline.Settings.of({**plain, **wanted})
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_model(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def code(folder: Path) -> None:
     exec((folder / "net_of_mine.py").read_text(), net_of_mine.__dict__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [(weights, "weights"), (images, "images"), (labels, "images"), (code, "code")],

@@ -133,6 +133,7 @@ def test_without_repair_what_stays_is_bitwise_the_original(pictures: Path, tmp_p
     assert result["top1"]["pruned"] == result["top1"]["final"]
 
 
+@pytest.mark.slow
 def test_a_pruned_and_a_sparse_model_go_on(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

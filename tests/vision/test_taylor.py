@@ -32,6 +32,7 @@ def losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits(model, x), LABELS, reduction="none")
 
 
+@pytest.mark.slow
 def test_gate_form_equals_finite_differences(problem: tuple[nn.Module, Graph]) -> None:
     model, graph = problem
     x = images(6).double()

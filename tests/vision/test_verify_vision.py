@@ -56,6 +56,7 @@ def record(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     write_manifest(out)
 
 
+@pytest.mark.slow
 def test_what_was_written_verifies(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, steps in (("first", "2 steps"), ("second", "1 step,")):
         assert checked(made / name, "--trust-remote-code") == 0

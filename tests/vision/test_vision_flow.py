@@ -162,6 +162,7 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
     assert len(history) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     ["_cut", "finetune", pytest.param("save_pruned", marks=pytest.mark.slow), "write_report"],

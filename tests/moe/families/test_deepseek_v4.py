@@ -116,6 +116,7 @@ def test_of_equally_near_experts_the_first_is_taken() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_vocabulary_as_published_takes_seconds() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.rand(129280, 256, generator=g).argsort(1)[:, :6].contiguous()
@@ -293,6 +294,7 @@ def run(*arguments: object) -> None:
     assert stop.value.code == 0
 
 
+@pytest.mark.slow
 def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, fails: Any) -> None:
     stats, plan, out = tmp_path / "stats", tmp_path / "plan.json", tmp_path / "out"
     run("calibrate", readable, "-o", stats, "--hash-layers", "cut", "--no-taylor",
