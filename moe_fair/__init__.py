@@ -14,6 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from moe_fair.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from moe_fair.core.plan import Plan
     from moe_fair.core.recipe import Recipe
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__version__ = "0.1.0"
 __all__ = ["Plan", "Pruned", "Recipe", "Statistics", "calibrate", "plan", "prune"]
 
 _HOMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moe_fair"
 # a folder may import those before it, and itself; the two in one row never each other
 ORDER = [
+    {"version"},
     {"core"},
     {"engines"},
     {"moe", "vision"},
@@ -57,6 +58,28 @@ def test_imports_go_one_way(path: Path) -> None:
         if words[0] != "moe_fair" or words == ["moe_fair"]:
             continue
         assert words[1] == own or rank(words[1]) < rank(own), f"{own} imports {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in modules()}
+    names = {n.removesuffix(".__init__"): p for n, p in names.items()}
+    arrows = {n: _targets(p, names.keys()) - {n} for n, p in names.items()}
+    # what imports nothing that is left goes, until nothing goes any more
+    while ends := {n for n, to in arrows.items() if not to & arrows.keys()}:
+        arrows = {n: to for n, to in arrows.items() if n not in ends}
+    assert not arrows, f"in circles, or above one: {sorted(arrows)}"
+
+
+def _targets(path: Path, known: Collection[str]) -> set[str]:
+    """Those that a file imports, as modules or for names in them; lazy imports too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{a.name}" for a in node.names}
+            found |= {n if n in known else node.module for n in inside}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found & set(known)
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "core").rglob("*.py")), ids=lambda p: p.name)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_fair import __version__
 from moe_fair.cli import terminal
 from moe_fair.cli.options import (
     Against,
@@ -103,6 +102,7 @@ from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
 from moe_fair.core.printable import printable
 from moe_fair.engines import processes
+from moe_fair.version import __version__
 
 if TYPE_CHECKING:
     from moe_fair.core.recipe import Recipe

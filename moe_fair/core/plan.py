@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
+from moe_fair.core.plan_parts import GroupPlan as GroupPlan
+from moe_fair.core.plan_parts import ModelSize as ModelSize
+from moe_fair.core.plan_parts import PlanFields
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
@@ -56,94 +59,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """Parameters and bytes of a whole checkpoint."""
-
-    parameters: int
-    bytes: int
-
-    def without(self, groups: tuple[UnitGroup, ...], kept: Mapping[str, int]) -> ModelSize:
-        """The size after every group is cut to `kept` units."""
-        gone = [(g, g.size - kept[g.name]) for g in groups]
-        return ModelSize(
-            self.parameters - sum(g.unit_parameters * n for g, n in gone),
-            self.bytes - sum(g.unit_bytes * n for g, n in gone),
-        )
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """One group's part of a plan.
-
-    Attributes:
-        name, layer, size: of the unit group.
-        kept: ids that stay, rising.
-        tod: ToD at this depth, or None without protection scores.
-        null_depth: depth that independent rankings would reach at the plan's tolerance.
-        ceiling: deepest that any rankings reach at the plan's tolerance.
-        removal, protection: the scores, [N].
-        follows: of the unit group.
-        merged: kept id -> id of each unit merged into it, itself included -> its weight there; of
-            kept units that stand for themselves alone nothing.
-    """
-
-    name: str
-    layer: int
-    size: int
-    kept: list[int]
-    tod: float | None
-    null_depth: float | None
-    ceiling: int | None
-    removal: list[float]
-    protection: list[float] | None
-    merged: dict[str, dict[str, float]] = field(default_factory=dict)
-    follows: bool = False
-
-    @property
-    def depth(self) -> int:
-        """Units removed."""
-        return self.size - len(self.kept)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Kept ids per group, and what led to them. The same inputs give the same bytes.
-
-    Attributes (those that do not say it themselves):
-        expert_parallel: numbers of devices that divide every group's kept units evenly, as
-            expert-parallel serving wants it; always with 1.
-        mtp: what becomes of heads for multi-token prediction: cut, drop, keep; None without any.
-    """
-
-    groups: list[GroupPlan]
-    allocator: str
-    removal: str
-    protection: str | None
-    tolerance: float | None
-    explanation: dict[str, Any]
-    target: dict[str, float]
-    before: ModelSize
-    after: ModelSize
-    notes: list[str]
-    fingerprint: dict[str, str] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    expert_parallel: list[int] = field(default_factory=list)
-    mtp: str | None = None
-
-    @property
-    def kept(self) -> dict[str, list[int]]:
-        """Group name -> kept ids."""
-        return {g.name: g.kept for g in self.groups}
-
-    @property
-    def merges(self) -> bool:
-        """Units are merged into those that stay."""
-        return any(g.merged for g in self.groups)
-
-    @property
-    def uniform(self) -> bool:
-        """Every group keeps the same number of units."""
-        return len({len(g.kept) for g in self.groups}) == 1
+class Plan(PlanFields):
+    """Kept ids per group, and what led to them. The same inputs give the same bytes."""
 
     def to_json(self) -> str:
         """The plan as JSON text, byte for byte the same for the same plan."""

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe_fair.core.plan_parts import GroupPlan, ModelSize, PlanFields
 from moe_fair.core.units import UnitGroup
-
-if TYPE_CHECKING:
-    from moe_fair.core.plan import GroupPlan, ModelSize, Plan
 
 SIZES = ("parameters", "bytes")
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: PlanFields) -> None:
     """All of it is of its type, and no number contradicts another.
 
     Raises:
@@ -31,7 +29,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def check_fits(
-    plan: Plan, groups: Sequence[UnitGroup], before: ModelSize, cut: ModelSize | None = None
+    plan: PlanFields, groups: Sequence[UnitGroup], before: ModelSize, cut: ModelSize | None = None
 ) -> None:
     """The plan is of these groups, and the sizes that it states are those of the model.
 
@@ -69,7 +67,7 @@ def common_divisors(counts: Sequence[int]) -> list[int]:
     return [n for n in range(1, greatest + 1) if greatest % n == 0]
 
 
-def _check_types(plan: Plan) -> None:
+def _check_types(plan: PlanFields) -> None:
     """What others rely on is of its type; json holds anything."""
     numbers = [g.size for g in plan.groups] + [g.layer for g in plan.groups]
     numbers += [getattr(s, n) for s in (plan.before, plan.after) for n in SIZES]
@@ -136,7 +134,7 @@ def _check_merged(g: GroupPlan) -> None:
         raise ValueError(f"{g.name}: units are merged with weights that are not numbers")
 
 
-def _check_kept_counts(plan: Plan) -> None:
+def _check_kept_counts(plan: PlanFields) -> None:
     """The counts meet the target and the sizes go with them, as far as a plan alone can tell."""
     counts = [len(g.kept) for g in plan.groups]
     counted = [g for g in plan.groups if not g.follows]
@@ -159,7 +157,7 @@ def _check_kept_counts(plan: Plan) -> None:
             )
 
 
-def _met(plan: Plan, name: str, value: float, kept: int, size: int) -> bool:
+def _met(plan: PlanFields, name: str, value: float, kept: int, size: int) -> bool:
     if name == "total":
         return kept == value
     if name == "mean_kept":

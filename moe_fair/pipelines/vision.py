@@ -28,11 +28,12 @@ from moe_fair.vision.finetune import finetune
 from moe_fair.vision.gradual import check_method, remove_gradually
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.identity import identity
-from moe_fair.vision.load import Source, example, open_source
+from moe_fair.vision.load import Source, example
 from moe_fair.vision.plan import Goal, Rules, make
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Cost, Sizes
+from moe_fair.vision.source import open_source
 from moe_fair.vision.sparse.settings import SparseSettings
 from moe_fair.vision.surgery import cut, cuts_of
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_fair import __version__
 from moe_fair.core.output import write_named
 from moe_fair.report import html, markdown
 from moe_fair.report.moe import document
 from moe_fair.report.sources import FOLDER, gather
+from moe_fair.version import __version__
 
 FORMATS = ("html", "md")
 FOOTER = f"Written by moe_fair {__version__}."

@@ -52,44 +52,6 @@ class Source:
     history: tuple[list, ...] = ()
 
 
-def open_source(
-    spec: str,
-    *,
-    weights: Path | None = None,
-    image_size: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Source:
-    """The model that MODEL names.
-
-    Args:
-        weights: safetensors file of a `module:function` model's weights.
-        allow_pickle: also read pickled weights, their tensors alone; see `engines.pickles`.
-        image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
-
-    Raises:
-        ValueError: there is no such model; says what was tried.
-    """
-    from moe_fair.vision.checkpoint import PRUNED_FILE, open_pruned
-
-    own = {"size": image_size, "mean": mean, "std": std}
-    if (Path(spec) / PRUNED_FILE).is_file():
-        return open_pruned(Path(spec), trust_remote_code=trust_remote_code)
-    if function := parse_function(spec):
-        base = {"kind": "function", **function}
-        model = build(base, trusted=True)
-        if weights is not None:
-            load_weights(model, weights, allow_pickle=allow_pickle)
-        preprocessing = _preprocessing(first_channels(model), own)
-        return Source(model.eval(), base, preprocessing, preprocessing, None, None)
-    if weights is not None:
-        raise ValueError("--weights belongs to a `module:function` model; others bring theirs")
-    return _transformers(spec, own, revision, trust_remote_code, allow_pickle)
-
-
 def parse_function(spec: str) -> dict[str, Any] | None:
     """`module:function` or `module:function(1, key=2)` as its parts, or None.
 
@@ -221,12 +183,12 @@ def example(source: Source, count: int = 2) -> Tensor:
     return torch.randn(count, *shape, generator=generator)
 
 
-def _preprocessing(channels: int, own: Mapping[str, Any]) -> Preprocessing:
+def own_preprocessing(channels: int, own: Mapping[str, Any]) -> Preprocessing:
     given = {k: v for k, v in own.items() if v is not None}
     return Preprocessing(**{"channels": channels, "size": 32, **given})
 
 
-def _transformers(
+def open_transformers(
     spec: str,
     own: Mapping[str, Any],
     revision: str | None,
@@ -269,7 +231,7 @@ def _transformers(
     if processor is not None:
         return Source(model.eval(), base, processed(processor), None, processor, labels)
     size = own["size"] or getattr(config, "image_size", None) or 224
-    preprocessing = _preprocessing(first_channels(model), {**own, "size": size})
+    preprocessing = own_preprocessing(first_channels(model), {**own, "size": size})
     return Source(model.eval(), base, preprocessing, preprocessing, None, labels)
 
 

@@ -22,7 +22,7 @@ from moe_fair.cli import main
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines import pickles
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.vision.load import open_source
+from moe_fair.vision.source import open_source
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "16"]
 QUICK = ["--method", "reap", "--no-taylor", "--no-counterfactual", "--repair", "none"]

@@ -15,8 +15,9 @@ from vision.architectures import images
 from moe_fair.vision import load_pruned
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.graph import logits
-from moe_fair.vision.load import build, find_processor, open_source
+from moe_fair.vision.load import build, find_processor
 from moe_fair.vision.proof import find_groups, uneven_plan
+from moe_fair.vision.source import open_source
 from moe_fair.vision.surgery import cut, cuts_of
 
 

@@ -1,0 +1,52 @@
+"""The model that a vision run starts from, whichever kind of name it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_fair.vision.checkpoint import PRUNED_FILE, open_pruned
+from moe_fair.vision.load import (
+    Source,
+    build,
+    first_channels,
+    load_weights,
+    open_transformers,
+    own_preprocessing,
+    parse_function,
+)
+
+
+def open_source(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Source:
+    """The model that MODEL names.
+
+    Args:
+        weights: safetensors file of a `module:function` model's weights.
+        allow_pickle: also read pickled weights, their tensors alone; see `engines.pickles`.
+        image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
+
+    Raises:
+        ValueError: there is no such model; says what was tried.
+    """
+    own = {"size": image_size, "mean": mean, "std": std}
+    if (Path(spec) / PRUNED_FILE).is_file():
+        return open_pruned(Path(spec), trust_remote_code=trust_remote_code)
+    if function := parse_function(spec):
+        base = {"kind": "function", **function}
+        model = build(base, trusted=True)
+        if weights is not None:
+            load_weights(model, weights, allow_pickle=allow_pickle)
+        preprocessing = own_preprocessing(first_channels(model), own)
+        return Source(model.eval(), base, preprocessing, preprocessing, None, None)
+    if weights is not None:
+        raise ValueError("--weights belongs to a `module:function` model; others bring theirs")
+    return open_transformers(spec, own, revision, trust_remote_code, allow_pickle)
