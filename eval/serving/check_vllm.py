@@ -1,0 +1,65 @@
+"""One checkpoint in vLLM: run in vLLM's own environment, where moe_fair is not installed.
+
+    python eval/serving/check_vllm.py FOLDER (model|pruned) [--tensor-parallel-size N]
+
+FOLDER is one that `unequal.py` has made. Prints a line of JSON: the mean negative log-likelihood of
+the prompt here and in transformers, and whether the greedy continuation is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Load, score, generate."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("which", choices=("model", "pruned"))
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    args = parser.parse_args()
+    if args.tensor_parallel_size == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+    from vllm.inputs import TokensPrompt
+
+    expected = json.loads((args.folder / "expected.json").read_text())
+    ids, short = expected["ids"], expected["short"]
+    model = vllm.LLM(
+        model=str(args.folder / args.which),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=4,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        tensor_parallel_size=args.tensor_parallel_size,
+    )
+    score = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    [scored] = model.generate([TokensPrompt(prompt_token_ids=ids)], score, use_tqdm=False)
+    found = [scored.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+    wanted = expected[args.which]["greedy"]
+    greedy = vllm.SamplingParams(max_tokens=len(wanted), temperature=0, ignore_eos=True)
+    [said] = model.generate([TokensPrompt(prompt_token_ids=ids[:short])], greedy, use_tqdm=False)
+    print(
+        json.dumps(
+            {
+                "vllm": vllm.__version__, "family": args.folder.name, "which": args.which,
+                "tensor_parallel_size": args.tensor_parallel_size,
+                "nll": -sum(found) / len(found), "transformers": expected[args.which]["nll"],
+                "greedy_equal": list(said.outputs[0].token_ids) == wanted,
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
