@@ -1,4 +1,4 @@
-"""Tiny checkpoints with different numbers of experts per layer, and what transformers makes of them.
+"""Tiny checkpoints whose layers keep different numbers of experts, and what transformers says.
 
     python eval/serving/unequal.py OUT [FAMILY ...]
 

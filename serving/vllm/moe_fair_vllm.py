@@ -1,4 +1,4 @@
-"""vLLM plugin: layers that keep different numbers of routed experts, as `moe-fair prune` leaves them.
+"""vLLM plugin: layers with different numbers of routed experts, as `moe-fair prune` leaves them.
 
 Such a checkpoint says in `config.json`, under `per_layer_config`, how many experts each layer has;
 vLLM's models read one number for all. Every one of them builds its layers by way of
@@ -43,9 +43,9 @@ def register() -> None:
         return
     wrapped = _wrap(stock)
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm."):
-            if getattr(module, "make_layers", None) is stock:
-                module.make_layers = wrapped  # type: ignore[attr-defined]
+        ours = getattr(module, "__name__", "").startswith("vllm.")
+        if ours and getattr(module, "make_layers", None) is stock:
+            module.make_layers = wrapped  # type: ignore[attr-defined]
     utils.make_layers = wrapped
     _lift_refusal()
 
@@ -141,7 +141,7 @@ def own_counts(config: Any, values: Mapping[str, int]) -> Iterator[None]:
 
 
 def _lift_refusal() -> None:
-    """vLLM refuses models with latent attention whose config varies by layer; here only counts do."""
+    """vLLM refuses latent attention where the config varies by layer; here only counts do."""
     try:
         from vllm.transformers_utils.model_arch_config_convertor import (
             ModelArchConfigConvertorBase as Convertor,
