@@ -175,3 +175,15 @@ def test_the_readme_fits_a_screen_or_two_and_says_how_to_begin() -> None:
     version = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert version
     assert f"pip install -c constraints.txt torch=={version[1]} &&" in text
+
+
+def test_quoted_errors_are_ours() -> None:
+    """What the first column of docs/errors.md quotes is said by the package, word for word."""
+    source = "".join(p.read_text() for p in (ROOT / "moe_fair").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # a line that goes on in the next
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for row in rows:
+        for part in re.split(r"\.\.\.|\b[ABN]\b", row):
+            if len(part.strip(" :;,")) > 5:
+                assert part.strip(" :;,") in source, f"docs/errors.md quotes {row!r}"
