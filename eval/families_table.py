@@ -1,10 +1,10 @@
-"""The README's table of model families, from `eval/families.json`.
+"""The table of model families in docs/models.md, from `eval/families.json`.
 
 What that file says is asserted by tests/moe/test_families.py and its neighbours, which walk over
-transformers' own registry; a test also keeps the README equal to this table.
+transformers' own registry; a test also keeps that page equal to this table.
 
     python eval/families_table.py           # print it
-    python eval/families_table.py --write   # put it into README.md
+    python eval/families_table.py --write   # put it into docs/models.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "models.md"
 RECORD = HERE / "families.json"
 START, END = "<!-- families: eval/families_table.py -->\n", "<!-- end of families -->"
 
@@ -49,21 +49,21 @@ def _names(kinds: Iterable[str]) -> str:
     return ", ".join(f"`{k}`" for k in sorted(kinds))
 
 
-def replaced(readme: str, new: str) -> str:
-    """The README with this table between its two marks."""
-    before, _, rest = readme.partition(START)
+def replaced(page: str, new: str) -> str:
+    """The page with this table between its two marks."""
+    before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
-    assert after, f"README.md has no {START.strip()} ... {END}"
+    assert after, f"docs/models.md has no {START.strip()} ... {END}"
     return before + START + new + END + after
 
 
 def main() -> None:
     """Print the table, or write it."""
-    parser = argparse.ArgumentParser(description="The README's table of model families.")
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser = argparse.ArgumentParser(description="The table of model families in docs/models.md.")
+    parser.add_argument("--write", action="store_true", help="into docs/models.md")
     text = table(json.loads(RECORD.read_text()))
     if parser.parse_args().write:
-        README.write_text(replaced(README.read_text(), text))
+        PAGE.write_text(replaced(PAGE.read_text(), text))
     else:
         print(text, end="")
 

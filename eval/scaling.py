@@ -134,7 +134,8 @@ def flops(s: Shape, tokens: int, length: int, extra: float = 1.0) -> float:
     """Streaming with every statistic: forward, forward again, gradient of activations alone.
 
     Args:
-        extra: candidates of a token beside the routed (METHODS 6); 1 where groups do not limit.
+        extra: candidates of a token beside the routed (docs/methods.md, section 6); 1 where
+            groups do not limit.
     """
     once = forward_flops(s, tokens, length)
     attention = once - tokens * 2 * s.linear()

@@ -14,6 +14,7 @@ from places import CALIBRATION, MODEL, ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from moe_fair.cli import app
+from moe_fair.core.bundled_recipes import EXPERTS, recipe_path
 from moe_fair.core.recipe import load_recipe
 from moe_fair.moe.calibration_text import parse_source
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -105,7 +106,7 @@ def test_headers_say_what_to_type(path: Path) -> None:
     for _, name, *arguments in commands:
         group.commands[name].make_context(name, list(arguments))  # type: ignore[attr-defined]
     prune, evaluate = commands
-    assert ROOT / prune[prune.index("--recipe") + 1] == path
+    assert recipe_path(Path(prune[prune.index("--recipe") + 1]), EXPERTS) == path
     assert evaluate[2] == prune[prune.index("-o") + 1]
     recipe = load_recipe(path)
     assert evaluate[evaluate.index("--baseline") + 1] == recipe.model

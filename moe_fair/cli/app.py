@@ -98,6 +98,7 @@ from moe_fair.cli.options import (
     WriteList,
     option,
 )
+from moe_fair.cli.recipes import recipes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
 from moe_fair.core.printable import printable
@@ -122,6 +123,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(vision_app, name="vision")
+app.command()(recipes)
 
 
 @app.callback(invoke_without_command=True)
@@ -398,9 +400,11 @@ def push(
 
 def _settings(given: dict[str, Any]) -> Recipe:
     """The recipe file, with the options of the command line over it."""
+    from moe_fair.core.bundled_recipes import EXPERTS, recipe_path
     from moe_fair.core.recipe import Recipe, load_recipe
 
-    base = load_recipe(given["recipe"]) if given.get("recipe") else Recipe()
+    named = given.get("recipe")
+    base = load_recipe(recipe_path(named, EXPERTS)) if named else Recipe()
     names = set(Recipe.__dataclass_fields__)
     chosen = {k: v for k, v in given.items() if k in names and v is not None}
     chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}

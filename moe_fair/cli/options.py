@@ -304,7 +304,12 @@ Tolerance = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, option("--recipe", text="YAML file of settings; options given here win")
+    Path | None,
+    option(
+        "--recipe",
+        text="YAML file of settings, or the name of one that comes along (moe-fair recipes); "
+        "options given here win",
+    ),
 ]
 Heldout = Annotated[
     list[str] | None,

@@ -19,6 +19,7 @@ from moe_fair.cli.options import (
     option,
 )
 from moe_fair.cli.terminal import say
+from moe_fair.core.bundled_recipes import VISION, recipe_path
 from moe_fair.core.recipe import check_trust, coerce, parse_bytes, read_settings
 from moe_fair.core.registry import check_settings
 
@@ -344,6 +345,7 @@ def _written(path: Path, kind: type) -> dict[str, Any]:
     """The settings of a recipe file, each of its type."""
     hints = typing.get_type_hints(kind)
     found = {}
+    path = recipe_path(path, VISION)
     raw = read_settings(path)
     try:
         check_trust(raw)

@@ -157,7 +157,8 @@ def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def sequence_losses(losses: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-    """[B] mean next-token loss of each sequence (METHODS: L); what Taylor scores differentiate.
+    """[B] mean next-token loss of each sequence (L in docs/methods.md): what Taylor scores
+    differentiate.
 
     The mean is per sequence, so a sequence's values do not depend on what shares its batch.
 

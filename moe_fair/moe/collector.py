@@ -4,8 +4,9 @@ Each experts module is made to compute its outputs one (token, slot) a row, with
 weight 1, so that f_e(x_t) is seen as it is; the rows are then weighted and summed exactly as the
 stock forward does, and the logits stay bitwise the same (grouped_mm). The router weights pass
 through an identity whose backward receives dL/d(weight) = <dL/dy_t, f_e(x_t)>; times the weight it
-is the gate Taylor value t_e of that token (METHODS §6). Everything of a batch is booked in the
-backward, so that activation checkpointing, which runs the forward twice, books it once.
+is the gate Taylor value t_e of that token (docs/methods.md, section 6). Everything of a batch is
+booked in the backward, so that activation checkpointing, which runs the forward twice, books it
+once.
 
 Shape legend: B sequences, L tokens each, T = B·L, K top-k, S = T·K (token, slot) rows sorted by
 expert, E experts, D model, G calibration domains.

@@ -1,4 +1,7 @@
-"""ToD against a set-based implementation of METHODS, its ceiling, totals and exact budgets."""
+"""ToD against a set-based implementation, its ceiling, totals and exact budgets.
+
+See docs/methods.md, section 1.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def naive_depth(r: RankedGroup, alpha: float) -> int:
 
 
 def naive_budget(ranked: list[RankedGroup], remove: int) -> list[int]:
-    """METHODS §1 in plain words: last step not above the budget, then the cheapest next depths."""
+    """docs/methods.md, section 1: last step not above the budget, then the cheapest next depths."""
     steps = sorted({naive_tod(r, int(m)) for r in ranked for m in r.depths})
     start = [int(r.depths[0]) for r in ranked]
     for alpha in steps:
@@ -158,7 +161,7 @@ def test_scale_of_a_layer_has_no_say_when_normalised() -> None:
 
 
 def test_null_depth_of_independent_rankings() -> None:
-    """METHODS: N = 60, α = .3, random ranks: 30.2 % with the largest depth."""
+    """docs/methods.md, section 1: N = 60, α = .3, random ranks: 30.2 % with the largest depth."""
     depths = [60 - tod.allocate(make(s, [60]), tolerance=0.3).kept["g0"] for s in range(400)]
     assert np.mean(depths) / 60 == pytest.approx(0.302, abs=0.015)
     assert tod.null_depth(60, 0.3) == 18

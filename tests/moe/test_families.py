@@ -2,8 +2,8 @@
 
 The families are the registry's, so a new one in transformers is met here at once. Each either
 passes everything or is refused, before anything is measured, with the reason that stands in
-`eval/families.json`; the README's table is made from that file (`eval/families_table.py`). One
-family of each structure is checked in full, of the others streaming and the unequal cut (see
+`eval/families.json`; the table in docs/models.md is made from that file (`eval/families_table.py`).
+One family of each structure is checked in full, of the others streaming and the unequal cut (see
 `structures`); `-m nightly` checks the rest of them.
 """
 
@@ -139,9 +139,9 @@ def test_the_record_is_of_this_registry() -> None:
     assert set(RECORD["resident_only"]) | set(RECORD["served_from"]) <= set(RECORD["served"])
 
 
-def test_the_readme_shows_the_record() -> None:
+def test_the_docs_show_the_record() -> None:
     sys.path.insert(0, str(EVAL))
     from families_table import replaced, table
 
-    readme = (EVAL.parent / "README.md").read_text()
-    assert replaced(readme, table(RECORD)) == readme
+    page = (EVAL.parent / "docs" / "models.md").read_text()
+    assert replaced(page, table(RECORD)) == page

@@ -161,7 +161,7 @@ def test_watching_changes_no_logit_and_leaves_no_trace() -> None:
 
 
 def test_taylor_sums_equal_weight_times_gradient() -> None:
-    """Σ_t t_e = Σ_{w in down_proj_e} w · dL/dw, because down_proj is linear (METHODS §6)."""
+    """Σ_t t_e = Σ_{w in down_proj_e} w · dL/dw, as docs/methods.md, section 6, says."""
     model = model_of()
     got = collect(model, batches())
     blocks = find_blocks(model)

@@ -248,9 +248,7 @@ def test_the_recipe_is_accepted() -> None:
 
     recipe = ROOT / "recipes" / "vision" / "digits-sparse.yaml"
     assert SparseSettings.of(_written(recipe, SparseSettings)).sparsity > 0.9
-    assert "moe-fair vision sparsify --recipe recipes/vision/digits-sparse.yaml -o" in (
-        recipe.read_text()
-    )
+    assert "moe-fair vision sparsify --recipe digits-sparse -o" in recipe.read_text()
 
 
 def test_verify_counts_the_zeros(pictures: Path, tmp_path: Path) -> None:

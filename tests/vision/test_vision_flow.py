@@ -316,4 +316,4 @@ def test_the_recipes_hold_settings_that_are_accepted(recipe: Path) -> None:
 
     assert Settings.of(_written(recipe, Settings)).finetune_epochs > 0
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
-    assert f"--recipe recipes/vision/{recipe.name} -o" in "\n".join(header)
+    assert f"--recipe {recipe.stem} -o" in "\n".join(header)

@@ -14,7 +14,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] negative ratio of mean absolute value to root mean square."""
+    """[N] −mean|w| / rms(w) over the expert's matrices; no data."""
     count = view["weight_count"]
     return -(view["weight_abs"] / count) / (view["weight_sq"] / count).sqrt().clamp(min=1e-300)
 

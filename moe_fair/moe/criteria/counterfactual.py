@@ -1,5 +1,6 @@
-"""What the loss and the layer's output would be with the expert alone removed (METHODS §6).
+"""What the loss and the layer's output would be with the expert alone removed.
 
+See docs/methods.md, section 6.
 With y₋ₑ the layer's output after e has left, its tokens sent to the next best expert and the router
 weighing again, Δ_e(t) = y₋ₑ(t) − y(t), ℓ the summed loss of a sequence and
 δ_e(t) = ⟨∂ℓ/∂y_t, Δ_e(t)⟩, per calibration token
@@ -49,12 +50,12 @@ LEAST = 1e-6  # of observations beyond the first: below it a spread says nothing
 
 
 def reconstruction(view: GroupView) -> Tensor:
-    """[N] mean ‖Δ‖² over tokens."""
+    """[N] mean ‖Δ‖² over tokens, Δ the change of the layer's output without the expert."""
     return view["removed_error"] / view.total_tokens
 
 
 def first_order(view: GroupView) -> Tensor:
-    """[N] mean δ over tokens; signed."""
+    """[N] mean δ over tokens, signed; δ = ⟨∂ℓ/∂y, Δ⟩, the first order of the loss change."""
     return view["removed_first"] / view.total_tokens
 
 
@@ -69,17 +70,17 @@ def second_order(view: GroupView) -> Tensor:
 
 
 def set_score(view: GroupView) -> Tensor:
-    """[N] what each expert adds when its turn comes."""
+    """[N] what the expert adds to the second order of those that left before it."""
     return _added(view, torch.zeros(view.group.size, dtype=torch.float64))
 
 
 def agreed_score(view: GroupView) -> Tensor:
-    """[N] what each expert adds when its turn comes, with the first order that is agreed on."""
+    """[N] the same, and of the first order what sequences and domains agree on."""
     return _added(view, first_order(view) * agreement(view))
 
 
 def measured_score(view: GroupView) -> Tensor:
-    """[N] loss change by each expert's removal alone, half of it measured."""
+    """[N] mean of the loss change measured with it alone removed, and of ½ δ² scaled to these."""
     beyond = (view["alone_change"] - view["alone_first"]) / view["alone_tokens"]
     of_share = view["alone_fisher"] / view["alone_tokens"]
     scale = max(0.0, float(beyond.sum()) / max(float(of_share.sum()), 1e-300))

@@ -14,7 +14,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] turn-weighted output mass."""
+    """[N] Σ g‖f‖ (1 - cos(x, x + y)): output mass, tokens weighted by how far they turn."""
     return view["turned_norm"]
 
 

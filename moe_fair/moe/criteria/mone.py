@@ -17,7 +17,7 @@ WEIGHT = 0.5
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] fluctuation times usage."""
+    """[N] how much the output varies over tokens, times usage."""
     n = view["tokens"].clamp(min=1e-300).unsqueeze(1)
     mean = view["output"] / n
     variance = (view["output_sq"] / n - mean.square()).clamp(min=0)

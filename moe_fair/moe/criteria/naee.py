@@ -16,7 +16,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[E] (place + 1) / E; the first to leave has the lowest."""
+    """[N] place in the greedy order of `--allocate naee`; the first to leave has the lowest."""
     order, _ = greedy(view["gated_gram"].numpy(), view.group.blocks)
     places = torch.empty(len(order), dtype=torch.float64)
     places[order] = torch.arange(1, len(order) + 1, dtype=torch.float64)

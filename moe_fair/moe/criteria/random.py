@@ -16,7 +16,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] uniform in [0, 1)."""
+    """[N] seeded noise, uniform in [0, 1)."""
     key = f"{view.group.name} {view.total_tokens} {view['gate'].sum().item():.6g}"
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(seed)

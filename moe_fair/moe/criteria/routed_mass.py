@@ -13,7 +13,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] summed norms of the weighted outputs."""
+    """[N] Σ g‖f‖."""
     return view["gated_norm"]
 
 

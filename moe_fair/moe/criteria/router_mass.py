@@ -9,7 +9,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] summed router weights."""
+    """[N] Σ g."""
     return view["gate"]
 
 

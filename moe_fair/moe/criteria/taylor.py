@@ -18,17 +18,17 @@ from moe_fair.core.units import GroupView
 
 
 def absolute_mean(view: GroupView) -> Tensor:
-    """[N] |mean over sequences|."""
+    """[N] |mean over sequences| of t, the gate Taylor value."""
     return view["taylor"].abs() / view.total_sequences
 
 
 def per_token(view: GroupView) -> Tensor:
-    """[N] Σ_t |t_e| per calibration token."""
+    """[N] Σ |t| per calibration token."""
     return view["taylor_abs"] / view.total_tokens
 
 
 def per_sequence_squared(view: GroupView) -> Tensor:
-    """[N] mean over sequences of the squared row."""
+    """[N] mean over sequences of (Σ t)²."""
     return (view.row_weights @ view.rows.square()) / view.row_weights.sum()
 
 

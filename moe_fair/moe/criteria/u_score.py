@@ -16,7 +16,7 @@ from moe_fair.core.units import GroupView
 
 
 def score(view: GroupView) -> Tensor:
-    """[N] largest distance between domains.
+    """[N] largest sliced W₁ of the gated output between two calibration domains.
 
     Raises:
         ValueError: there are fewer than two domains.

@@ -1,4 +1,7 @@
-"""A D × D matrix on the routed output: argmin ‖y - y'A‖² + λ‖A - aI‖² (METHODS §7)."""
+"""A D × D matrix on the routed output: argmin ‖y - y'A‖² + λ‖A - aI‖².
+
+See docs/methods.md, section 7.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New down projections for the remaining experts (METHODS §7):
+"""New down projections for the remaining experts, by ridge regression (docs/methods.md, section 7):
 
     min over W   Σ_t ‖y(t) - Σ_e g_e h_e(t) W_e‖² + λ Σ_e ‖W_e - a W_e⁰‖²
 

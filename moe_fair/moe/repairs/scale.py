@@ -1,4 +1,4 @@
-"""One factor per layer on the routed output: a = ⟨y, y'⟩ / ⟨y', y'⟩ (METHODS §7).
+"""One factor per layer on the routed output: a = ⟨y, y'⟩ / ⟨y', y'⟩ (docs/methods.md, section 7).
 
 With softmax over the remaining experts and no renormalisation over the top k every remaining weight
 grows when experts leave; a factor takes most of that back.

@@ -1,5 +1,6 @@
-"""Channelwise variance matching (arXiv 2605.25508; METHODS §4), its scale shrunk toward 1.
+"""Channelwise variance matching (arXiv 2605.25508), its scale shrunk toward 1.
 
+See docs/methods.md, section 4.
 Each channel of the routed output gets the variance that the target has. The published form also
 matches the mean; experts without a bias have nowhere to put a shift, so only a bias takes one.
 """

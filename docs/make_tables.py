@@ -1,0 +1,99 @@
+"""The tables of criteria, allocators and repairs in docs/, from the registries.
+
+    python docs/make_tables.py           # print them
+    python docs/make_tables.py --write   # put them into their pages
+
+What a rule is comes from its own docstring. A test fails where a page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_fair.core.allocate import allocators, needs
+from moe_fair.moe.criteria import criteria
+from moe_fair.moe.repairs import repairs
+
+DOCS = Path(__file__).parent
+# statistics that are collected where something needs them -> the option that asks for them
+OPTIONS = {"sketch": "`--u-score`", "gated_gram": "`--gram`", "alone_change": "`--alone`"}
+# what an allocator may need -> what gives it
+GIVEN_BY = {
+    "protection": "protection scores, `--protection`",
+    "costs": "measured cost curves, `--curves`",
+    "rows": "Taylor rows, of `--taylor`",
+    "gram": "`--gram`",
+}
+
+
+def tables() -> Iterator[tuple[str, str, str]]:
+    """Page, name and Markdown of each table."""
+    header: tuple[str, ...] = ("criterion", "score of an expert", "option", "source")
+    rows = [
+        (
+            f"`{name}`",
+            first(c.score),
+            _joined(OPTIONS[n] for n in c.needs if n in OPTIONS),
+            c.source,
+        )
+        for name, c in criteria().items()
+    ]
+    yield "choosing.md", "criteria", _table(header, rows)
+    header = ("`--allocate`", "budget", "needs")
+    rows = [
+        (f"`{name}`", first(a), _joined(text for n, text in GIVEN_BY.items() if needs(a, n)))
+        for name, a in allocators().items()
+    ]
+    yield "choosing.md", "allocators", _table(header, rows)
+    header = ("`--repair`", "what is fitted, and folded into tensors that are there")
+    rows = [("`none`", "Nothing."), *((f"`{name}`", first(r)) for name, r in repairs().items())]
+    yield "repair.md", "repairs", _table(header, rows)
+
+
+def first(rule: Any) -> str:
+    """The first sentence of a docstring, without shapes and without where to read on."""
+    text = " ".join((inspect.getdoc(rule) or "").split("\n\n")[0].split())
+    cited = r"docs/methods\.md, section \d+"
+    text = re.sub(rf"^\[N\] |; {cited}|\s*\({cited}\)", "", text)
+    text = re.split(r"(?<=\.)\s", text)[0].rstrip(":.")
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def replaced(page: str, name: str, table: str) -> str:
+    """The page with this table between its two marks."""
+    start, end = f"<!-- {name}: docs/make_tables.py -->\n", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(start)
+    _, _, after = rest.partition(end)
+    assert after, f"the page has no {start.strip()} ... {end}"
+    return before + start + table + end + after
+
+
+def main() -> None:
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into the pages")
+    write = parser.parse_args().write
+    for page, name, table in tables():
+        if write:
+            (DOCS / page).write_text(replaced((DOCS / page).read_text(), name, table))
+        else:
+            print(f"{page}: {name}\n{table}")
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    escaped = ([cell.replace("|", r"\|") for cell in r] for r in lines)
+    return "".join(f"| {' | '.join(r)} |\n" for r in escaped)
+
+
+def _joined(words: Iterable[str]) -> str:
+    return "; ".join(words)
+
+
+if __name__ == "__main__":
+    main()
