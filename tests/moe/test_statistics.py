@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import FORWARD, TAYLOR, VECTORS, families
 from tiny import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collector import FORWARD, TAYLOR, VECTORS, ExpertCollector
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.criteria.counterfactual import agreement
 
@@ -41,10 +42,9 @@ def collect(
     model: Any, data: list[Batch], taylor: bool = True, counterfactual: bool = False
 ) -> Statistics:
     blocks = find_blocks(model)
-    collector = ExpertCollector(
-        blocks, [b.unit_group(4) for b in blocks], DOMAINS,
-        taylor=taylor, counterfactual=counterfactual,
-    )  # fmt: skip
+    more = ["counterfactual"] if counterfactual else []
+    wanted = families(*more, taylor=taylor)
+    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, wanted)
     with collector:
         ResidentEngine(model).run(data, collector, backward=taylor)
     return collector.statistics()
@@ -143,7 +143,8 @@ def test_watching_changes_no_logit_and_leaves_no_trace() -> None:
     model = model_of()
     batch = batches()[0]
     blocks = find_blocks(model)
-    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, taylor=False)
+    groups = [b.unit_group(4) for b in blocks]
+    collector = ExpertCollector(blocks, groups, DOMAINS, families(taylor=False))
 
     def watched() -> None:
         with collector:
@@ -295,7 +296,7 @@ def test_checkpointed_layers_are_booked_once() -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     blocks = find_blocks(model)
-    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS)
+    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, families())
     engine = ResidentEngine(model)
     model.train()  # transformers checkpoints in training mode only; this model has no dropout
     with collector:
