@@ -159,12 +159,30 @@ def test_one_domain_cannot_be_compared(fails: Fails, tmp_path: Path) -> None:
     assert "--for fair-u: u-score compares calibration domains" in said
 
 
+def test_the_flags_of_earlier_versions_are_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    run("calibrate", "--help")
+    shown = capsys.readouterr().out
+    assert "--for" in shown
+    for name in ("taylor", "counterfactual", "u-score", "gram", "alone"):
+        assert f"--{name}" not in shown
+        assert f"--no-{name}" not in shown
+
+
 def test_prune_takes_no_for(fails: Fails, tmp_path: Path, statistics_folder: Path) -> None:
     with pytest.raises(ValueError, match="prune does not use for_"):
         moe_fair.prune(str(MODEL), tmp_path / "out", experts=40, for_=["reap"])
     (tmp_path / "r.yaml").write_text("for: reap\nexperts: 40\n")
     said = fails("prune", MODEL, *TEXT, "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out")
     assert "--for would change nothing: prune collects what its method needs" in said
+
+
+def test_one_recipe_for_all_stages(tmp_path: Path) -> None:
+    """What `calibrate` has honoured is no reason to refuse."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("for: [reap]\nmethod: reap\nexperts: 40\nrepair: none\n")
+    run("calibrate", MODEL, *TEXT, "--recipe", recipe, "-o", tmp_path / "stats")
+    stats = ["--stats", tmp_path / "stats", "--dry-run"]
+    run("prune", MODEL, "--recipe", recipe, *stats, "-o", tmp_path / "out")
 
 
 def test_statistics_that_lack_something_are_refused_before_anything_is_measured(

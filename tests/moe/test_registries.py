@@ -13,6 +13,8 @@ import pytest
 
 from moe_fair.core import allocate
 from moe_fair.moe import criteria, repairs, statistics
+from moe_fair.vision import criteria as vision_criteria
+from moe_fair.vision.sparse import rules
 
 TESTS = Path(__file__).parent.parent
 
@@ -26,7 +28,7 @@ def modules(package: ModuleType) -> Iterator[ModuleType]:
 def entries() -> list[tuple[str, ModuleType, str]]:
     """(name, its module, its source or formula) of every rule and every statistic."""
     found = []
-    for package in (allocate, criteria, repairs, statistics):
+    for package in (allocate, criteria, repairs, statistics, vision_criteria, rules):
         for module in modules(package):
             document = (module.__doc__ or "").strip()
             for c in getattr(module, "criteria", ()):
@@ -56,5 +58,6 @@ def test_what_is_found_by_file_is_what_the_registries_have() -> None:
     names = {name for name, _, _ in entries()}
     assert names >= criteria.criteria().keys() | statistics.statistics().keys()
     assert names >= allocate.allocators().keys() | repairs.repairs().keys()
+    assert names >= vision_criteria.criteria().keys() | rules.rules().keys()
     needed = {n for c in criteria.criteria().values() for n in c.needs}
     assert needed <= statistics.statistics().keys()
