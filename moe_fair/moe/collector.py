@@ -25,7 +25,7 @@ from moe_fair.core.sketch import DIRECTIONS, Sketch
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import After, Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
-from moe_fair.moe.statistic import Family, Pass
+from moe_fair.moe.statistic import Family, Pass, check_shape
 from moe_fair.moe.statistics import Collected, offered, usual
 
 
@@ -249,27 +249,14 @@ class _BatchAccumulator:
         self.flush()
 
     def _take(self, family: Family, values: Mapping[str, Tensor]) -> None:
-        """A family's share of the batch.
-
-        Raises:
-            ValueError: it is not what the family declares.
-        """
+        """A family's share of the batch."""
         sizes = {
             "E": self.tap.size, "B": len(self.batch.mask), "S": len(self.seen.ids),
             "P": DIRECTIONS,
         }  # fmt: skip
+        known = {n: s for n, s in family.names.items() if n in self.tap.statistics}
         for name, value in values.items():
-            known = self.tap.statistics if name in family.names else {}
-            shape = known[name].shape.split() if name in known else []
-            # D is not one number everywhere: experts may work in a narrower space
-            fits = len(shape) == value.dim() and all(
-                sizes.get(letter, n) == n for letter, n in zip(shape, value.shape, strict=True)
-            )
-            if not fits:
-                raise ValueError(
-                    f"the statistics {family.name!r} give {name} {list(value.shape)} for "
-                    f"{self.tap.size} experts, and declare {' × '.join(shape) or 'none'}"
-                )
+            check_shape(family.name, name, value, known.get(name), sizes)
         self.values |= values
 
     def flush(self) -> None:

@@ -132,3 +132,26 @@ class Pass:
         if self.counted is not None:
             return self.batch.mask.flatten().to(values) @ values
         return values.sum(0)
+
+
+def check_shape(
+    family: str, name: str, value: Tensor, known: Statistic | None, sizes: Mapping[str, int]
+) -> None:
+    """A batch's share is what its family declares.
+
+    Args:
+        known: the statistic of this name, if it is collected.
+        sizes: of the letters; D is not one number, as experts may work in a narrower space.
+
+    Raises:
+        ValueError: it is not.
+    """
+    shape = known.shape.split() if known is not None else []
+    fits = len(shape) == value.dim() and all(
+        sizes.get(letter, n) == n for letter, n in zip(shape, value.shape, strict=True)
+    )
+    if known is None or not fits:
+        raise ValueError(
+            f"the statistics {family!r} give {name} {list(value.shape)} for {sizes['E']} experts, "
+            f"and declare {' × '.join(shape) or 'none'}"
+        )
