@@ -20,25 +20,25 @@ from moe_fair.moe.criteria import criteria
 from moe_fair.moe.repairs import repairs
 
 DOCS = Path(__file__).parent
-# statistics that are collected where something needs them -> the option that asks for them
-OPTIONS = {"sketch": "`--u-score`", "gated_gram": "`--gram`", "alone_change": "`--alone`"}
+# statistics that are collected where something asks for them
+ASKED_FOR = {"sketch", "gated_gram", "alone_change"}
 # what an allocator may need -> what gives it
 GIVEN_BY = {
     "protection": "protection scores, `--protection`",
     "costs": "measured cost curves, `--curves`",
-    "rows": "Taylor rows, of `--taylor`",
-    "gram": "`--gram`",
+    "rows": "Taylor rows, which are collected unasked",
+    "gram": "`calibrate --for naee`",
 }
 
 
 def tables() -> Iterator[tuple[str, str, str]]:
     """Page, name and Markdown of each table."""
-    header: tuple[str, ...] = ("criterion", "score of an expert", "option", "source")
+    header: tuple[str, ...] = ("criterion", "score of an expert", "collected with", "source")
     rows = [
         (
             f"`{name}`",
             first(c.score),
-            _joined(OPTIONS[n] for n in c.needs if n in OPTIONS),
+            f"`--for {name}`" if ASKED_FOR & set(c.needs) else "",
             c.source,
         )
         for name, c in criteria().items()

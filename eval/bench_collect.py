@@ -29,6 +29,7 @@ from moe_fair.moe.calibration_text import parse_source, sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
+from moe_fair.moe.statistics import collecting, unasked
 
 
 def main() -> None:
@@ -83,7 +84,8 @@ def watch(
     taylor: bool,
 ) -> None:
     """A whole collection."""
-    collector = ExpertCollector(find_blocks(model), source.groups, ("all",), taylor=taylor)
+    wanted = collecting(unasked("always", "usual"), ["counterfactual"], backward=taylor)
+    collector = ExpertCollector(find_blocks(model), source.groups, ("all",), wanted)
     with collector:
         engine.run(batches, collector, backward=taylor)
 

@@ -32,6 +32,7 @@ from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
+from moe_fair.moe.statistics import collecting, unasked
 
 # name -> (engine, checkpointing, backward, counterfactual; None: nobody watches)
 VARIANTS: dict[str, tuple[str, bool, bool, bool | None]] = {
@@ -133,9 +134,9 @@ def watch(
     counterfactual: bool,
 ) -> None:
     """A whole collection."""
-    collector = ExpertCollector(
-        find_blocks(model), source.groups, ("all",), taylor=backward, counterfactual=counterfactual
-    )
+    without = () if counterfactual else ("counterfactual",)
+    wanted = collecting(unasked("always", "usual"), without, backward=backward)
+    collector = ExpertCollector(find_blocks(model), source.groups, ("all",), wanted)
     with collector:
         engine.run(batches, collector, backward=backward)
 

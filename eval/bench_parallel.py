@@ -107,7 +107,7 @@ def collect(
     engine: Engine, model: torch.nn.Module, source: Checkpoint, share: list[Batch], team: Team
 ) -> Statistics | None:
     """A whole collection with every statistic."""
-    collector = ExpertCollector(find_blocks(model), source.groups, ("all",), counterfactual=True)
+    collector = ExpertCollector(find_blocks(model), source.groups, ("all",))
     with collector:
         engine.run(share, collector)
     return team.reduce(collector.statistics() if share else None)

@@ -220,14 +220,17 @@ class Subject:
 
     def collect(self, methods: Sequence[str]) -> Statistics | None:
         """Statistics for all the methods, if there are any."""
+        from moe_fair.moe.statistics import collecting, unasked
         from moe_fair.pipelines.calibrate import collect
-        from moe_fair.pipelines.checks import with_needs
+        from moe_fair.pipelines.collection import needed
 
         if not methods:
             return None
-        recipes = [with_needs(self.recipe.with_settings(settings(m))) for m in methods]
-        extra = {n: any(getattr(r, n) for r in recipes) for n in ("u_score", "gram")}
-        found = collect(self.recipe.with_settings(extra), self.source, self.text, _quiet)
+        asked = unasked("always", "usual")
+        for m in methods:
+            asked |= needed(self.recipe.with_settings(settings(m)))
+        wanted = collecting(asked)
+        found = collect(self.recipe, self.source, self.text, _quiet, collected=wanted)
         assert found is not None  # there is no other process
         return found
 
@@ -239,6 +242,7 @@ class Subject:
         from moe_fair.core.cost_curves import holds_curves
         from moe_fair.pipelines import checks
         from moe_fair.pipelines import moe as pipeline
+        from moe_fair.pipelines.collection import for_prune
         from moe_fair.pipelines.removal_costs import holds_alone, measure_alone, measure_curves
 
         assert statistics is not None  # collected for this method
@@ -247,7 +251,7 @@ class Subject:
 
             return search(chosen, statistics, evaluations=self.args.evaluations), statistics
         removal, _, rule = checks.method(chosen)
-        if checks.with_needs(chosen).alone and not holds_alone(statistics):
+        if "alone" in for_prune(chosen) and not holds_alone(statistics):
             statistics = measure_alone(chosen, self.source, self.text, statistics, None, _quiet)
         if needs(allocator(rule), "costs") and not holds_curves(statistics, removal.name, None):
             with tempfile.TemporaryDirectory() as work:

@@ -41,6 +41,7 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criterion
+from moe_fair.moe.statistics import collecting, unasked
 from moe_fair.pipelines import moe as pipeline
 
 WORKER = Path(__file__).parent / "peers" / "llmcompressor_reap.py"
@@ -102,7 +103,8 @@ def main() -> int:
 def our_scores(source: Checkpoint, text: CalibrationSet, batches: list[Batch]) -> Measured:
     """REAP from our statistics."""
     engine = ResidentEngine(model := source.load("float32", "cpu"))
-    collector = ExpertCollector(find_blocks(model), source.groups, text.domains, taylor=False)
+    wanted = collecting(unasked("always"))
+    collector = ExpertCollector(find_blocks(model), source.groups, text.domains, wanted)
     running = []
     with collector:
         for batch in batches:

@@ -255,6 +255,7 @@ def measured(kind: str) -> Iterator[tuple[str, float, float]]:
     from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.moe.collector import ExpertCollector
     from moe_fair.moe.engine_choice import start
+    from moe_fair.moe.statistics import collecting, unasked
 
     shape, config = small(kind)
     sequences, length, domains = 8, 64, 2
@@ -277,9 +278,8 @@ def measured(kind: str) -> Iterator[tuple[str, float, float]]:
         assert isinstance(engine, StreamingEngine)
         hollow.set_experts_implementation("eager")  # one product per expert: what counters know
         hollow.set_attn_implementation("eager")
-        collector = ExpertCollector(
-            find_blocks(hollow), source.groups, text.domains, counterfactual=False
-        )
+        wanted = collecting(unasked("always", "usual"), ["counterfactual"])
+        collector = ExpertCollector(find_blocks(hollow), source.groups, text.domains, wanted)
         held = _watch_activations()
         with collector, FlopCounterMode(display=False) as counter:
             engine.run(text.batches(4), collector)
@@ -293,9 +293,7 @@ def measured(kind: str) -> Iterator[tuple[str, float, float]]:
         yield "FLOPs", flops(shape, tokens, length, extra=0), counter.get_total_flops()
         yield "boundary activations", activation_bytes(shape, tokens, 4), held.total
         # FLOPs were counted without the removals; statistics are counted with them
-        collector = ExpertCollector(
-            find_blocks(hollow), source.groups, text.domains, counterfactual=True
-        )
+        collector = ExpertCollector(find_blocks(hollow), source.groups, text.domains)
         with collector:
             engine.run(text.batches(4), collector)
         packed = sum(t.nbytes for t in collector.statistics().pack()[1].values())

@@ -42,7 +42,7 @@ def calibrate(
     Args:
         model: local directory or Hub id.
         output: a new directory to save the statistics to.
-        settings: see `Recipe` (calibration, samples, length, seed, dtype, taylor, ...).
+        settings: see `Recipe` (calibration, samples, length, seed, dtype, for_, ...).
 
     Raises:
         ValueError: bad input; one line says what, which, why and what to do.

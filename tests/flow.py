@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collected import FORWARD, VECTORS, families
 from masking import masked
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
-from moe_fair.moe.collector import FORWARD, VECTORS, ExpertCollector
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.surgery import cut
 from moe_fair.moe.trial import trial_losses
 
@@ -55,7 +56,7 @@ def batches() -> list[Batch]:
 
 def collect(checkpoint: Checkpoint, model: Any, engine: Any) -> Statistics:
     """Statistics of `batches()`."""
-    collector = ExpertCollector(find_blocks(model), checkpoint.groups, DOMAINS)
+    collector = ExpertCollector(find_blocks(model), checkpoint.groups, DOMAINS, families())
     with collector:
         engine.run(batches(), collector)
     return collector.statistics()
@@ -211,7 +212,8 @@ def check_counterfactual(
     """Σ ‖Δ_e‖² is what the last block's output changes by when its router cannot see e."""
     model = original(checkpoint)
     blocks = find_blocks(model)
-    with ExpertCollector(blocks, checkpoint.groups, DOMAINS, counterfactual=True) as collector:
+    wanted = families("counterfactual")
+    with ExpertCollector(blocks, checkpoint.groups, DOMAINS, wanted) as collector:
         ResidentEngine(model).run(batches(), collector)
     block = blocks[-1]
     got = collector.statistics().sums[block.name]["removed_error"]

@@ -195,7 +195,7 @@ def test_the_commands_measure_what_the_score_needs(
     assert recipe.model is not None
     said = fails("plan", base, "--ratio", ".25", "--method", SCORE)
     assert "alone_change" in said
-    assert "--alone" in said
+    assert f"--for {SCORE}" in said
     done = moe_fair.prune(
         recipe.model, tmp_path / "out", statistics=base, method=SCORE, ratio=0.25,
         repair="none", curve_samples=2, engine="resident", length=64,
@@ -207,5 +207,15 @@ def test_the_commands_measure_what_the_score_needs(
     assert again.kept == done.plan.kept
     text = ["-c", str(CALIBRATION), "--samples", "4", "--length", "16", "--curve-samples", "2"]
     with pytest.raises(SystemExit, match="0"):
-        main(["calibrate", recipe.model, *text, "--alone", "-o", str(tmp_path / "stats")])
+        main(
+            [
+                "calibrate",
+                recipe.model,
+                *text,
+                "--for",
+                f"default,{SCORE}",
+                "-o",
+                str(tmp_path / "stats"),
+            ]
+        )
     assert holds_alone(Statistics.load(tmp_path / "stats"))

@@ -19,15 +19,21 @@ from places import CALIBRATION, MODEL, ROOT
 import moe_fair
 from moe_fair.core.allocate import allocators
 from moe_fair.core.units import Statistics
+from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe import criteria as criteria_package
 from moe_fair.moe.blocks import find_blocks, standard_block
+from moe_fair.moe.calibration_text import CalibrationSet
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.families import families
 from moe_fair.moe.repairs import repairs
+from moe_fair.moe.statistics import collecting
+from moe_fair.moe.statistics import families as statistics_families
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 GROUP = "project.entry-points."
-REGISTRIES = (criteria_package.criteria, allocators, repairs, families)
+REGISTRIES = (criteria_package.criteria, allocators, repairs, families, statistics_families)
 
 
 def project() -> dict[str, dict[str, str]]:
@@ -133,3 +139,32 @@ def test_the_family_sees_what_structure_shows(installed: dict[str, ModuleType]) 
     found = find_blocks(model)
     assert found == [standard_block(b.name, b.block) for b in found]
     assert len(found) == len(model.model.layers)
+
+
+def test_the_statistic_is_collected(installed: dict[str, ModuleType]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    blocks = find_blocks(model)
+    text = CalibrationSet(("a",), tuple((list(range(i, i + 20)), 0) for i in (3, 40)))
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {b.name: [] for b in blocks}
+    for b in blocks:
+        b.experts.register_forward_pre_hook(
+            lambda module, given, name=b.name: seen[name].append(given[:2])
+        )
+    engine = ResidentEngine(model)
+    with torch.no_grad():
+        for batch in text.batches(2):
+            model(input_ids=batch.input_ids)
+    wanted = {b.name: torch.zeros(b.num_experts, dtype=torch.float64) for b in blocks}
+    for b in blocks:
+        for x, ids in seen[b.name]:
+            for t, e in ((i // ids.shape[1], e) for i, e in enumerate(ids.flatten().tolist())):
+                gate, up = (b.experts.gate_up_proj[e] @ x[t]).chunk(2)
+                f = b.experts.down_proj[e] @ (b.experts.act_fn(gate) * up)
+                wanted[b.name][e] += f.detach().abs().max().double()
+    groups = Checkpoint(str(MODEL)).groups
+    with ExpertCollector(blocks, groups, ("a",), collecting({"peak"})) as collector:
+        engine.run(text.batches(2), collector, backward=False)
+    found = collector.statistics()
+    assert set(found.sums[blocks[0].name]) == {"peak"}
+    for name, sums in wanted.items():
+        torch.testing.assert_close(found.sums[name]["peak"][0], sums, rtol=1e-5, atol=1e-7)

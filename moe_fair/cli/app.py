@@ -43,6 +43,7 @@ from moe_fair.cli.options import (
     EvalDtype,
     EvalOutput,
     Experts,
+    For,
     Format,
     Fresh,
     Gram,
@@ -139,7 +140,8 @@ def _root(
 def calibrate(
     model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
     calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
+    seed: Seed = None, for_: For = None,
+    taylor: Taylor = None, counterfactual: Counterfactual = None,
     u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
     curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
     mtp: Mtp = None, hash_layers: HashLayers = None,
@@ -410,8 +412,9 @@ def _settings(given: dict[str, Any]) -> Recipe:
     chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}
     if "weights" in chosen:
         chosen["weights"] = _parse_weights(chosen["weights"])
-    if "rivals" in chosen:
-        chosen["rivals"] = tuple(name.strip() for name in chosen["rivals"].split(","))
+    for name in ("rivals", "for_"):
+        if name in chosen:
+            chosen[name] = tuple(part.strip() for part in chosen[name].split(","))
     return base.with_settings(chosen)
 
 

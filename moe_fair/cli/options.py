@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 
-def option(*names: str, text: str, panel: str | None = None) -> Any:
+def option(*names: str, text: str, panel: str | None = None, hidden: bool = False) -> Any:
     """An option with its help text, in a panel of the help screen."""
     plain = text.replace("[", "\\[")  # a bracket is not markup here
-    return typer.Option(*names, help=plain, rich_help_panel=panel, show_default=False)
+    return typer.Option(
+        *names, help=plain, rich_help_panel=panel, show_default=False, hidden=hidden
+    )
 
 
 TEXT, SCORE, TARGET, RUN = (
@@ -128,50 +130,23 @@ SaveEvery = Annotated[
     ),
 ]
 Fresh = Annotated[bool | None, option("--fresh", text="Discard what a killed run left", panel=RUN)]
-Taylor = Annotated[
-    bool | None,
+For = Annotated[
+    str | None,
     option(
-        "--taylor/--no-taylor",
-        text="Also run the backward and collect gate Taylor scores  [default: --taylor]",
+        "--for",
+        text="Collect exactly what these methods need: a,b,c of criterion, criterion/allocator, "
+        "merge, and default for what is collected without this option",
         panel=TEXT,
     ),
 ]
+# of earlier versions, for one release; see pipelines/collection.py
+Taylor = Annotated[bool | None, option("--taylor/--no-taylor", text="See --for", hidden=True)]
 Counterfactual = Annotated[
-    bool | None,
-    option(
-        "--counterfactual/--no-counterfactual",
-        text="Also collect what each expert's removal alone would change  "
-        "[default: --counterfactual]",
-        panel=TEXT,
-    ),
+    bool | None, option("--counterfactual/--no-counterfactual", text="See --for", hidden=True)
 ]
-UScore = Annotated[
-    bool | None,
-    option(
-        "--u-score/--no-u-score",
-        text="Also keep the distributions of each expert's outputs per calibration domain, for "
-        "--method fair-u  [default: --no-u-score; prune collects what its method needs]",
-        panel=TEXT,
-    ),
-]
-Gram = Annotated[
-    bool | None,
-    option(
-        "--gram/--no-gram",
-        text="Also collect the products of what any two experts add to their layer's output, for "
-        "--method naee  [default: --no-gram; prune collects what its method needs]",
-        panel=TEXT,
-    ),
-]
-Alone = Annotated[
-    bool | None,
-    option(
-        "--alone/--no-alone",
-        text="Also measure the loss with each expert removed alone, for --method "
-        "counterfactual-measured  [default: --no-alone; prune measures what its method needs]",
-        panel=TEXT,
-    ),
-]
+UScore = Annotated[bool | None, option("--u-score/--no-u-score", text="See --for", hidden=True)]
+Gram = Annotated[bool | None, option("--gram/--no-gram", text="See --for", hidden=True)]
+Alone = Annotated[bool | None, option("--alone/--no-alone", text="See --for", hidden=True)]
 Curves = Annotated[
     str | None,
     option(
@@ -185,7 +160,7 @@ CurveSamples = Annotated[
     int | None,
     option(
         "--curve-samples",
-        text="Calibration sequences on which --alone and cost curves are measured  [default: 16]",
+        text="Calibration sequences on which removals and cost curves are measured  [default: 16]",
         panel=TEXT,
     ),
 ]

@@ -46,8 +46,7 @@ class Criterion:
             if missing:
                 raise ValueError(
                     f"criterion {self.name!r} needs {', '.join(missing)}, which these statistics "
-                    "do not hold; --no-taylor and --no-counterfactual leave some out, --u-score "
-                    "adds the sketch, --gram gated_gram, --alone measured removals: calibrate again"
+                    f"do not hold; collect it with `moe-fair calibrate --for {self.name}`"
                 )
             score = self.score(view).to(torch.float64)
             assert score.shape == (group.size,), (self.name, score.shape, group.size)

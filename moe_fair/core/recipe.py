@@ -40,7 +40,7 @@ UNUSED = {
     "calibrate": (
         *TARGETS, "min_experts", "multiple_of", "repair", "heldout", "heldout_samples",
     ),
-    "prune": ("curves",),
+    "prune": ("curves", "for_"),
 }  # fmt: skip
 
 
@@ -66,11 +66,10 @@ class Recipe:
         max_memory: the most that the weights may take in memory, as "16GB"; decides `auto`.
         save_every: batches after which partial statistics are saved; a killed run goes on there.
         fresh: discard what a killed run left instead.
-        taylor: also run the backward and collect gate Taylor scores.
-        counterfactual: also collect what each expert's removal would change in its layer.
-        u_score: also keep the distributions of each expert's outputs per calibration domain.
-        gram: also collect the products of what any two experts of a layer add to its output.
-        alone: also measure the loss with each expert removed alone.
+        for_: methods, `criterion` or `criterion/allocator`, whose statistics `calibrate` collects;
+            unset: the usual ones. In a file the key is `for`.
+        taylor, counterfactual, u_score, gram, alone: of earlier versions, for one release: families
+            of statistics that are also collected, or are not (see `pipelines.collection`).
         curves: removal score in whose order `calibrate` also measures cost curves.
         curve_samples: calibration sequences on which these two are measured.
         method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
@@ -121,11 +120,12 @@ class Recipe:
     max_memory: str | None = None
     save_every: int = 32
     fresh: bool = False
-    taylor: bool = True
-    counterfactual: bool = True
-    u_score: bool = False
-    gram: bool = False
-    alone: bool = False
+    for_: tuple[str, ...] | None = None
+    taylor: bool | None = None
+    counterfactual: bool | None = None
+    u_score: bool | None = None
+    gram: bool | None = None
+    alone: bool | None = None
     curves: str | None = None
     curve_samples: int = 16
     method: str | None = None
@@ -198,7 +198,7 @@ class Recipe:
     def to_yaml(self, without: Collection[str] = ()) -> str:
         """The recipe as YAML text, without these settings and what a file cannot say."""
         left_out = {*without, *TRUST}
-        plain = {k: v for k, v in self.to_dict().items() if k not in left_out}
+        plain = {KEYS.get(k, k): v for k, v in self.to_dict().items() if k not in left_out}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
@@ -210,6 +210,7 @@ class Recipe:
         Raises:
             ValueError: an unknown or impossible setting.
         """
+        settings = renamed(settings)
         check_keys(settings, "settings")
         clear: dict[str, Any] = {}
         for names, cleared in REPLACED:
@@ -224,6 +225,8 @@ class Recipe:
 SETTINGS: dict[str, Any] = {
     f.name: f.default for f in fields(Recipe) if f.name != "given" and f.default is not MISSING
 }
+# settings that cannot be called in Python what they are called elsewhere
+KEYS = {"for_": "for"}
 # settings -> those that are taken out where one of the former is given
 REPLACED = (
     (TARGETS, TARGETS),
@@ -240,7 +243,7 @@ def load_recipe(path: Path) -> Recipe:
         ValueError: no such file, not YAML, an unknown key (names the nearest), a bad value, or
             one of TRUST.
     """
-    raw = read_settings(path)
+    raw = renamed(read_settings(path))
     try:
         check_keys(raw, str(path))
         check_trust(raw)
@@ -250,6 +253,12 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe(**raw, given=frozenset(raw))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+
+
+def renamed(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same under the names that the settings have here."""
+    own = {key: name for name, key in KEYS.items()}
+    return {own.get(k, k): v for k, v in settings.items()}
 
 
 def check_trust(raw: Mapping[Any, Any]) -> None:
@@ -287,7 +296,7 @@ def check_taken(settings: Mapping[str, Any], command: str) -> None:
         ValueError: one is not; says which.
     """
     given, usual = Recipe().with_settings(settings), Recipe()
-    for name in settings:
+    for name in renamed(settings):
         used = name in PLANNING if command == "plan" else name not in UNUSED[command]
         if not used and getattr(given, name) != getattr(usual, name):
             value = quote(getattr(given, name))
@@ -340,7 +349,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 def flag(name: str) -> str:
     """The option of a setting's name."""
-    return "--" + name.replace("_", "-")
+    return "--" + KEYS.get(name, name).replace("_", "-")
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

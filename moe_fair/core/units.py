@@ -175,6 +175,17 @@ class Statistics:
             sketch=self.sketches.get(group.name),
         )
 
+    def holds(self, name: str) -> bool:
+        """Every group that is allocated a budget has the statistic of this name."""
+        return all(
+            name in self.sums.get(g.name, {})
+            or name in self.constants.get(g.name, {})
+            or (name == "rows" and len(self.rows.get(g.name, ())) > 0)
+            or (name == "sketch" and g.name in self.sketches)
+            for g in self.groups
+            if not g.follows
+        )
+
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both shards of the data together.
 

@@ -3,13 +3,12 @@
 Each experts module is made to compute its outputs one (token, slot) a row, with its own kernel and
 weight 1, so that f_e(x_t) is seen as it is; the rows are then weighted and summed exactly as the
 stock forward does, and the logits stay bitwise the same (grouped_mm). The router weights pass
-through an identity whose backward receives dL/d(weight) = <dL/dy_t, f_e(x_t)>; times the weight it
-is the gate Taylor value t_e of that token (docs/methods.md, section 6). Everything of a batch is
-booked in the backward, so that activation checkpointing, which runs the forward twice, books it
-once.
+through an identity whose backward receives dL/d(weight) = <dL/dy_t, f_e(x_t)>. What is made of all
+this is up to the families of `moe.statistics`. Everything of a batch is booked in the backward, so
+that activation checkpointing, which runs the forward twice, books it once.
 
-Shape legend: B sequences, L tokens each, T = B·L, K top-k, S = T·K (token, slot) rows sorted by
-expert, E experts, D model, G calibration domains.
+Shape legend: B sequences, T tokens, K top-k, S = T·K (token, slot) rows, E experts, D model,
+P directions of a sketch.
 """
 
 from __future__ import annotations
@@ -22,27 +21,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from moe_fair.core.exact_sum import two_sum
-from moe_fair.core.sketch import Sketch, directions
+from moe_fair.core.sketch import DIRECTIONS, Sketch
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import After, Batch
 from moe_fair.moe.blocks import Forward, MoeBlock
-from moe_fair.moe.rerouting import Candidates, Rerouting
-from moe_fair.moe.segments import CELLS, dense_sums, sums, vector_sums, weight_sums
-
-FORWARD = (
-    "tokens",  # n: routed tokens
-    "gate",  # Σ g
-    "gate_sq",  # Σ g²
-    "norm",  # Σ ‖f‖
-    "norm_sq",  # Σ ‖f‖²
-    "gated_norm",  # Σ g‖f‖
-    "gated_norm_sq",  # Σ (g‖f‖)²
-    "turned_norm",  # Σ g‖f‖ (1 - cos(x, x + y))
-)
-VECTORS = ("output", "output_sq")  # Σ f and Σ f², [E, D]
-TAYLOR = ("taylor", "taylor_abs", "taylor_sq")  # Σ t, Σ |t|, Σ t²
-# over all tokens: Σ ‖Δ_e‖², Σ δ_e and Σ δ_e δ_f ([E, E]), see `counterfactual`
-GRAM = "gated_gram"  # Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E]
+from moe_fair.moe.statistic import Family, Pass, check_shape
+from moe_fair.moe.statistics import Collected, offered, usual
 
 
 class ExpertCollector:
@@ -52,10 +36,7 @@ class ExpertCollector:
         blocks: the MoE blocks to watch.
         groups: their unit groups, in the same order.
         domains: names of the calibration domains.
-        taylor: also collect Taylor sums; the engine must then run the backward.
-        counterfactual: also collect what each expert's removal would change, see `counterfactual`.
-        u_score: also keep the distribution of each expert's gated outputs, see `core.sketch`.
-        gram: also collect the Gram matrix of the experts' gated outputs, see `core.allocate.naee`.
+        collected: what to collect; with a backward the engine must run it.
         after: what goes on from the last hidden states, if some of the blocks are there.
     """
 
@@ -64,17 +45,13 @@ class ExpertCollector:
         blocks: Sequence[MoeBlock],
         groups: Sequence[UnitGroup],
         domains: Sequence[str],
+        collected: Collected | None = None,
         *,
-        taylor: bool = True,
-        counterfactual: bool = False,
-        u_score: bool = False,
-        gram: bool = False,
         after: After | None = None,
     ) -> None:
         self.after = after
         self.blocks, self.groups, self.domains = list(blocks), tuple(groups), tuple(domains)
-        self.taylor, self.counterfactual = taylor, counterfactual
-        self.u_score, self.gram = u_score, gram
+        self.collected = usual() if collected is None else collected
         self.batch: Batch | None = None
         self.sequence_ids: list[int] = []  # of the batch
         self._taps = [_BlockCollector(self, b, len(self.domains)) for b in self.blocks]
@@ -118,7 +95,7 @@ class ExpertCollector:
                 for n, t in zip(names, self._taps, strict=True)
             },
             rows={n: t.stacked_rows(ids) for n, t in zip(names, self._taps, strict=True)}
-            if self.taylor
+            if any(s.kind == "row" for s in self.collected.statistics().values())
             else {},
             sequence_ids=torch.tensor(ids, dtype=torch.int64),
             sequence_domains=domains,
@@ -142,23 +119,26 @@ class _BlockCollector:
     def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
         self.collector, self.block, self.experts = collector, block, block.experts
         self.size, self.domains = block.num_experts, domains
+        self.families = list(collector.collected.families())
+        self.statistics = collector.collected.statistics()
         self.sums: dict[str, Tensor] = {}
         self.compensation: dict[str, Tensor] = {}  # to rounding, see `exact_sum`
         self.rows: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
-        self.rerouting = Rerouting(block) if collector.counterfactual else None
-        self.sketch = Sketch(domains, self.size) if collector.u_score else None
+        self.watched = {f.name: watch(block) for f, watch in offered(self.families, "watch")}
+        sketched = any(s.kind == "sketch" for s in self.statistics.values())
+        self.sketch = Sketch(domains, self.size) if sketched else None
         self._stock: Forward
         self._detach: Callable[[], None]
 
     def attach(self) -> None:
         self._stock, self._detach = self.block.attach(self.forward)
-        if self.rerouting is not None:
-            self.rerouting.attach()
+        for watcher in self.watched.values():
+            watcher.attach()
 
     def detach(self) -> None:
-        if self.rerouting is not None:
-            self.rerouting.detach()
+        for watcher in self.watched.values():
+            watcher.detach()
         self._detach()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -166,8 +146,8 @@ class _BlockCollector:
         batch = self.collector.batch
         assert batch is not None, "an engine calls begin() before it runs a batch"
         batch = batch.to(hidden_states.device)  # another one where layers lie on several devices
-        taylor = self.collector.taylor
-        unbooked = taylor and not torch.is_grad_enabled()  # a pass whose backward comes later
+        backward = self.collector.collected.backward
+        unbooked = backward and not torch.is_grad_enabled()  # a pass whose backward comes later
         if unbooked and self._same_bits():
             return self._stock(hidden_states, top_k_index, top_k_weights)
         t, k = top_k_index.shape
@@ -176,24 +156,17 @@ class _BlockCollector:
         if unbooked:
             weights, book = top_k_weights, None
         else:
-            book = _BatchAccumulator(self, batch, top_k_index, f.detach(), top_k_weights.detach())
-            weights = _Gate.apply(top_k_weights, book.anchor, book) if taylor else top_k_weights
+            book = _BatchAccumulator(self, batch, top_k_index, top_k_weights.detach())
+            weights = _Gate.apply(top_k_weights, book.anchor, book) if backward else top_k_weights
         # the stock kernel's own last two steps, so that the logits stay the same bit for bit
         weighted = f * weights.flatten().unsqueeze(1)
         y = weighted.view(t, k, -1).sum(dim=1).to(hidden_states.dtype)
         if book is not None:
-            book.forward(hidden_states.detach(), y.detach())
-            if self.rerouting is not None:
-                routes = self.rerouting.routes(top_k_index, top_k_weights.detach())
-                book.reroute(
-                    hidden_states.detach(),
-                    f.detach(),
-                    Candidates.of(top_k_index, *routes, self.size),
-                )
-                if taylor:
-                    y.register_hook(book.output_gradient)
-            if not taylor:
+            book.forward(hidden_states.detach(), f.detach(), y.detach())
+            if not backward:
                 book.flush()
+            elif offered(self.families, "output_gradient"):
+                y.register_hook(book.output_gradient)
         return y
 
     def outputs(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -216,182 +189,105 @@ class _BlockCollector:
         self.compensation[name][domain] += lost
 
     def weigh(self) -> None:
-        """Σ|w| and Σw² of each expert's matrices, and their size, for data-free criteria."""
-        if self.constants:
+        """The constants, once the weights are there."""
+        known = offered(self.families, "constants")
+        if self.constants or not known:
             return
         if next(self.experts.parameters()).is_meta:  # offloaded by accelerate: brought in for this
             with align_module_device(self.experts):
                 if not next(self.experts.parameters()).is_meta:
                     self.weigh()
             return
-        matrices = self.block.matrices()
-        total = sum(weight_sums(p) for p in matrices)
-        assert isinstance(total, Tensor)
-        count = float(sum(p[0].numel() for p in matrices))
-        self.constants = {
-            "weight_abs": total[0],
-            "weight_sq": total[1],
-            "weight_count": torch.full((self.size,), count, dtype=torch.float64),
-        }
+        for _, constants in known:
+            self.constants |= constants(self.block)
 
     def stacked_rows(self, ids: Sequence[int]) -> Tensor:
-        """[sequences, E] Taylor rows in the order of the ids."""
+        """[sequences, E] rows in the order of the ids."""
         return torch.stack([self.rows[i].cpu() for i in ids]) if ids else torch.zeros(0, self.size)
 
 
 class _BatchAccumulator:
-    """One batch at one block: sums made in the forward, entered once the gradient has come."""
+    """One batch at one block: shares made in the forward, entered once the gradient has come."""
 
     def __init__(
-        self, tap: _BlockCollector, batch: Batch, top_k_index: Tensor, f: Tensor, weights: Tensor
+        self, tap: _BlockCollector, batch: Batch, top_k_index: Tensor, weights: Tensor
     ) -> None:
-        self.tap, self.batch, self.ids = tap, batch, top_k_index.flatten()
+        self.tap, self.batch = tap, batch
         self.sequence_ids = tap.collector.sequence_ids
-        self.f, self.g = f, weights.flatten().double()
-        self.weights_dtype = weights.dtype
-        self.candidates: Candidates
-        self.others: Tensor
-        self.products: Tensor
-        self.projected: Tensor
-        self.anchor = torch.zeros((), device=f.device, requires_grad=True)
-        self.sums: dict[str, Tensor] = {}
-        tokens, self.k = top_k_index.shape
-        self.token = torch.arange(tokens, device=f.device).repeat_interleave(self.k)
-        self.counted = batch.mask.flatten()[self.token].double() if batch.padded else None
-
-    def per_expert(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """[S] -> [E] sums over counted rows, of each."""
-        stacked = torch.stack(list(values.values()))
-        if self.counted is not None:
-            stacked = stacked * self.counted
-        ids = self.ids.view(-1, self.k)
-        return dict(zip(values, sums(stacked, ids, self.tap.size), strict=True))
-
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """All statistics that need no gradient."""
-        self.tap.weigh()
-        precise = torch.promote_types(self.f.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(self.f, dim=-1, dtype=precise).double()
-        gated = self.g * norm
-        xd, yd = x.double(), y.double()  # 1 - cos cancels where a layer turns little
-        turn = 1 - torch.cosine_similarity(xd, xd + yd, dim=-1)
-        values = {
-            "tokens": torch.ones_like(norm),
-            "gate": self.g,
-            "gate_sq": self.g.square(),
-            "norm": norm,
-            "norm_sq": norm.square(),
-            "gated_norm": gated,
-            "gated_norm_sq": gated.square(),
-            "turned_norm": gated * turn[self.token],
-        }
-        self.sums = self.per_expert(values)
-        self.sums["output"], self.sums["output_sq"] = vector_sums(
-            self.f, self.ids, self.tap.size, self.counted
+        self.anchor = torch.zeros((), device=top_k_index.device, requires_grad=True)
+        self.values: dict[str, Tensor] = {}
+        self.seen = Pass(
+            tap.block,
+            batch,
+            top_k_index,
+            weights,
+            backward=tap.collector.collected.backward,
+            outputs=tap.outputs,
+            watched=tap.watched,
         )
-        if self.tap.collector.gram:
-            self.sums[GRAM] = self._gram(len(x))
-        if self.tap.sketch is not None:
-            axes = directions(self.f.shape[-1]).to(self.f.device)
-            self.projected = (self.f.to(precise) @ axes.to(precise)) * self.g.to(precise)[:, None]
-        del self.f
 
     @torch.no_grad()
-    def reroute(self, x: Tensor, f: Tensor, candidates: Candidates) -> None:
-        """‖Δ_e‖² of every expert; the further candidates' outputs wait for the gradient."""
-        token = candidates.tokens_of_extra()
-        ids, weights = candidates.extra_ids_and_weights()
-        others = self.tap.outputs(x[token], ids, weights.to(self.weights_dtype))
-        self.sums["removed_error"] = self._over_tokens(
-            candidates.errors(candidates.outputs(f, others))
-        )
-        self.candidates, self.others = candidates, others
+    def forward(self, x: Tensor, f: Tensor, y: Tensor) -> None:
+        """All statistics that need no gradient."""
+        self.tap.weigh()
+        self.seen.x, self.seen.f, self.seen.y = x, f, y
+        for family, accumulate in offered(self.tap.families, "accumulate"):
+            self._take(family, accumulate(self.seen))
+        del self.seen.x, self.seen.f, self.seen.y  # what is needed later was kept
 
     @torch.no_grad()
     def output_gradient(self, gradient: Tensor) -> None:
-        """⟨G, f⟩ of the further candidates from G = dL/dy [T, D]; the routed ones come by the gate.
-
-        A hook on y, so that it is there before the gate's gradient.
-        """
-        token = self.candidates.tokens_of_extra()
-        precise = torch.promote_types(self.others.dtype, torch.float32)
-        self.products = torch.linalg.vecdot(gradient[token].to(precise), self.others.to(precise))
-        del self.others
-
-    def _over_tokens(self, values: Tensor) -> Tensor:
-        """[T, E] -> [E] sums over real tokens, float64."""
-        if self.counted is not None:
-            return self.batch.mask.flatten().to(values) @ values
-        return values.sum(0)
-
-    def _gram(self, tokens: int) -> Tensor:
-        """Σ ⟨g_e f_e, g_f f_f⟩ over tokens, [E, E] float64."""
-        size, width = self.tap.size, self.f.shape[-1]
-        ids, g, f = (t.view(tokens, -1, *t.shape[1:]) for t in (self.ids, self.g, self.f))
-        if self.counted is not None:
-            g = g * self.counted.view_as(g)
-        total = g.new_zeros(size * size)
-        step = max(1, CELLS // (ids.shape[1] * width))
-        for i in range(0, tokens, step):
-            s = slice(i, i + step)
-            v = f[s].double() * g[s].unsqueeze(-1)
-            cell = ids[s].unsqueeze(2) * size + ids[s].unsqueeze(1)
-            products = (v @ v.transpose(1, 2)).flatten()
-            total += torch.bincount(cell.flatten(), weights=products, minlength=size * size)
-        return total.view(size, size)
+        """dL/dy [T, D], by a hook on y: it is there before the gate's gradient."""
+        for _, output_gradient in offered(self.tap.families, "output_gradient"):
+            output_gradient(self.seen, gradient)
 
     def backward(self, gradient: Tensor) -> None:
-        """Taylor sums from dL/d(weight) [T, K], then everything is entered."""
-        t = gradient.flatten().double() * self.g
-        self.sums |= self.per_expert(dict(zip(TAYLOR, (t, t.abs(), t.square()), strict=True)))
-        for i, row in zip(self.sequence_ids, self._per_sequence(t), strict=True):
-            assert i not in self.tap.rows, "a sequence was booked twice"
-            self.tap.rows[i] = row
-        if self.tap.rerouting is not None:
-            self._second_order(gradient)
+        """The rest, from dL/d(weight) [T, K], then everything is entered."""
+        self.seen.gradient = gradient
+        for family, backward in offered(self.tap.families, "backward"):
+            self._take(family, backward(self.seen))
         self.flush()
 
-    def _per_sequence(self, values: Tensor) -> Tensor:
-        """[S] -> [B, E] sums over counted rows."""
-        b, length = self.batch.mask.shape
-        if self.counted is not None:
-            values = values * self.counted
-        if values.device.type != "cpu":
-            each = self.ids.view(b, length, -1), values.view(b, 1, -1)
-            return torch.cat([dense_sums(v, i, self.tap.size) for i, v in zip(*each, strict=True)])
-        cell = self.token.div(length, rounding_mode="floor") * self.tap.size + self.ids
-        return torch.bincount(cell, weights=values, minlength=b * self.tap.size).view(b, -1)
-
-    def _second_order(self, gradient: Tensor) -> None:
-        """δ_e(t) = ⟨∂ℓ/∂y_t, Δ_e(t)⟩, ℓ the summed loss of the sequence: n times the mean one."""
-        candidates, k = self.candidates, gradient.shape[1]
-        products = gradient.new_zeros(candidates.ids.shape, dtype=torch.float64)
-        products[:, :k] = gradient.double()
-        products.view(-1)[candidates.extra] = self.products.double()
-        tokens = self.batch.predicted().repeat_interleave(self.batch.mask.shape[1])
-        delta = candidates.first_order(products * tokens.unsqueeze(1))
-        self.sums["removed_first"] = self._over_tokens(delta)
-        if self.counted is not None:
-            delta = delta * self.batch.mask.flatten().to(delta).unsqueeze(1)
-        per_sequence = delta.view(*self.batch.mask.shape, -1).sum(1)
-        self.sums["removed_first_sq"] = per_sequence.square().sum(0)
-        self.sums["removed_gram"] = delta.T @ delta
+    def _take(self, family: Family, values: Mapping[str, Tensor]) -> None:
+        """A family's share of the batch."""
+        sizes = {
+            "E": self.tap.size, "B": len(self.batch.mask), "S": len(self.seen.ids),
+            "P": DIRECTIONS,
+        }  # fmt: skip
+        known = {n: s for n, s in family.names.items() if n in self.tap.statistics}
+        for name, value in values.items():
+            check_shape(family.name, name, value, known.get(name), sizes)
+        self.values |= values
 
     def flush(self) -> None:
-        """Enter the batch's sums."""
-        for name, value in self.sums.items():
-            self.tap.add(self.batch.domain, name, value)
-        self.sums = {}
-        if self.tap.sketch is not None:
-            rows, ids = self.projected.cpu(), self.ids.cpu()
-            if self.counted is not None:
-                real = self.counted.cpu() > 0
-                rows, ids = rows[real], ids[real]
-            order = torch.argsort(ids, stable=True)
-            runs = torch.bincount(ids, minlength=self.tap.size).tolist()
-            for e, values in enumerate(rows[order].split(runs)):
-                self.tap.sketch.add(self.batch.domain, e, values)
-            del self.projected
+        """Enter the batch's share."""
+        for name, value in self.values.items():
+            kind = self.tap.statistics[name].kind
+            if kind == "row":
+                self._enter_rows(value)
+            elif kind == "sketch":
+                self._enter_outputs(value)
+            else:
+                self.tap.add(self.batch.domain, name, value)
+        self.values = {}
+
+    def _enter_rows(self, rows: Tensor) -> None:
+        """[B, E]."""
+        for i, row in zip(self.sequence_ids, rows, strict=True):
+            assert i not in self.tap.rows, "a sequence was booked twice"
+            self.tap.rows[i] = row
+
+    def _enter_outputs(self, rows: Tensor) -> None:
+        """[S, P] into the distributions of each expert."""
+        assert self.tap.sketch is not None
+        rows, ids = rows.cpu(), self.seen.ids.cpu()
+        if self.seen.counted is not None:
+            real = self.seen.counted.cpu() > 0
+            rows, ids = rows[real], ids[real]
+        order = torch.argsort(ids, stable=True)
+        runs = torch.bincount(ids, minlength=self.tap.size).tolist()
+        for e, values in enumerate(rows[order].split(runs)):
+            self.tap.sketch.add(self.batch.domain, e, values)
 
 
 class _Gate(torch.autograd.Function):

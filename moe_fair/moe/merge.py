@@ -40,6 +40,7 @@ from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.overlay import ORIGINAL, check_layouts, original_tensors
 from moe_fair.moe.quantised import packed
 
+needs = ("tokens", "output")  # of the statistics
 # kept id -> id of each expert of the cluster -> its weight
 Shares = Mapping[int, Mapping[int, float]]
 

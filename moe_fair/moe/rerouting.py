@@ -201,7 +201,7 @@ class Rerouting:
             raise ValueError(
                 f"{self.block.name}: routing without an expert cannot be found, since {missing} "
                 f"was not recognised in {type(self.router).__name__}; choose a --method that needs "
-                "no counterfactual (taylor-sq, fair, reap) and --no-counterfactual"
+                "no counterfactual (taylor-sq, fair, reap), or calibrate with --for one"
             )
         return itemgetter(ids[0], values[0])
 

@@ -23,10 +23,14 @@ from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.device_map import placement
 from moe_fair.moe.engine_choice import Choice, choose, weight_dtype
 from moe_fair.moe.mtp_head import HeadRunner
+from moe_fair.moe.statistics import Collected, usual
 from moe_fair.pipelines.mtp_heads import collects_heads, head_facts
 from moe_fair.pipelines.oom_retry import Elastic
 
 Say = Callable[[str], None]
+# families whose names are not in a fingerprint where all are there, and the order of others
+PLAIN = ("routing", "output_norms", "output_vectors", "weights")
+NAMED = ("counterfactual", "u_score", "gram")
 
 
 def collect(
@@ -36,6 +40,8 @@ def collect(
     say: Say = lambda _: None,
     work: Path | None = None,
     team: Team = ALONE,
+    *,
+    collected: Collected | None = None,
 ) -> Statistics | None:
     """Statistics of the calibration set, chunk by chunk.
 
@@ -47,10 +53,12 @@ def collect(
             finds them there and goes on, also with another number of processes. Chunks of another
             model, text or setting are passed over.
         team: the processes that do this together.
+        collected: what is collected; by default what `calibrate` does where nothing is asked for.
 
     Returns:
         the statistics in the first process, None in the others.
     """
+    collected = usual() if collected is None else collected
     say(
         f"calibrating on {len(text.sequences)} sequences, {text.tokens:,} tokens of "
         f"{', '.join(text.domains)}"
@@ -60,7 +68,8 @@ def collect(
     batches = text.batches(recipe.batch_size)
     chunks = [batches[i : i + recipe.save_every] for i in range(0, len(batches), recipe.save_every)]
     homes = [work / f"chunk-{i:05d}" if work else None for i in range(len(chunks))]
-    fingerprint = {**source.fingerprint, "calibration": text.digest, "run": _run(recipe, source)}
+    run = _run(recipe, source, collected)
+    fingerprint = {**source.fingerprint, "calibration": text.digest, "run": run}
     facts = _facts(recipe, source, text)
     parts: list[Statistics | None] = [None] * len(chunks)
     if team.first:
@@ -75,14 +84,16 @@ def collect(
             say(_sharing(team, max(len(chunks[i]) for i in missing)))
         shares = {i: team.share(chunks[i], _cost) for i in missing}
         left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
-        total = left * passes(chosen, source, recipe.taylor)
+        total = left * passes(chosen, source, collected.backward)
         with Progress("calibrating", total) as progress:
             engine = Elastic(recipe, source, chosen, progress, team, say)
             if recipe.device_map:
                 say(placement(engine.model))
             for i in missing:
                 collector = engine.collect(
-                    shares[i], partial(_collector, recipe, source, text), backward=recipe.taylor
+                    shares[i],
+                    partial(_collector, recipe, source, text, collected),
+                    backward=collected.backward,
                 )
                 own = collector.statistics(fingerprint, facts) if shares[i] else None
                 part = team.reduce(own)
@@ -104,7 +115,11 @@ def collect(
 
 
 def _collector(
-    recipe: Recipe, source: Checkpoint, text: CalibrationSet, model: nn.Module
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    collected: Collected,
+    model: nn.Module,
 ) -> ExpertCollector:
     runner = None
     if collects_heads(recipe, source):
@@ -114,10 +129,7 @@ def _collector(
         [*find_blocks(model), *(runner.blocks if runner else ())],
         tuple(g for g in source.groups if runner or not g.follows),
         text.domains,
-        taylor=recipe.taylor,
-        counterfactual=recipe.counterfactual,
-        u_score=recipe.u_score,
-        gram=recipe.gram,
+        collected,
         after=runner,
     )
 
@@ -151,15 +163,21 @@ def _finished(
     return found if same else None
 
 
-def _run(recipe: Recipe, source: Checkpoint) -> str:
+def _run(recipe: Recipe, source: Checkpoint, collected: Collected) -> str:
     """The settings on which the numbers depend beside model and text."""
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
-    kind = "taylor" if recipe.taylor else "forward"
-    kind += " counterfactual" if recipe.counterfactual else ""
-    kind += " u-score" if recipe.u_score else ""
-    kind += " gram" if recipe.gram else ""
+    kind = _kind(collected)
     kind += " mtp" if collects_heads(recipe, source) else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
+
+
+def _kind(collected: Collected) -> str:
+    """What was collected, in words; those that earlier versions had are as they were."""
+    names = set(collected.names)
+    kind = "taylor" if "taylor" in names else "backward" if collected.backward else "forward"
+    rest = names - {"taylor", "alone"} - (set(PLAIN) if names.issuperset(PLAIN) else set())
+    placed = sorted(rest, key=lambda n: (NAMED.index(n) if n in NAMED else len(NAMED), n))
+    return " ".join([kind, *(n.replace("_", "-") for n in placed)])
 
 
 def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str, object]:
@@ -171,6 +189,8 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
+    if recipe.for_ is not None:
+        run["for_"] = list(recipe.for_)
     if source.hash_layers != "keep":
         run["hash_layers"] = source.hash_layers
     facts = {"calibration": run, "size": asdict(source.size)}

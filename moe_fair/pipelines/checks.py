@@ -25,16 +25,6 @@ from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
 
 
-def with_needs(recipe: Recipe, *others: Recipe) -> Recipe:
-    """The recipe that also collects what its method, and others', need beyond the usual."""
-    used = [c for r in (recipe, *others) for c in method(r)[:2]]
-    if recipe.curves is not None:
-        used.append(criterion(recipe.curves))
-    needed = {n for c in used if c is not None for n in c.needs}
-    extra = {"sketch": "u_score", "gated_gram": "gram", "alone_change": "alone"}
-    return recipe.with_settings({setting: True for n, setting in extra.items() if n in needed})
-
-
 def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     """Removal score, protection score and allocator that a recipe's method stands for.
 
@@ -150,7 +140,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
     Returns:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
-    removal, protection, rule_name = method(recipe)
+    rule_name = method(recipe)[2]
     facts = head_facts(source)
     choice = choose_heads(recipe, facts, rule_name)
     groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
@@ -173,26 +163,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         rows={g.name: np.zeros((1, g.size)) for g in groups},
         grams={g.name: np.zeros((g.size, g.size)) for g in groups},
     )
-    for rule in (removal, protection):
-        for name in rule.needs if rule else ():
-            flag = _left_out(recipe, name)
-            if flag is not None:
-                raise ValueError(
-                    f"criterion {rule.name!r} needs {name}, which {flag} leaves out"  # type: ignore[union-attr]
-                )
     return trial
-
-
-def _left_out(recipe: Recipe, statistic: str) -> str | None:
-    """The flag by which this statistic is not collected, if it is not."""
-    gradient = statistic.startswith("taylor") or statistic in (
-        "rows", "removed_first", "removed_first_sq", "removed_gram",
-    )  # fmt: skip
-    if gradient and not recipe.taylor:
-        return "--no-taylor"
-    if statistic.startswith("removed") and not recipe.counterfactual:
-        return "--no-counterfactual"
-    return None
 
 
 def check_device_map(recipe: Recipe, source: Checkpoint) -> None:

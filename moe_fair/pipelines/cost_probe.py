@@ -36,6 +36,7 @@ from moe_fair.moe.repairs import Repair, repair
 from moe_fair.moe.repairs.refit import DIRECT
 from moe_fair.moe.resampled_text import MOST, resampled_text
 from moe_fair.moe.routed_output import RoutedOutput
+from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import cut_block
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.repair import step_sequences
@@ -85,12 +86,18 @@ class Costs:
 
 
 def probe(
-    recipe: Recipe, source: Checkpoint, engine: str, kind: str | None, kept: int, length: int
+    recipe: Recipe,
+    collected: Collected,
+    source: Checkpoint,
+    engine: str,
+    kind: str | None,
+    kept: int,
+    length: int,
 ) -> Costs:
     """Read and time one layer.
 
     Args:
-        recipe: what is collected, and how the model is run.
+        recipe: how the model is run; collected: what is.
         engine: that gathers the statistics.
         kind: of the repair, if there is one.
         kept: experts that stay in the layer.
@@ -109,7 +116,9 @@ def probe(
     )
     index = source.blocks[0].layer
     with layered.layer(index), alone(layered, index) as (model, rows):
-        return _Probe(recipe, source, layered, model, rows, length).costs(engine, kind, kept)
+        return _Probe(recipe, collected, source, layered, model, rows, length).costs(
+            engine, kind, kept
+        )
 
 
 class _Probe:
@@ -122,6 +131,7 @@ class _Probe:
     def __init__(
         self,
         recipe: Recipe,
+        collected: Collected,
         source: Checkpoint,
         layered: LayeredModel,
         model: Any,
@@ -129,6 +139,7 @@ class _Probe:
         length: int,
     ) -> None:
         self.recipe, self.source, self.model, self.rows = recipe, source, model, rows
+        self.collected = collected
         self.layered, self.device, self.length = layered, layered.device, length
         self.share = model.config.get_text_config().vocab_size / rows
         self.block: MoeBlock = find_blocks(model)[0]
@@ -161,7 +172,8 @@ class _Probe:
         forward = line(self._forward, head)
         through = self.seconds(partial(self._forward, large))
         drawn = max(0.0, self.seconds(partial(self._draw, large)) - through) / n
-        learned = line(partial(self._learn, engine), head_learned if self.recipe.taylor else head)
+        less = head_learned if self.collected.backward else head
+        learned = line(partial(self._learn, engine), less)
         tried = line(partial(self._try, some), head, 2)
         fit, train = self.repair(kind, some, max(forward.token, 1e-9)) if kind else (Line(), Line())
         return Costs(
@@ -220,14 +232,10 @@ class _Probe:
 
     def _learn(self, engine: str, batches: list[Batch]) -> None:
         group = replace(self.source.groups[0], name=self.block.name, layer=self.block.layer)
-        collector = ExpertCollector(
-            [self.block], [group], ["probe"],
-            taylor=self.recipe.taylor, counterfactual=self.recipe.counterfactual,
-            u_score=self.recipe.u_score, gram=self.recipe.gram,
-        )  # fmt: skip
+        collector = ExpertCollector([self.block], [group], ["probe"], self.collected)
         runs = self.engine() if engine == "streaming" else ResidentEngine(self.model)
         with collector:
-            runs.run(batches, collector, backward=self.recipe.taylor)
+            runs.run(batches, collector, backward=self.collected.backward)
 
     def _try(self, kept: int, batches: list[Batch]) -> None:
         gone = sorted(set(range(self.block.num_experts)) - set(_some(self.block, kept)))

@@ -136,7 +136,7 @@ def _timed(job: Job, engine: str) -> Costs:
         raise ValueError(PACKED)
     texts = [t for t in (job.text, job.heldout) if t is not None]
     length = max(len(ids) for t in texts for ids, _ in t.sequences)
-    return probe(job.collected, job.source, engine, job.repair, _kept(job), length)
+    return probe(job.recipe, job.collected, job.source, engine, job.repair, _kept(job), length)
 
 
 def _kept(job: Job) -> int:
@@ -160,7 +160,7 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
         return Stage(name, tokens, passes, seconds if c else None)
 
     if job.run.collects and job.seen is not None:
-        n, again = job.seen.tokens, job.collected.taylor
+        n, again = job.seen.tokens, job.collected.backward
         what = "forward and backward" if again else "forward"
         batches = len(job.seen.batches(job.recipe.batch_size))
         chunks = -(-batches // job.recipe.save_every)

@@ -28,7 +28,8 @@ from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.repair import LayerRepair
 from moe_fair.moe.side_files import in_a_line
 from moe_fair.pipelines.calibrate import Say, collect, discard, measure
-from moe_fair.pipelines.checks import check_disk, check_same_model, with_needs
+from moe_fair.pipelines.checks import check_disk, check_same_model
+from moe_fair.pipelines.collection import for_calibrate
 from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
@@ -101,24 +102,26 @@ def _calibrate(
     """The same, without writing the result; and the recipe that does it again, as YAML."""
     source = open_model(recipe)
     check_rivals(recipe, source)
-    every = with_needs(recipe, *rivals(recipe).values())
+    collected = for_calibrate(recipe, rivals(recipe).values())
+    alone = "alone" in collected
     run = Run(
         collects=True,
         tries=bool(rivals(recipe)),
-        measures=every.alone or recipe.curves is not None,
+        measures=alone or recipe.curves is not None,
+        backward=collected.backward,
     )
     check_used(recipe, run, {}, OF_CALIBRATE)
     if recipe.curves is not None:
         check_costs(recipe, source, CURVE_COSTS)
-    if every.alone:
+    if alone:
         check_costs(recipe, source, ALONE_COSTS)
     whole = team.broadcast(lambda: calibration_set(recipe, source, say))
     check_digest("calibration", whole, recipe)
     text, _ = split_holdout(recipe, whole, say)
     check_domains(recipe, text, None, run)
     work = work_folder(place, recipe) if place is not None else None
-    statistics = collect(every, source, text, say, work, team)
-    if every.alone and statistics is not None:
+    statistics = collect(recipe, source, text, say, work, team, collected=collected)
+    if alone and statistics is not None:
         home = work / "alone" if work else None
         statistics = measure_alone(recipe, source, text, statistics, home, say)
     if recipe.curves is not None and statistics is not None:
@@ -154,7 +157,7 @@ def oracle(
         work = work_folder(place, recipe)
         if statistics is None:
             body = recipe.with_settings({"mtp": "drop"})  # no removal of theirs is measured
-            statistics = collect(body, source, text, say, work)
+            statistics = collect(body, source, text, say, work, collected=for_calibrate(body))
             assert statistics is not None  # there is no other process
         found = measure_oracle(recipe, source, text, work / "oracle", say)
         table = agreements(found, statistics)
@@ -225,7 +228,9 @@ class _Pruning:
         statistics = job.statistics
         if statistics is None:
             assert job.seen is not None
-            statistics = collect(job.collected, source, job.seen, self.say, self.work, self.team)
+            statistics = collect(
+                recipe, source, job.seen, self.say, self.work, self.team, collected=job.collected
+            )
         if self.team.first and statistics is not None and job.run.measures:
             assert job.text is not None
             if job.alone:

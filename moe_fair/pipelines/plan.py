@@ -11,6 +11,7 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.moe.merge import merging
 from moe_fair.pipelines.checks import check_hash_layers, check_target, method, target
+from moe_fair.pipelines.collection import check_held
 from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
 
 
@@ -26,6 +27,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     if choice != "cut":
         statistics = statistics.without_following()
     check_target(recipe, statistics.groups, size_without(size, choice, facts))
+    check_held(statistics, recipe)
     costs = rows = grams = None
     scores, scored = head_scores(removal, statistics, recipe.weights)
     if needs(allocator(rule), "costs"):

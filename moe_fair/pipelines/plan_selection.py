@@ -33,6 +33,7 @@ from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import check_plan_settings, method, method_name
+from moe_fair.pipelines.collection import check_needs, named
 
 RIVALS = (
     "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
@@ -67,20 +68,17 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
         names = () if recipe.rivals == ("none",) else recipe.rivals
     elif _usual(recipe):
         names = RIVALS
-    found = {}
-    for name in names:
-        criterion, _, rule = name.partition("/")
-        found[name] = recipe.with_settings(
-            {"method": criterion, "allocate": rule or None, "removal": None, "protection": None,
-             "rivals": ("none",)}
-        )  # fmt: skip
-    return found
+    return {name: named(recipe, name) for name in names}
 
 
 def _usual(recipe: Recipe) -> bool:
     """The command was left to choose by itself."""
-    named = (recipe.method, recipe.removal, recipe.protection, recipe.allocate, recipe.tolerance)
-    return all(x is None for x in named) and recipe.reduce == "prune" and recipe.taylor
+    given = (
+        recipe.method, recipe.removal, recipe.protection, recipe.allocate, recipe.tolerance,
+        recipe.for_,
+    )  # fmt: skip
+    alike = recipe.reduce == "prune" and recipe.taylor is not False
+    return alike and all(x is None for x in given)
 
 
 def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
@@ -96,6 +94,7 @@ def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
                 raise ValueError("it needs measured costs, which rivals are not given")
             if recipe.rivals is not None and targeted:
                 check_plan_settings(its, source)
+                check_needs(its)
         except ValueError as e:
             raise ValueError(f"--rivals {name}: {e}") from e
 

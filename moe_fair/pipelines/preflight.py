@@ -23,6 +23,7 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import check_writable
 from moe_fair.moe.merge import check_mergeable
+from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import check_all
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import (
@@ -30,13 +31,19 @@ from moe_fair.pipelines.checks import (
     check_plan_settings,
     check_same_model,
     method,
-    with_needs,
 )
+from moe_fair.pipelines.collection import check_held, check_needs, for_prune
 from moe_fair.pipelines.mtp_heads import check_heads, choose_heads, head_facts, size_without
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.plan import plan
 from moe_fair.pipelines.plan_selection import check_rivals, rivals
-from moe_fair.pipelines.removal_costs import ALONE_COSTS, CURVE_COSTS, check_costs, holds_alone
+from moe_fair.pipelines.removal_costs import (
+    ALONE_COSTS,
+    CURVE_COSTS,
+    MEASURED,
+    check_costs,
+    holds_alone,
+)
 from moe_fair.pipelines.repair import repair_kind
 from moe_fair.pipelines.text_checks import (
     Earlier,
@@ -85,9 +92,9 @@ class Job:
     after: ModelSize
 
     @property
-    def collected(self) -> Recipe:
-        """The recipe that also collects what the methods need."""
-        return with_needs(self.recipe, *rivals(self.recipe).values())
+    def collected(self) -> Collected:
+        """What is gathered, where statistics are."""
+        return for_prune(self.recipe, rivals(self.recipe).values())
 
     def recorded(self, repaired: bool) -> str:
         """The recipe that does the same again, as YAML.
@@ -160,7 +167,12 @@ def check_prune(
             collects=statistics is None,
             tries=bool(rivals(recipe)) and (statistics is None or bool(earlier.held_back)),
             measures=alone or costly is not None,
+            backward=for_prune(recipe, rivals(recipe).values()).backward,
         )
+        if statistics is None:
+            check_needs(recipe)
+        else:
+            _check_held(statistics, recipe)
     run = replace(run, repairs=kind is not None, heldout=bool(recipe.heldout))
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
@@ -219,14 +231,28 @@ def _measured(
         ValueError: they cannot be here, or a rival cannot be tried.
     """
     check_rivals(recipe, source)
-    every = with_needs(recipe, *rivals(recipe).values())
-    alone = every.alone and (statistics is None or not holds_alone(statistics))
+    collected = for_prune(recipe, rivals(recipe).values())
+    alone = "alone" in collected and (statistics is None or not holds_alone(statistics))
     costly = _unmeasured(recipe, statistics)
     if costly is not None:
         check_costs(recipe, source, CURVE_COSTS)
     if alone:
         check_costs(recipe, source, ALONE_COSTS)
     return alone, costly
+
+
+def _check_held(statistics: Statistics, recipe: Recipe) -> None:
+    """What is not measured here is in the statistics, also for rivals that were named.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check_held(statistics, recipe, MEASURED)
+    for name, its in rivals(recipe).items() if recipe.rivals is not None else ():
+        try:
+            check_held(statistics, its, MEASURED)
+        except ValueError as e:
+            raise ValueError(f"--rivals {name}: {e}") from e
 
 
 def _merges(recipe: Recipe, ready: Plan | None) -> bool:

@@ -13,12 +13,13 @@ from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, evenly
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criterion
+from moe_fair.moe.statistics import alone, collecting
 from moe_fair.pipelines.calibrate import Say, choose_engine, collect
 from moe_fair.pipelines.removal_losses import Removals, Sets
 
 CURVE_COSTS = "cost curves", "an --allocate that needs no measured costs (uniform, global, tod)"
 ALONE_COSTS = "removals of single experts", "a criterion that needs none (counterfactual)"
-MEASURED = "alone_change", "alone_first", "alone_fisher", "alone_tokens"  # names in the statistics
+MEASURED = tuple(alone.names)  # names in the statistics
 
 
 def check_costs(recipe: Recipe, source: Checkpoint, what: tuple[str, str]) -> None:
@@ -96,10 +97,9 @@ def measure_alone(
     wanted = {g.name: [[e] for e in range(g.size)] for g in groups}
     layers = work / "layers" if work else None
     removals = _measured(recipe, source, part, wanted, layers, "each expert's removal alone", say)
-    only = recipe.with_settings(
-        {"taylor": True, "counterfactual": True, "u_score": False, "gram": False, "mtp": "drop"}
-    )
-    near = collect(only, source, part, work=work)
+    only = recipe.with_settings({"mtp": "drop"})
+    wanted_sums = collecting(["removed_first", "removed_gram"])
+    near = collect(only, source, part, work=work, collected=wanted_sums)
     assert near is not None  # the other processes take no part
     sums = {
         g.name: {

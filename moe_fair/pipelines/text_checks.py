@@ -12,6 +12,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, split
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import method
+from moe_fair.pipelines.collection import methods_for
 from moe_fair.pipelines.plan_selection import rivals, split_holdout
 from moe_fair.pipelines.unused_settings import Run
 
@@ -89,13 +90,13 @@ def check_domains(
     if not run.collects:
         return
     weights = domain_weights(text.domains, recipe.weights)
-    named = rivals(recipe) if recipe.rivals is not None else {}
+    named = {f"--rivals {n}: ": r for n, r in rivals(recipe).items() if recipe.rivals is not None}
+    named |= {f"--for {n}: ": r for n, r in methods_for(recipe).items()}
     compared = [w for w in weights if w > 0]
     for name, its in {"": recipe, **named}.items():
         scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
         if scores and len(compared) < 2:
             raise ValueError(
-                (f"--rivals {name}: " if name else "")
-                + f"{scores[0].name} compares calibration domains and there are fewer than two: "
-                "give -c name=text for each"
+                f"{name}{scores[0].name} compares calibration domains and there are fewer than "
+                "two: give -c name=text for each"
             )

@@ -29,6 +29,7 @@ class Run:
         measures: removals are measured on a share of the text, alone or as cost curves.
         repairs: the remaining experts are fitted.
         heldout: held-out losses are measured.
+        backward: statistics are gathered with a backward.
     """
 
     plans: bool = True
@@ -37,6 +38,7 @@ class Run:
     measures: bool = False
     repairs: bool = False
     heldout: bool = False
+    backward: bool = True
 
     @property
     def reads_text(self) -> bool:
@@ -62,10 +64,12 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
         (not run.collects and not run.heldout, "nothing is calibrated, and no held-out loss "
          "measured", ("device_map",)),
         (recipe.engine != "auto", "--engine is given, and needs no deciding", ("max_memory",)),
-        (not run.collects or not recipe.taylor, "there is no backward", ("checkpointing",)),
+        (not run.collects or not run.backward, "there is no backward", ("checkpointing",)),
         (recipe.engine == "streaming", "streaming runs every layer again anyway",
          ("checkpointing",)),
         (True, "cost curves of another order are measured by `moe-fair calibrate`", ("curves",)),
+        (True, "prune collects what its method needs, and `moe-fair calibrate` what others do",
+         ("for_",)),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for applies, why, names in rows:
@@ -91,7 +95,7 @@ def check_used(
     if not run.plans:
         found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
     for name, why in found.items():
-        nothing = (name in EXTRAS and not plain[name]) or plain.get(name) == ["none"]
+        nothing = (name in EXTRAS and not plain.get(name)) or plain.get(name) == ["none"]
         done = name in before and before[name] == plain.get(name)
         if name in recipe.given and not nothing and not done and (not also or name in also):
             raise ValueError(f"{flag(name)} would change nothing: {why}; leave it out")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import families
 from masking import masked
 from tiny import tiny_model
 from torch import Tensor
@@ -107,7 +108,8 @@ def test_sums_equal_a_loop_over_experts_and_tokens(kind: str) -> None:
     batch = Batch(ids, mask, torch.arange(3), 0)
     block = find_blocks(model)[-1]
     group = block.unit_group(4)
-    with ExpertCollector([block], [group], ["text"], counterfactual=True) as collector:
+    wanted = families("counterfactual")
+    with ExpertCollector([block], [group], ["text"], wanted) as collector:
         ResidentEngine(model).run([batch], collector)
     sums = {k: v[0] for k, v in collector.statistics().sums[group.name].items()}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from collected import families
 from places import CALIBRATION, MODEL
 from scipy.stats import wasserstein_distance
 from test_statistics import DOMAINS, batches, expert, model_of, recorded
@@ -29,7 +30,8 @@ from moe_fair.pipelines import moe as pipeline
 def collect(engine: Any, model: Any, data: list[Batch], taylor: bool = False) -> Statistics:
     blocks = find_blocks(model)
     groups = [b.unit_group(4) for b in blocks]
-    with ExpertCollector(blocks, groups, DOMAINS, taylor=taylor, u_score=True) as collector:
+    wanted = families("u_score", taylor=taylor)
+    with ExpertCollector(blocks, groups, DOMAINS, wanted) as collector:
         engine.run(data, collector, backward=taylor)
     return collector.statistics()
 
@@ -114,7 +116,7 @@ def test_the_sketch_is_within_a_percent_on_the_reference_model(
     with monkeypatch.context() as m:
         m.setattr("moe_fair.core.sketch.CAPACITY", 10**9)  # everything is stored
         with ExpertCollector(
-            find_blocks(model), source.groups, text.domains, taylor=False, u_score=True
+            find_blocks(model), source.groups, text.domains, families("u_score", taylor=False)
         ) as collector:
             ResidentEngine(model).run(text.batches(8), collector, backward=False)
         stored = collector.statistics()
@@ -133,7 +135,7 @@ def test_the_sketch_is_within_a_percent_on_the_reference_model(
 def test_prune_collects_what_fair_u_needs(
     tmp_path: Path, statistics_folder: Path, settings: dict[str, object]
 ) -> None:
-    with pytest.raises(ValueError, match=r"'u-score' needs sketch.*--u-score"):
+    with pytest.raises(ValueError, match=r"method fair-u needs sketch.*--for fair-u"):
         moe_fair.plan(statistics_folder, experts=40, method="fair-u")
     done = moe_fair.prune(
         str(MODEL), tmp_path / "out", experts=40, method="fair-u", repair="none", **settings

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collected import families
 from flow import DOMAINS, batches, original
 from places import CALIBRATION, MODEL
 from tiny import tiny_model
@@ -23,11 +24,11 @@ from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe import collector as collecting
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
+from moe_fair.moe.statistics import gram as gram_family
 from moe_fair.pipelines import moe as pipeline
 
 SMALL = ["-c", str(CALIBRATION), "--samples", "8", "--length", "64", "--batch-size", "4"]
@@ -40,7 +41,8 @@ def saved(folder: Path, kind: str = "qwen2_moe", experts: int = 8) -> Checkpoint
 
 def grams(source: Checkpoint, model: torch.nn.Module, engine: object) -> Statistics:
     """Statistics of `batches()`, of which one is padded, with Gram matrices."""
-    collector = ExpertCollector(find_blocks(model), source.groups, DOMAINS, taylor=False, gram=True)
+    wanted = families("gram", taylor=False)
+    collector = ExpertCollector(find_blocks(model), source.groups, DOMAINS, wanted)
     with collector:
         engine.run(batches(), collector, backward=False)  # type: ignore[attr-defined]
     found = collector.statistics()
@@ -61,7 +63,7 @@ def test_the_objective_is_the_change_of_the_layers_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     monkeypatch.setattr(naee, "MOST_SETS", most)
-    monkeypatch.setattr(collecting, "CELLS", 7 * 4 * 64)  # several chunks of tokens
+    monkeypatch.setattr(gram_family, "CELLS", 7 * 4 * 64)  # several chunks of tokens
     source = saved(tmp_path / "m")
     model = original(source)
     statistics = grams(source, model, ResidentEngine(model))
@@ -101,7 +103,8 @@ def test_streaming_gives_the_same_gram_and_normal_runs_have_none(tmp_path: Path)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         torch.testing.assert_close(diagonal, a.sums[group.name]["gated_norm_sq"])
         assert bool((gram != torch.diag_embed(diagonal)).any())
-    collector = ExpertCollector(find_blocks(model), source.groups, DOMAINS, taylor=False)
+    wanted = families(taylor=False)
+    collector = ExpertCollector(find_blocks(model), source.groups, DOMAINS, wanted)
     with collector:
         ResidentEngine(model).run(batches(), collector, backward=False)
     assert all("gated_gram" not in s for s in collector.statistics().sums.values())
@@ -171,4 +174,4 @@ def test_the_command_collects_what_it_needs_or_says_so(
     assert run("calibrate", MODEL, *fast[:-2], "-o", tmp_path / "without") == 0
     capsys.readouterr()
     assert run("plan", tmp_path / "without", "--experts", 40, "--method", "naee") == 2
-    assert "--gram" in capsys.readouterr().err
+    assert "--for naee" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import FORWARD, TAYLOR, VECTORS, families
 from tiny import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.collector import FORWARD, TAYLOR, VECTORS, ExpertCollector
+from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.criteria.counterfactual import agreement
 
@@ -41,10 +42,9 @@ def collect(
     model: Any, data: list[Batch], taylor: bool = True, counterfactual: bool = False
 ) -> Statistics:
     blocks = find_blocks(model)
-    collector = ExpertCollector(
-        blocks, [b.unit_group(4) for b in blocks], DOMAINS,
-        taylor=taylor, counterfactual=counterfactual,
-    )  # fmt: skip
+    more = ["counterfactual"] if counterfactual else []
+    wanted = families(*more, taylor=taylor)
+    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, wanted)
     with collector:
         ResidentEngine(model).run(data, collector, backward=taylor)
     return collector.statistics()
@@ -128,6 +128,18 @@ def test_forward_statistics_equal_a_naive_loop(implementation: str, norm_topk_pr
             assert ((a - b).abs() / scale).max() < limit, (group.name, name)
 
 
+def test_constants_are_of_each_experts_matrices() -> None:
+    model = model_of()
+    got = collect(model, batches(), taylor=False)
+    for block in find_blocks(model):
+        found = got.constants[block.name]
+        for e in range(block.num_experts):
+            w = torch.cat([p[e].flatten() for p in block.experts.parameters()]).double()
+            assert found["weight_abs"][e] == pytest.approx(float(w.abs().sum()), rel=1e-6)
+            assert found["weight_sq"][e] == pytest.approx(float(w.square().sum()), rel=1e-6)
+            assert found["weight_count"][e] == len(w)
+
+
 def test_padding_is_never_counted() -> None:
     model = model_of()
     a, b = collect(model, batches(pad=0)), collect(model, batches(pad=77))
@@ -143,7 +155,8 @@ def test_watching_changes_no_logit_and_leaves_no_trace() -> None:
     model = model_of()
     batch = batches()[0]
     blocks = find_blocks(model)
-    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, taylor=False)
+    groups = [b.unit_group(4) for b in blocks]
+    collector = ExpertCollector(blocks, groups, DOMAINS, families(taylor=False))
 
     def watched() -> None:
         with collector:
@@ -295,7 +308,7 @@ def test_checkpointed_layers_are_booked_once() -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     blocks = find_blocks(model)
-    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS)
+    collector = ExpertCollector(blocks, [b.unit_group(4) for b in blocks], DOMAINS, families())
     engine = ResidentEngine(model)
     model.train()  # transformers checkpoints in training mode only; this model has no dropout
     with collector:
@@ -373,7 +386,7 @@ def test_a_domain_without_weight_does_not_disagree() -> None:
         torch.testing.assert_close(agreement(left), agreement(only.view(group)))
 
 
-def test_every_criterion_is_its_formula() -> None:
+def test_criteria_are_their_formulas() -> None:
     model = model_of()
     s = collect(model, batches(), counterfactual=True)
     block = find_blocks(model)[1]
@@ -402,16 +415,12 @@ def test_every_criterion_is_its_formula() -> None:
     assert any(shrunk)
     want["counterfactual-set"] = naive_set_score(total["removed_gram"] / 90, [0.0] * len(shrunk))
     want["counterfactual-agreed"] = naive_set_score(total["removed_gram"] / 90, shrunk)
-    for name, criterion in criteria().items():
-        # of other options' numbers: test_expert_u_score.py, test_naee.py, test_alone.py
-        if name in ("u-score", "naee", "counterfactual-measured"):
-            continue
-        have = criterion(s).values[block.name]
-        if name == "random":
-            assert torch.equal(have, criterion(s).values[block.name])
-            assert len(have.unique()) == len(have)
-        else:
-            torch.testing.assert_close(have, want[name].double(), rtol=1e-6, atol=1e-12, msg=name)
+    for name, value in want.items():
+        have = criteria()[name](s).values[block.name]
+        torch.testing.assert_close(have, value.double(), rtol=1e-6, atol=1e-12, msg=name)
+    noise = criteria()["random"](s).values[block.name]
+    assert torch.equal(noise, criteria()["random"](s).values[block.name])
+    assert len(noise.unique()) == len(noise)
 
 
 def test_an_expert_without_tokens_scores_lowest_and_finite() -> None:

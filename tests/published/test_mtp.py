@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import families
 from flow import DOMAINS, batches, fused_expert
 from places import CALIBRATION, HELDOUT, MODEL
 from published.mtp_replicas import (
@@ -131,7 +132,8 @@ def collected(source: Checkpoint, model: Any, engine: Any) -> Statistics:
     """Statistics of `flow.batches()`, the head's included."""
     runner = HeadRunner(source, model, torch.float32, CPU)
     blocks = [*find_blocks(model), *runner.blocks]
-    collector = ExpertCollector(blocks, source.groups, DOMAINS, counterfactual=True, after=runner)
+    wanted = families("counterfactual")
+    collector = ExpertCollector(blocks, source.groups, DOMAINS, wanted, after=runner)
     with collector:
         engine.run(batches(), collector, after=runner)
     return collector.statistics()
@@ -161,7 +163,7 @@ def test_streamed_statistics_are_those_of_the_model_in_memory(
             assert torch.equal(value, streamed.sums[group.name][name]), (group.name, name)
     plain = ExpertCollector(
         find_blocks(model), [g for g in source.groups if not g.follows], DOMAINS,
-        counterfactual=True,
+        families("counterfactual"),
     )  # fmt: skip
     with plain:
         ResidentEngine(model).run(batches(), plain)

@@ -73,10 +73,6 @@ def test_random_follows_the_seed() -> None:
 
 
 def test_every_criterion_names_its_source_and_unknown_ones_the_nearest() -> None:
-    assert set(criteria()) == {
-        "u-score", "taylor", "taylor-sq", "taylor-so", "taylor-logits", "taylor-logits-sq",
-        "taylor-weight", "l1", "l2", "bn-scale", "hrank", "random",
-    }  # fmt: skip
     assert all(c.source for c in criteria().values())
     with pytest.raises(ValueError, match="taylor-sq"):
         criterion("taylor-sqr")

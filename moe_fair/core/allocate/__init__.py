@@ -3,7 +3,8 @@
 A module here with `name`, `needs_protection` and `allocate(ranked, remove, tolerance)` is an
 allocator; another package adds its own through the entry point group `moe_fair.allocators`. With
 `needs_costs = True` the ranked groups bring measured cost curves, with `needs_rows = True` Taylor
-rows per sequence, with `needs_gram = True` the Gram matrix of their outputs. An allocator that
+rows per sequence, with `needs_gram = True` the Gram matrix of their outputs; `needs` names the
+statistics that these are, where the removal score does not need them anyway. An allocator that
 chooses the units itself returns their orders in the budget, and names the removal score that its
 choice stands for in `removal`.
 """

@@ -29,6 +29,7 @@ from moe_fair.core.units import Budget
 name = "fisher"
 needs_protection = False
 needs_rows = True
+needs = ("rows",)
 removal = "taylor-sq"  # 2 F of a single unit: the one removal score that goes with it
 
 

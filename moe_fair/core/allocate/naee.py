@@ -33,6 +33,7 @@ from moe_fair.core.units import Budget
 name = "naee"
 needs_protection = False
 needs_gram = True
+needs = ("gated_gram",)
 removal = "naee"  # the greedy order of a single group: the one removal score that goes with it
 MOST_SETS = 20_000
 

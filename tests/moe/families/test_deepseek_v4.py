@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import families
 from flow import (
     DOMAINS,
     batches,
@@ -166,7 +167,8 @@ def test_with_layers_on_disk_the_tables_are_the_same(
     for place in (None, str(where)):
         model = checkpoint.load("float32", "cpu", place)
         blocks = find_blocks(model)
-        with ExpertCollector(blocks, checkpoint.groups, DOMAINS, counterfactual=True) as collector:
+        wanted = families("counterfactual")
+        with ExpertCollector(blocks, checkpoint.groups, DOMAINS, wanted) as collector:
             ResidentEngine(model, checkpointing=True).run(batches(), collector)
         found.append(collector.statistics())
     for name in HASH:

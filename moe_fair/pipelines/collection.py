@@ -1,0 +1,145 @@
+"""What a run collects: it follows from what is asked of it.
+
+`prune` collects what its method, its rivals and its reduction need, and the families that cost
+nothing, so that other plans can be made of its statistics. `calibrate` collects the usual ones, or
+with `--for` exactly what some methods need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.recipe import Recipe, flag
+from moe_fair.core.units import Statistics
+from moe_fair.moe import merge
+from moe_fair.moe.criteria import criterion
+from moe_fair.moe.statistics import Collected, collecting, families, names_of, statistics, unasked
+from moe_fair.pipelines.checks import method, method_name
+
+DEFAULT = "default"  # of --for: what is collected without it
+MERGE = "merge"  # of --for: what --reduce merge needs
+# settings of earlier versions, for one release, and the families of their names: those that are
+# left out where they are false, and those that are collected where they are true
+USUAL, MORE = ("taylor", "counterfactual"), ("u_score", "gram", "alone")
+
+
+def named(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another method, `criterion` or `criterion/allocator`."""
+    criterion, _, rule = name.partition("/")
+    return recipe.with_settings(
+        {"method": criterion, "allocate": rule or None, "removal": None, "protection": None,
+         "rivals": ("none",)}
+    )  # fmt: skip
+
+
+def needed(recipe: Recipe) -> set[str]:
+    """Names of the statistics that a recipe's method needs."""
+    removal, protection, rule = method(recipe)
+    found = {n for c in (removal, protection) if c is not None for n in c.needs}
+    found |= set(getattr(allocator(rule), "needs", ()))
+    return found | set(merge.needs if recipe.reduce == "merge" else ())
+
+
+def for_prune(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
+    """What `prune` collects."""
+    return _with_earlier(recipe, unasked("always").union(*map(needed, (recipe, *rivals))))
+
+
+def for_calibrate(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
+    """What `calibrate` collects.
+
+    Raises:
+        ValueError: `--for` names no method, or one whose numbers are not collected by it.
+    """
+    curves = set(criterion(recipe.curves).needs) if recipe.curves is not None else set()
+    if recipe.for_ is None:
+        usual = unasked("always", "usual") | curves
+        return _with_earlier(recipe, usual.union(*map(needed, (recipe, *rivals))))
+    for name in (*USUAL, *MORE):
+        value = getattr(recipe, name)
+        if value or (name in USUAL and value is False):
+            said = flag(name if value else f"no_{name}")
+            raise ValueError(f"give --for or {said}, not both: --for says what is collected")
+    asked = (_asked(recipe, name) for name in recipe.for_)
+    return collecting(curves.union(*asked, *map(needed, rivals)))
+
+
+def methods_for(recipe: Recipe) -> dict[str, Recipe]:
+    """Name -> recipe of each method that `--for` names."""
+    return {n: named(recipe, n) for n in recipe.for_ or () if n not in (DEFAULT, MERGE)}
+
+
+def check_needs(recipe: Recipe) -> None:
+    """What the method needs is not left out.
+
+    Raises:
+        ValueError: it is; says by which flag.
+    """
+    for name in sorted(needed(recipe)):
+        out = _left_out(recipe, name)
+        if out is not None:
+            raise ValueError(f"method {as_asked(recipe)} needs {name}, which {out} leaves out")
+
+
+def check_held(held: Statistics, recipe: Recipe, later: Iterable[str] = ()) -> None:
+    """Statistics hold what the method needs.
+
+    Args:
+        later: what is measured after this.
+
+    Raises:
+        ValueError: they do not; says which is missing, and what collects it.
+    """
+    missing = sorted(n for n in needed(recipe) - set(later) if not held.holds(n))
+    if missing:
+        name = as_asked(recipe)
+        raise ValueError(
+            f"method {name} needs {', '.join(missing)}, which these statistics do not hold; "
+            f"collect it with `moe-fair calibrate --for {name}`"
+        )
+
+
+def as_asked(recipe: Recipe) -> str:
+    """A recipe's method in the words of `--for`."""
+    removal, protection, rule = method(recipe)
+    if recipe.removal is None and recipe.protection is None and recipe.allocate is None:
+        names = [method_name(recipe)]
+    else:
+        costs = needs(allocator(rule), "costs")
+        names = [removal.name if costs else f"{removal.name}/{rule}"]
+        names += [protection.name] if protection is not None else []
+    return ",".join([*names, *([MERGE] if recipe.reduce == "merge" else [])])
+
+
+def _asked(recipe: Recipe, name: str) -> set[str]:
+    """Statistics for one name of `--for`."""
+    if name == DEFAULT:
+        return unasked("always", "usual")
+    if name == MERGE:
+        return set(merge.needs)
+    try:
+        its = named(recipe, name)
+        removal, _, rule = method(its)
+        if needs(allocator(rule), "costs"):
+            raise ValueError(f"cost curves are measured with --curves {removal.name}")
+        return needed(its)
+    except ValueError as e:
+        raise ValueError(f"--for {name}: {e}") from e
+
+
+def _left_out(recipe: Recipe, statistic: str) -> str | None:
+    """The flag by which this statistic is not collected, if it is not."""
+    known = statistics().get(statistic)
+    for name in USUAL:
+        gradient = name == "taylor" and known is not None and known.needs_backward
+        if getattr(recipe, name) is False and (gradient or statistic in families()[name].names):
+            return flag(f"no_{name}")
+    return None
+
+
+def _with_earlier(recipe: Recipe, asked: set[str]) -> Collected:
+    """With the families that settings of earlier versions add, and without those they leave out."""
+    more = names_of(*(n for n in (*USUAL, *MORE) if getattr(recipe, n)))
+    without = [n for n in USUAL if getattr(recipe, n) is False]
+    return collecting(asked | more, without, backward=recipe.taylor is not False)
