@@ -17,7 +17,8 @@ from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import write_manifest
 from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.pipelines.vision import FOLDER, open_inputs
-from moe_fair.report.sparse import write_report
+from moe_fair.report.sparse import document
+from moe_fair.report.write import write_document
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.data import ImageSet
@@ -40,6 +41,10 @@ class Sparse:
 
     output: Path
     result: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """The result for JSON."""
+        return {"output": str(self.output), **self.result}
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
@@ -117,7 +122,7 @@ def _sparsify(
     save_pruned(model, source, source.history, folder)
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(folder / FOLDER / "report.html", result)
+    write_document(document(result), folder / FOLDER / "report.html")
     write_manifest(folder)
     with closing(output):
         settle(folder, place.path)

@@ -19,7 +19,8 @@ from moe_fair.core.manifest import FOLDER, write_manifest
 from moe_fair.core.output import Place, claim, fresh, partial_path, settle, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Scores, Statistics
-from moe_fair.report.vision import write_report
+from moe_fair.report.vision import document
+from moe_fair.report.write import write_document
 from moe_fair.vision.accuracy import latency, top1
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
 from moe_fair.vision.collect import MeasureConfig, collect
@@ -53,6 +54,11 @@ class Pruned:
     output: Path
     plans: list[Plan]
     result: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """The result and what the last plan keeps, for JSON."""
+        kept = {g.name: len(g.kept) for g in self.plans[-1].groups}
+        return {"output": str(self.output), "kept": kept, **self.result}
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
         name = "plan.json" if settings.steps == 1 else f"plan-{step}.json"
         plan.save(folder / FOLDER / name)
     (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(folder / FOLDER / "report.html", plans, result)
+    write_document(document(plans, result), folder / FOLDER / "report.html")
     write_manifest(folder)
     with closing(output):
         settle(folder, place.path)
