@@ -24,7 +24,8 @@ def render(document: Document) -> None:
     console = new_console()
     if document.title:
         _heading(console, document.title)
-        _line(console, f"{document.subtitle}\n")
+        _line(console, printable(document.subtitle))
+        console.print()
     for i, section in enumerate(document.sections):
         if i:
             console.print()

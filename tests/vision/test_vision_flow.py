@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,26 @@ def test_a_transformers_folder_keeps_its_processor_and_labels(
     assert cost["pruned"]["parameters"] <= 0.8 * cost["dense"]["parameters"]
     with torch.no_grad():
         assert logits(source.model, images(2)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("command", [["prune", "--ratio"], ["sparsify", "--sparsity"]])
+def test_names_that_only_a_report_trips_over(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """At the end of a run, when its work is done: a layer's, and a folder's that is not UTF-8."""
+    data = tmp_path / os.fsdecode(b"pictures\xff")
+    data.symlink_to(pictures)
+    with pytest.raises(SystemExit, match="0"):
+        main([
+            "vision", command[0], "vision.architectures:strange", "--data", str(data), command[1],
+            "0.5", "--image-size", "16", "--samples", "18", "-o", str(tmp_path / "out"),
+        ])  # fmt: skip
+    said = capsys.readouterr()
+    assert r"a$\frac{<b>\x1b[31m" in said.out
+    assert "\x1b" not in said.out + said.err
+    page = (tmp_path / "out" / "moe_fair" / "report.html").read_text()
+    assert r"a$\frac{&lt;b&gt;\x1b[31m" in page
+    assert r"pictures\udcff" in page
 
 
 def test_labels_of_a_folder_follow_the_names_of_the_model(pictures: Path) -> None:
