@@ -17,11 +17,12 @@ from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Statistics
 from moe_fair.pipelines import vision as pipeline
-from moe_fair.vision import load_pruned
+from moe_fair.vision import load_pruned, step_folder
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import open_pruned
 from moe_fair.vision.data import open_data
 from moe_fair.vision.graph import logits
+from moe_fair.vision.inputs import matched
 from moe_fair.vision.settings import Settings
 
 NET = "vision.architectures:small"
@@ -162,9 +163,9 @@ def test_names_that_only_a_report_trips_over(
 
 def test_labels_of_a_folder_follow_the_names_of_the_model(pictures: Path) -> None:
     data = open_data(str(pictures), lambda image: torch.zeros(3, 2, 2))
-    matched = pipeline._matched(data.test, ("red", "blue", "green"))
-    assert matched.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
-    assert pipeline._matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
+    found = matched(data.test, ("red", "blue", "green"))
+    assert found.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    assert matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
 
 
 def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> None:
@@ -185,27 +186,32 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
-    ["_cut", "finetune", pytest.param("save_pruned", marks=pytest.mark.slow), "write_report"],
+    ("module", "place"),
+    [
+        (pipeline, "cut"),
+        (pipeline, "finetune"),
+        (step_folder, "save_pruned"),
+        (pipeline, "write_document"),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_model(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, place: str
 ) -> None:
     wanted = settings(pictures, steps=2, finetune_epochs=1)
     whole = pipeline.prune(wanted, tmp_path / "whole")
-    stock, calls = getattr(pipeline, place), []
+    stock, calls = getattr(module, place), []
 
     def stops(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2 or place == "write_report":
+        if len(calls) == 2 or place == "write_document":
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, place, stops)
+    monkeypatch.setattr(module, place, stops)
     with pytest.raises(KeyboardInterrupt):
         pipeline.prune(wanted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(pipeline, place, stock)
+    monkeypatch.setattr(module, place, stock)
     said: list[str] = []
     done = pipeline.prune(wanted, tmp_path / "out", say=said.append)
     assert any("before" in line for line in said), said
