@@ -103,6 +103,36 @@ def test_json_and_a_second_pruning_of_the_result(
         ).shape == (1, 3)
 
 
+def test_weights_that_are_not_finite_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured; a result with them would not verify."""
+    broken = small().state_dict()
+    broken["classifier.bias"][1] = torch.nan
+    save_file(broken, tmp_path / "w.safetensors")
+    line = failing(capsys, NET, "--weights", tmp_path / "w.safetensors", "--data", pictures,
+                   "--ratio", ".5", *QUICK, "-o", tmp_path / "out")  # fmt: skip
+    assert "classifier.bias holds values that are not finite" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_does_not_verify_gets_no_name(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by a writer that leaves out what was removed last."""
+    stock = pipeline.save_pruned
+    monkeypatch.setattr(
+        pipeline, "save_pruned", lambda model, source, history, to: stock(model, source, [], to)
+    )
+    with pytest.raises(RuntimeError, match=r"does not verify and stays in .*out.partial: cuts"):
+        pipeline.prune(settings(pictures), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    said: list[str] = []
+    pipeline.prune(settings(pictures), tmp_path / "out", say=said.append)
+    assert said[-1].startswith("verified: ")
+
+
 def test_weights_of_a_function_are_used(pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     trained = small()
