@@ -29,8 +29,7 @@ from digits_table import _spread
 from torch import Tensor, nn
 from train_digits import digits, fresh
 
-from moe_fair.pipelines.sparse import draw
-from moe_fair.vision.data import Data
+from moe_fair.vision.data import Data, draw
 from moe_fair.vision.graph import logits
 from moe_fair.vision.load import load_weights
 from moe_fair.vision.sparse.layers import Net, find_layers, keep_largest

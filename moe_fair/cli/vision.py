@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -288,8 +289,9 @@ def prune(
             given[name] = _numbers(flag, given[name])
     if memory is not None:
         given["memory"] = parse_bytes("--max-memory", memory)
-    from moe_fair.cli import vision_tables as screen
+    from moe_fair.cli.render import render
     from moe_fair.pipelines import vision as pipeline
+    from moe_fair.report.vision import summary
     from moe_fair.vision.settings import TARGETS, Settings
 
     if recipe is not None:
@@ -302,9 +304,9 @@ def prune(
             raise ValueError(f"give {wanted}, here or in a --recipe")
     done = pipeline.prune(Settings.of(given), output, start_over=fresh, say=say)
     if as_json:
-        print(screen.as_json(done))
+        print(json.dumps(done.plain(), indent=1))
     else:
-        screen.show(done)
+        render(summary(done.plans, done.result, done.output))
 
 
 @app.command()
@@ -325,8 +327,9 @@ def sparsify(
     for name, flag in (("mean", "--mean"), ("std", "--std")):
         if name in given:
             given[name] = _numbers(flag, given[name])
-    from moe_fair.cli import sparse_tables as screen
+    from moe_fair.cli.render import render
     from moe_fair.pipelines import sparse as pipeline
+    from moe_fair.report.sparse import summary
     from moe_fair.vision.sparse.settings import SparseSettings
 
     if recipe is not None:
@@ -336,9 +339,9 @@ def sparsify(
             raise ValueError(f"give {wanted}, here or in a --recipe")
     done = pipeline.sparsify(SparseSettings.of(given), output, say=say)
     if as_json:
-        print(screen.as_json(done))
+        print(json.dumps(done.plain(), indent=1))
     else:
-        screen.show(done)
+        render(summary(done.result, done.output))
 
 
 def _written(path: Path, kind: type) -> dict[str, Any]:

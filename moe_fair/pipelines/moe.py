@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from moe_fair.core.interrupts import closing
-from moe_fair.core.manifest import write_manifest
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
@@ -20,7 +19,6 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.processes import ALONE, Team, current_team, is_first
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
-from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.merge import write_merged
@@ -31,6 +29,7 @@ from moe_fair.pipelines.calibrate import Say, collect, discard, measure
 from moe_fair.pipelines.checks import check_disk, check_same_model
 from moe_fair.pipelines.collection import for_calibrate
 from moe_fair.pipelines.draft_acceptance import measure_drafts
+from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.pipelines.plan import plan
@@ -46,7 +45,6 @@ from moe_fair.pipelines.removal_costs import (
 from moe_fair.pipelines.repair import repair_model
 from moe_fair.pipelines.text_checks import check_digest, check_domains
 from moe_fair.pipelines.unused_settings import Run, check_used, unused
-from moe_fair.pipelines.verify import verify
 from moe_fair.report.sources import FOLDER
 
 __all__ = [
@@ -202,14 +200,17 @@ def _prune(
 ) -> Pruned:
     job = check_prune(recipe, output, place, statistics, ready, say, team)
     run = _Pruning(job, output, place, say, team)
-    statistics = run.measured() if job.plan is None else None
-    made = team.broadcast(lambda: run.decided(statistics))
+    statistics = run.measure() if job.plan is None else None
+    made = team.broadcast(lambda: run.decide(statistics))
     if team.first:
-        run.write(made, statistics)
-    before, after = run.losses()
+        repairs = run.cut(made, run.repair(made))
+        run.write(made, statistics, repairs)
+    before, after = run.evaluate()
     if team.first:
-        run.measure_heads(made, job.heldout)
-        run.finish(before, after)
+        run.evaluate_heads(made)
+        run.write_report(before, after)
+        run.verify()
+        run.finish()
     return Pruned(output, made, before, team.broadcast(lambda: after))
 
 
@@ -222,7 +223,7 @@ class _Pruning:
         self.work = work_folder(place, job.recipe)
         self.folder = place.partial
 
-    def measured(self) -> Statistics | None:
+    def measure(self) -> Statistics | None:
         """Statistics with all that the plan needs."""
         job, recipe, source = self.job, self.recipe, self.source
         statistics = job.statistics
@@ -243,7 +244,7 @@ class _Pruning:
                 )
         return statistics
 
-    def decided(self, statistics: Statistics | None) -> Plan:
+    def decide(self, statistics: Statistics | None) -> Plan:
         """The plan that was given, or the best of those made; checked against the disk."""
         made = self.job.plan
         if made is None:
@@ -258,20 +259,20 @@ class _Pruning:
         check_disk(made.after.bytes, self.output, self.folder)
         return made
 
-    def write(self, made: Plan, statistics: Statistics | None) -> None:
-        """The repaired or merged checkpoint, and what explains it, under the temporary name."""
-        repairs: list[LayerRepair] = []
-        changed = None
-        if self.job.repair is not None:
-            assert self.job.text is not None
-            home = self.work / "repair"
-            repairs = repair_model(
-                self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say
-            )
-            changed = home if repairs else None
-        notes = fresh(self.folder) / FOLDER
-        if statistics is not None:
-            statistics.save(notes)
+    def repair(self, made: Plan) -> list[LayerRepair]:
+        """What the remaining experts become; the cut writes it."""
+        if self.job.repair is None:
+            return []
+        assert self.job.text is not None
+        home = self.work / "repair"
+        return repair_model(
+            self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say
+        )
+
+    def cut(self, made: Plan, repairs: list[LayerRepair]) -> list[LayerRepair]:
+        """The repaired or merged checkpoint, under the temporary name; the repairs it holds."""
+        changed = self.work / "repair" if repairs else None
+        fresh(self.folder)
         self.say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
         started = time.perf_counter()
         if made.merges:
@@ -291,13 +292,20 @@ class _Pruning:
         self.say(f"written in {time.perf_counter() - started:.1f} s")
         if (left := in_a_line(beside)) is not None:
             self.say(left)
+        return repairs
+
+    def write(self, made: Plan, statistics: Statistics | None, repairs: list[LayerRepair]) -> None:
+        """What explains the checkpoint, beside it."""
+        notes = self.folder / FOLDER
+        if statistics is not None:
+            statistics.save(notes)
         made.save(notes / PLAN_FILE)
         (notes / "recipe.yaml").write_text(self.job.recorded(bool(repairs)))
         if repairs:
             table = json.dumps([asdict(r) for r in repairs], indent=1)
             (notes / "repair.json").write_text(table + "\n")
 
-    def losses(self) -> tuple[HeldoutLoss | None, HeldoutLoss | None]:
+    def evaluate(self) -> tuple[HeldoutLoss | None, HeldoutLoss | None]:
         """Held-out loss of the original and of what was written."""
         heldout = self.job.heldout
         if heldout is None:
@@ -313,8 +321,9 @@ class _Pruning:
             after = measure(recipe, pruned, heldout, "held-out loss, pruned", them, self.say)
         return before, after
 
-    def measure_heads(self, made: Plan, heldout: CalibrationSet | None) -> None:
+    def evaluate_heads(self, made: Plan) -> None:
         """What becomes of the tokens that MTP heads draft, where there is text for it."""
+        heldout = self.job.heldout
         if heldout is None or made.mtp not in ("cut", "keep") or not self.source.heads.blocks:
             return
         trusted = self.recipe.trust_remote_code
@@ -327,8 +336,8 @@ class _Pruning:
         rates = " and ".join(f"{d.rate:.1%}" for d in drafts)
         self.say(f"MTP head: original and pruned accept {rates} of the drafted tokens")
 
-    def finish(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
-        """Report, manifest and verification; then the result gets its name."""
+    def write_report(self, before: HeldoutLoss | None, after: HeldoutLoss | None) -> None:
+        """The losses, and a page of all that is known."""
         if before is not None and after is not None:
             losses = {"original": asdict(before), "pruned": asdict(after)}
             file = self.folder / FOLDER / "heldout.json"
@@ -336,17 +345,15 @@ class _Pruning:
         from moe_fair.report.write import write_report  # matplotlib takes a second to import
 
         write_report(self.folder)
-        write_manifest(self.folder)
+
+    def verify(self) -> None:
+        """Check the whole result against its plan and the original."""
         trusted = self.recipe.trust_remote_code
-        found = verify(self.folder, self.source, hashes=False, trust_remote_code=trusted)
-        if not found.ok:
-            raise RuntimeError(
-                f"the result does not verify and stays in {self.folder}: {found.wrong}"
-            )
-        self.say(f"verified: {found.checks[-1].detail}")
-        with closing(self.output):
-            settle(self.folder, self.place.path)
-            discard(self.work)
+        verify_result(self.folder, self.say, self.source, trust_remote_code=trusted)
+
+    def finish(self) -> None:
+        """Give the result its name."""
+        name_result(self.place, self.output, self.work)
 
 
 def work_folder(place: Place, recipe: Recipe) -> Path:

@@ -9,24 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from moe_fair.core.interrupts import closing
-from moe_fair.core.manifest import write_manifest
-from moe_fair.core.output import Place, claim, fresh, settle
-from moe_fair.pipelines.vision import FOLDER, open_inputs
-from moe_fair.report.sparse import write_report
+from moe_fair.core.manifest import FOLDER
+from moe_fair.core.output import Place, claim, fresh
+from moe_fair.core.units import Budget
+from moe_fair.pipelines.finish import name_result, verify_result
+from moe_fair.report.sparse import document
+from moe_fair.report.write import write_document
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import save_pruned
-from moe_fair.vision.data import ImageSet
+from moe_fair.vision.data import draw
+from moe_fair.vision.inputs import open_inputs
 from moe_fair.vision.load import example
 from moe_fair.vision.sparse.fill import check_total
+from moe_fair.vision.sparse.layer_table import layer_table
 from moe_fair.vision.sparse.layers import Net, find_layers, keep_largest, zeros
-from moe_fair.vision.sparse.repair import match_variance, moments
+from moe_fair.vision.sparse.repair import Moments, match_variance, moments
 from moe_fair.vision.sparse.rules import rule
 from moe_fair.vision.sparse.settings import SparseSettings
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Sparse:
     output: Path
     result: dict[str, Any]
 
+    def plain(self) -> dict[str, Any]:
+        """The result for JSON."""
+        return {"output": str(self.output), **self.result}
+
 
 @torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
 @torch.enable_grad()
-def sparsify(
-    settings: SparseSettings, output: Path, *, say: Callable[[str], None] = lambda _: None
-) -> Sparse:
+def sparsify(settings: SparseSettings, output: Path, *, say: Say = lambda _: None) -> Sparse:
     """An image classifier with so many of its weights at zero in `output`.
 
     Raises:
@@ -57,74 +62,112 @@ def sparsify(
         return _sparsify(settings, output, place, say)
 
 
-def _sparsify(
-    settings: SparseSettings, output: Path, place: Place, say: Callable[[str], None]
-) -> Sparse:
-    started = time.perf_counter()
-    source, data = open_inputs(settings)
-    model = source.model
-    layers, dense = find_layers(model, example(source))
-    total = sum(x.size for x in layers)
-    keep = total - round(settings.sparsity * total)
-    check_total(layers, keep)
-    say(f"{total:,} weights in {len(layers)} layers; {len(dense)} layers stay dense")
-    chosen, repairs = rule(settings.allocate), settings.repair != "none"
-    if chosen.needs_images or repairs:
-        images = draw(data.train, settings.samples, settings.seed)
-    else:
-        images = example(source)
-    top = {"dense": top1(model, data.test, settings.batch_size)}
-    say(f"top-1 of the dense model: {top['dense']:.2%} on {len(data.test):,} images")
-
-    budget = chosen.allocate(Net(model, layers, images, settings.batch_size), keep)
-    wanted = moments(model, layers, images) if repairs else {}
-    keep_largest(model, budget.kept)
-    assert sum(zeros(model, layers).values()) == total - keep
-    top["pruned"] = top1(model, data.test, settings.batch_size)
+def _sparsify(settings: SparseSettings, output: Path, place: Place, say: Say) -> Sparse:
+    run = _Sparsifying(settings, place, say)
+    run.check()
+    top = {"dense": run.evaluate()}
+    say(f"top-1 of the dense model: {top['dense']:.2%} on {len(run.data.test):,} images")
+    dense = run.measure()
+    budget = run.decide()
+    run.cut(budget)
+    top["pruned"] = run.evaluate()
     say(f"top-1 with {settings.sparsity:.2%} of the weights at zero: {top['pruned']:.2%}")
-    shifts: dict[str, str] = {}
-    if repairs:
-        shifts = match_variance(model, wanted, layers, images, shrinkage=settings.strength)
-    top["final"] = top1(model, data.test, settings.batch_size)
-
-    empty, facts = zeros(model, layers), dict(budget.explanation)
-    scores = facts.pop("layers", {})
-    result = {
-        "settings": settings.plain(),
-        "top1": top,
-        "sparsity": {
-            "weights": total,
-            "zeros": sum(empty.values()),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
-        "layers": [
-            {
-                "name": x.name,
-                "shape": list(x.shape),
-                "weights": x.size,
-                "kept": x.size - empty[x.name],
-                "sparsity": empty[x.name] / x.size,
-                **({"shift": shifts[x.name]} if shifts else {}),
-                **scores.get(x.name, {}),
-            }
-            for x in layers
-        ],
-        "explanation": facts,
-        "left_dense": dense,
-        "seconds": time.perf_counter() - started,
-    }
-    folder = fresh(place.partial)
-    save_pruned(model, source, source.history, folder)
-    (folder / FOLDER).mkdir()
-    (folder / FOLDER / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(folder / FOLDER / "report.html", result)
-    write_manifest(folder)
-    with closing(output):
-        settle(folder, place.path)
+    shifts = run.repair(dense)
+    top["final"] = run.evaluate()
+    run.write()
+    result = run.compare(top, budget, shifts)
+    run.write_report(result)
+    run.verify()
+    run.finish(output)
     return Sparse(output, result)
 
 
-def draw(images: ImageSet, count: int, seed: int) -> Tensor:
-    """[S, C, H, W] images for calibration, drawn without a look at their labels."""
-    ids = np.random.default_rng(seed).permutation(len(images))[:count]
-    return images.part(sorted(ids.tolist())).tensors()[0]
+class _Sparsifying:
+    """The steps of one `sparsify`."""
+
+    def __init__(self, settings: SparseSettings, place: Place, say: Say) -> None:
+        """Open the model and its images."""
+        self.settings, self.place, self.say = settings, place, say
+        self.folder, self.started = place.partial, time.perf_counter()
+        self.source, self.data = open_inputs(settings)
+        self.model = self.source.model
+
+    def check(self) -> None:
+        """Find the layers, and whether they can hold so many zeros."""
+        self.layers, self.dense = find_layers(self.model, example(self.source))
+        self.total = sum(x.size for x in self.layers)
+        self.keep = self.total - round(self.settings.sparsity * self.total)
+        check_total(self.layers, self.keep)
+        self.say(
+            f"{self.total:,} weights in {len(self.layers)} layers; {len(self.dense)} layers stay "
+            "dense"
+        )
+
+    def measure(self) -> dict[str, Moments]:
+        """The images for rule and repair, and what the repair will restore."""
+        s = self.settings
+        self.rule, self.repairs = rule(s.allocate), s.repair != "none"
+        if self.rule.needs_images or self.repairs:
+            self.images = draw(self.data.train, s.samples, s.seed)
+        else:
+            self.images = example(self.source)
+        return moments(self.model, self.layers, self.images) if self.repairs else {}
+
+    def decide(self) -> Budget:
+        """Weights kept in each layer."""
+        net = Net(self.model, self.layers, self.images, self.settings.batch_size)
+        return self.rule.allocate(net, self.keep)
+
+    def cut(self, budget: Budget) -> None:
+        """Set the others to zero, in place."""
+        keep_largest(self.model, budget.kept)
+        assert sum(zeros(self.model, self.layers).values()) == self.total - self.keep
+
+    def repair(self, dense: dict[str, Moments]) -> dict[str, str]:
+        """Give every channel its mean and variance back, in place; where each shift went."""
+        if not self.repairs:
+            return {}
+        strength = self.settings.strength
+        return match_variance(self.model, dense, self.layers, self.images, shrinkage=strength)
+
+    def evaluate(self) -> float:
+        """Top-1 accuracy on the images for testing."""
+        return top1(self.model, self.data.test, self.settings.batch_size)
+
+    def compare(
+        self, top: dict[str, float], budget: Budget, shifts: dict[str, str]
+    ) -> dict[str, Any]:
+        """What the dense and the sparse model are: `result.json`."""
+        empty, facts = zeros(self.model, self.layers), dict(budget.explanation)
+        scores = facts.pop("layers", {})
+        return {
+            "settings": self.settings.plain(),
+            "top1": top,
+            "sparsity": {
+                "weights": self.total,
+                "zeros": sum(empty.values()),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+            },
+            "layers": layer_table(self.layers, empty, shifts, scores),
+            "explanation": facts,
+            "left_dense": self.dense,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def write(self) -> None:
+        """The checkpoint, under the temporary name."""
+        save_pruned(self.model, self.source, self.source.history, fresh(self.folder))
+
+    def write_report(self, result: dict[str, Any]) -> None:
+        """What was measured, as JSON and as a page."""
+        notes = fresh(self.folder / FOLDER)
+        (notes / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_document(document(result), notes / "report.html")
+
+    def verify(self) -> None:
+        """Check the whole result, built anew by the code that this run was started with."""
+        verify_result(self.folder, self.say, trust_remote_code=True)
+
+    def finish(self, output: Path) -> None:
+        """Give the result its name."""
+        name_result(self.place, output)

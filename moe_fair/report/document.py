@@ -1,8 +1,11 @@
-"""A report as data: sections of texts, tables, figures and code. Nothing here knows experts."""
+"""A report as data: sections of texts, tables, figures and code. Nothing here knows experts.
+
+`html`, `markdown` and the terminal (`cli.render`) each render any document.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -32,10 +35,16 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column is left-aligned, numbers to the right."""
+    """Rows of cells.
+
+    Attributes:
+        header: names of the columns; without any the rows are facts: a name and what it is.
+        words: the columns of words, which are left-aligned; numbers stand to the right.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ Block = Text | Tiles | Table | Figure | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading, which may be empty, and what stands below it."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -76,7 +85,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report."""
+    """A whole report, or what a command prints at its end, which has no headings."""
 
     title: str
     subtitle: str
@@ -85,3 +94,8 @@ class Document:
     def figures(self) -> Sequence[Figure]:
         """All figures in order."""
         return [b for s in self.sections for b in s.blocks if isinstance(b, Figure)]
+
+
+def screen(*parts: Iterable[Block]) -> Document:
+    """What a command prints: parts without headings, a line between them."""
+    return Document("", "", tuple(Section("", tuple(blocks)) for blocks in parts))

@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from moe_fair.core.printable import printable
+
 WIDTH = 10.4  # inches; shown at 100 pixels an inch, drawn at twice that
 DPI = 200
 BLUE, ORANGE, RED, GREY = "#2f6db5", "#d08b1d", "#c8322b", "#8a93a1"
@@ -77,7 +79,7 @@ def kept_bars(
     Args:
         null: units that the null depth would leave in each group, or None without a tolerance.
     """
-    with _drawing(WIDTH, 3.2) as (figure, done):
+    with drawing(WIDTH, 3.2) as (figure, done):
         axes = figure.subplots()
         x = np.arange(len(labels))
         axes.bar(x, sizes, color="#e6eaf0", width=0.8, label="before")
@@ -101,7 +103,7 @@ def tod_curves(curves: Sequence[Curve], tolerance: float | None) -> bytes:
     """Each group's ToD over depth: the cut, independent rankings, and what counting forces."""
     columns = min(6, len(curves))
     rows = -(-len(curves) // columns)
-    with _drawing(WIDTH, 0.7 + 1.45 * rows) as (figure, done):
+    with drawing(WIDTH, 0.7 + 1.45 * rows) as (figure, done):
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, c in zip(grid.flat, curves, strict=False):
             n = len(c.tod) - 1
@@ -113,7 +115,7 @@ def tod_curves(curves: Sequence[Curve], tolerance: float | None) -> bytes:
             if tolerance is not None:
                 axes.axhline(tolerance, color=ORANGE, lw=1, label=f"tolerance {tolerance:.3g}")
             axes.axvline(c.depth, color=RED, lw=1.4, label="cut")
-            axes.set_title(f"{c.label}: {c.depth} removed", pad=3)
+            axes.set_title(f"{printable(c.label)}: {c.depth} removed", pad=3)
         for axes in grid.flat[len(curves) :]:
             axes.set_visible(False)
         handles, names = grid.flat[0].get_legend_handles_labels()
@@ -133,7 +135,7 @@ def score_ranks(groups: Sequence[Marked], line: float | None, unit: str) -> byte
     rows = -(-len(groups) // columns)
     every = np.concatenate([g.values for g in groups])
     positive = every[every > 0]
-    with _drawing(WIDTH, 0.8 + 1.6 * rows) as (figure, done):
+    with drawing(WIDTH, 0.8 + 1.6 * rows) as (figure, done):
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, g in zip(grid.flat, groups, strict=False):
             order = np.argsort(g.values, kind="stable")
@@ -145,7 +147,7 @@ def score_ranks(groups: Sequence[Marked], line: float | None, unit: str) -> byte
                           color=color, label=name)  # fmt: skip
             if line is not None:
                 axes.axhline(line, color=ORANGE, lw=1, label="highest score that left")
-            axes.set_title(f"layer {g.label}: {len(g.removed)} removed", pad=3)
+            axes.set_title(f"layer {printable(g.label)}: {len(g.removed)} removed", pad=3)
         for axes in grid.flat[len(groups) :]:
             axes.set_visible(False)
         if len(positive) and every.min() >= 0:
@@ -166,7 +168,7 @@ def score_map(groups: Sequence[Marked], unit: str) -> bytes:
     for row, g in zip(values, groups, strict=True):
         span = g.values.max() - g.values.min()
         row[: len(g.values)] = np.sqrt((g.values - g.values.min()) / span) if span else 0.5
-    with _drawing(WIDTH, 1.0 + _row_height(groups) * len(groups)) as (figure, done):
+    with drawing(WIDTH, 1.0 + _row_height(groups) * len(groups)) as (figure, done):
         axes = figure.subplots()
         image = axes.imshow(
             values, cmap="PuBu", vmin=0, vmax=1, aspect="auto", interpolation="none"
@@ -188,7 +190,7 @@ def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> 
     rows = -(-len(domains) // columns)
     _, groups = domains[0]
     height = 0.55 + _row_height(groups, 0.16) * len(groups)
-    with _drawing(WIDTH, 0.6 + height * rows) as (figure, done):
+    with drawing(WIDTH, 0.6 + height * rows) as (figure, done):
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         norm = TwoSlopeNorm(0.0, -FOLD, FOLD)
         for axes, (name, marked) in zip(grid.flat, domains, strict=False):
@@ -200,7 +202,7 @@ def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> 
             _mark(axes, marked, "white", "o")
             _map_axes(axes, marked, unit)
             axes.label_outer()
-            axes.set_title(name, loc="left", pad=3)
+            axes.set_title(printable(name), loc="left", pad=3)
         for axes in grid.flat[len(domains) :]:
             axes.set_visible(False)
         bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.02, ticks=[-FOLD, 0, FOLD])
@@ -244,7 +246,7 @@ def _map_axes(axes: Axes, groups: Sequence[Marked], unit: str) -> None:
 def _ticks(axes: Axes, at: np.ndarray, labels: Sequence[str], most: int, axis: str = "x") -> None:
     step = -(-len(labels) // most)
     set_ticks: Callable = axes.set_xticks if axis == "x" else axes.set_yticks
-    set_ticks(at[::step], list(labels)[::step])
+    set_ticks(at[::step], list(map(printable, labels))[::step])
 
 
 def _row_height(groups: Sequence[Marked], most: float = 0.3) -> float:
@@ -256,8 +258,11 @@ def _fit(value: float, least: float, most: float) -> float:
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Callable[[], bytes]]]:
-    """A figure to draw on, and the function that gives its bytes afterwards."""
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, Callable[[], bytes]]]:
+    """A figure to draw on, and the function that gives its bytes afterwards.
+
+    Names are drawn `printable`: a half of a character is none that can be drawn.
+    """
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # a name in a script that the font lacks is drawn as boxes; the text beside has it right

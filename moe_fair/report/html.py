@@ -1,16 +1,18 @@
 """A document as one self-contained HTML page: no script, no request, pictures inside.
 
-Every text is escaped, and the page's own policy forbids loading anything, so that a model's or a
-file's name cannot do more than be read.
+Every text is escaped, controls in it are shown as such, and the page's own policy forbids loading
+anything, so that a model's or a file's name cannot do more than be read.
 """
 
 from __future__ import annotations
 
 import base64
+import html
 import struct
+from collections.abc import Sequence
 from functools import singledispatch
-from html import escape
 
+from moe_fair.core.printable import printable
 from moe_fair.report.document import Block, Code, Document, Figure, Section, Table, Text, Tiles
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
@@ -39,7 +41,7 @@ p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
   linear-gradient(to left, #0003, transparent) right / 10px 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: pre; }
+.words { text-align: left; white-space: pre; }
 thead th { border-bottom: 2px solid #c9d0da; color: #566174; font-weight: 600; }
 tbody tr + tr td { border-top: 1px solid #eceff3; }
 figure { margin: 14px 0 4px; }
@@ -72,15 +74,28 @@ def render(document: Document, footer: str) -> str:
         # browsers ask the server for an icon unless the page brings one
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(document.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<main>\n<h1>{escape(document.title)}</h1>\n<p class="subtitle">'
-        f"{escape(document.subtitle)}</p>\n{body}\n<footer>{escape(footer)}</footer>\n"
+        f"<main>\n{_heading(document)}{body}\n<footer>{escape(footer)}</footer>\n"
         "</main>\n</body>\n</html>\n"
+    )
+
+
+def escape(text: str) -> str:
+    """One line of text, of which nothing is markup and nothing moves the rest."""
+    return html.escape(printable(text))
+
+
+def _heading(document: Document) -> str:
+    if not document.title:
+        return ""
+    return (
+        f'<h1>{escape(document.title)}</h1>\n<p class="subtitle">{escape(document.subtitle)}</p>\n'
     )
 
 
 def _section(section: Section) -> str:
     blocks = "\n".join(_block(b) for b in section.blocks)
-    return f"<section>\n<h2>{escape(section.title)}</h2>\n{blocks}\n</section>"
+    title = f"<h2>{escape(section.title)}</h2>\n" if section.title else ""
+    return f"<section>\n{title}{blocks}\n</section>"
 
 
 @singledispatch
@@ -109,11 +124,18 @@ def _(block: Tiles) -> str:
 
 @_block.register
 def _(block: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in block.header)
-    rows = (f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in block.rows)
+    def cells(row: Sequence[str], tag: str, more: str = "") -> str:
+        kinds = (' class="words"' if i in block.words else "" for i in range(len(row)))
+        return "".join(
+            f"<{tag}{more}{kind}>{escape(c)}</{tag}>" for c, kind in zip(row, kinds, strict=True)
+        )
+
+    head = cells(block.header, "th", ' scope="col"')
+    rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in block.rows)
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll" tabindex="0"><table>'
+        + (f"<thead><tr>{head}</tr></thead>" if block.header else "")
+        + f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -133,7 +155,8 @@ def _(block: Figure) -> str:
 
 @_block.register
 def _(block: Code) -> str:
-    return f'<pre tabindex="0">{escape(block.text)}</pre>'
+    text = "\n".join(map(escape, block.text.split("\n")))
+    return f'<pre tabindex="0">{text}</pre>'
 
 
 def png_size(png: bytes) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import singledispatch
 
+from moe_fair.core.printable import printable
 from moe_fair.report.document import Block, Code, Document, Figure, Table, Text, Tiles
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
@@ -12,23 +13,25 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 def render(document: Document, footer: str, pictures: str) -> str:
     """The text; a figure is linked as `PICTURES/NAME.png`."""
-    parts = [f"# {plain(document.title)}", plain(document.subtitle)]
+    parts = [f"# {plain(document.title)}", plain(document.subtitle)] if document.title else []
     for section in document.sections:
-        parts.append(f"## {plain(section.title)}")
+        if section.title:
+            parts.append(f"## {plain(section.title)}")
         parts += [_block(b, pictures) for b in section.blocks]
     return "\n\n".join([*parts, plain(footer)]) + "\n"
 
 
 def plain(text: str, strip: bool = True) -> str:
     """Text on one line that Markdown and the HTML in it leave alone."""
-    text = " ".join(text.split()) if strip else text
+    text = printable(" ".join(text.split()) if strip else text)
     return _SPECIAL.sub(r"\\\1", text.replace("&", "&amp;"))
 
 
 def table(block: Table) -> str:
-    """A table, numbers to the right."""
-    lines = [block.header, ("---", *("---:" for _ in block.header[1:]))]
-    rows = [[plain(c) for c in lines[0]], lines[1], *[[_cell(c) for c in r] for r in block.rows]]
+    """A table, words to the left, numbers to the right."""
+    header = block.header or ("",) * max(map(len, block.rows), default=0)
+    sides = ["---" if i in block.words else "---:" for i in range(len(header))]
+    rows = [[plain(c) for c in header], sides, *[[_cell(c) for c in r] for r in block.rows]]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
 
@@ -36,7 +39,8 @@ def fenced(text: str, language: str = "") -> str:
     """Code between fences longer than any in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    text = "\n".join(map(printable, text.rstrip().split("\n")))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _cell(text: str) -> str:
@@ -52,7 +56,7 @@ def _block(block: Block, pictures: str) -> str:
 @_block.register
 def _(block: Text, pictures: str) -> str:
     # what stands between backquotes is code
-    parts = " ".join(block.text.split()).split("`")
+    parts = printable(" ".join(block.text.split())).split("`")
     text = "".join(f"`{p}`" if i % 2 else plain(p, False) for i, p in enumerate(parts))
     return f"> {text}" if block.note else text
 

@@ -31,9 +31,11 @@ from moe_fair.report.numbers import (
     amount,
     benchmark_table,
     change,
+    depths,
     drafts_table,
     heldout_table,
     layer_label,
+    method,
     repair_table,
     size_table,
 )
@@ -48,7 +50,7 @@ def document(s: Sources) -> Document:
     kept, size = sum(len(g.kept) for g in s.plan.groups), sum(g.size for g in s.plan.groups)
     return Document(
         title=f"{s.model}: {kept} of {size} {UNIT}s kept",
-        subtitle=f"{'Merged' if s.plan.merges else 'Pruned'} with {_method(s.plan)}.",
+        subtitle=f"{'Merged' if s.plan.merges else 'Pruned'} with {method(s.plan)}.",
         sections=tuple(
             Section(title, tuple(blocks))
             for title, blocks in (
@@ -69,12 +71,6 @@ def document(s: Sources) -> Document:
             )
         ),
     )
-
-
-def _method(plan: Plan) -> str:
-    scores = plan.removal + (f" against {plan.protection}" if plan.protection else "")
-    alpha = "" if plan.tolerance is None else f", tolerance α = {plan.tolerance:.4g}"
-    return f"{plan.allocator} on {scores}{alpha}"
 
 
 def _summary(s: Sources, kept: int, size: int) -> Iterator[Block]:
@@ -134,18 +130,10 @@ def _budget(plan: Plan) -> Iterator[Block]:
         ("layer", "experts", "kept", "removed", *limits),
         tuple(
             (layer_label(g), str(g.size), str(len(g.kept)), str(g.depth),
-             *("-" if x is None else x for x in (_limits(g) if limits else ())))
+             *((*depths(g), "-" if g.ceiling is None else str(g.ceiling)) if limits else ()))
             for g in groups
         ),
     )  # fmt: skip
-
-
-def _limits(g: GroupPlan) -> tuple[str | None, str | None, str | None]:
-    return (
-        None if g.tod is None else f"{g.tod:.3f}",
-        None if g.null_depth is None else f"{g.null_depth:.1f}",
-        None if g.ceiling is None else str(g.ceiling),
-    )
 
 
 def _tod(s: Sources) -> Iterator[Block]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from moe_fair.core.plan import GroupPlan, ModelSize
+from moe_fair.core.plan import GroupPlan, ModelSize, Plan
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.drafts import Drafts
 from moe_fair.evaluate.heldout import HeldoutLoss
 from moe_fair.moe.repair import LayerRepair
-from moe_fair.report.document import Table
+from moe_fair.report.document import Table, Text
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 
@@ -31,6 +32,38 @@ def change(before: float, after: float) -> str:
 def layer_label(group: GroupPlan) -> str:
     """The layer's number; of a head for multi-token prediction with what it is."""
     return f"{group.layer} MTP" if group.follows else str(group.layer)
+
+
+def method(plan: Plan) -> str:
+    """`tod on u-score against taylor, tolerance α = 0.12`."""
+    scores = plan.removal + (f" against {plan.protection}" if plan.protection else "")
+    alpha = "" if plan.tolerance is None else f", tolerance α = {plan.tolerance:.4g}"
+    return f"{plan.allocator} on {scores}{alpha}"
+
+
+def depths(group: GroupPlan) -> tuple[str, str]:
+    """ToD at the cut and the null depth, `-` where there is none."""
+    tod, null = group.tod, group.null_depth
+    return "-" if tod is None else f"{tod:.3f}", "-" if null is None else f"{null:.1f}"
+
+
+def bar(share: float, columns: int = 20) -> str:
+    """A share as a bar of so many characters."""
+    full = round(share * columns)
+    return "█" * full + "░" * (columns - full)
+
+
+def clipped(name: str, most: int = 40) -> str:
+    """The end of a name that is too long for a screen."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def loading(output: Path, what: str) -> Text:
+    """How a pruned image classifier is loaded, and where its report lies."""
+    return Text(
+        f'{output}: load it with moe_fair.vision.load_pruned("{output}"); '
+        f"{output}/moe_fair/report.html shows {what}"
+    )
 
 
 def drafts_table(original: Drafts, pruned: Drafts) -> Table:

@@ -1,4 +1,4 @@
-"""Writing the report of a pruned checkpoint."""
+"""Writing reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_fair.core.output import write_named
 from moe_fair.report import html, markdown
+from moe_fair.report.document import Document
 from moe_fair.report.moe import document
 from moe_fair.report.sources import FOLDER, gather
 from moe_fair.version import __version__
@@ -15,7 +16,7 @@ FOOTER = f"Written by moe_fair {__version__}."
 
 
 def write_report(output: Path, format: str = "html", path: Path | None = None) -> Path:
-    """The report of a pruned checkpoint, as one HTML file, or as Markdown with its pictures beside.
+    """The report of a pruned language model.
 
     Args:
         output: the directory that `prune` wrote.
@@ -30,7 +31,18 @@ def write_report(output: Path, format: str = "html", path: Path | None = None) -
     if format not in FORMATS:
         raise ValueError(f"--format {format!r} is none of {', '.join(FORMATS)}")
     made = document(gather(output))
-    path = path or output / FOLDER / f"report.{format}"
+    return write_document(made, path or output / FOLDER / f"report.{format}", format)
+
+
+def write_document(made: Document, path: Path, format: str = "html") -> Path:
+    """A document as one HTML file, or as Markdown with its pictures beside.
+
+    Returns:
+        the file written.
+
+    Raises:
+        ValueError: the path is a directory, or pictures cannot lie beside it.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name the file to write")
     if format == "md" and path.exists() and not path.is_file():

@@ -129,6 +129,12 @@ def open_data(spec: str, transform: Transform) -> Data:
     return _dataset(spec, transform)
 
 
+def draw(images: ImageSet, count: int, seed: int) -> Tensor:
+    """[S, C, H, W] images for calibration, drawn without a look at their labels."""
+    ids = np.random.default_rng(seed).permutation(len(images))[:count]
+    return images.part(sorted(ids.tolist())).tensors()[0]
+
+
 def sample(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """[S, C, H, W] and [S]: `count` images for scoring, equally many of every class drawn.
 

@@ -84,9 +84,20 @@ def finetune(
     for epoch in range(first, training.epochs):
         total = _epoch(model, images, training, epoch, teacher, optimizer, schedule, accelerator)
         say(f"epoch {epoch + 1} of {training.epochs}: loss {total:.4f}")
+        check_trained(model, total)
         if work is not None:
             _save(accelerator, work, epoch + 1)
     return accelerator.unwrap_model(model).eval()
+
+
+def check_trained(model: nn.Module, loss: float = 0.0) -> None:
+    """Training has not diverged.
+
+    Raises:
+        ValueError: the loss or a weight is not finite.
+    """
+    if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+        raise ValueError("training diverged: weights are not finite any more; lower --lr")
 
 
 def _epoch(

@@ -89,7 +89,19 @@ def check_model(output: Path, *, trust_remote_code: bool = False) -> str:
                 )
     if found != planned:
         raise ValueError(f"{found:,} parameters, planned {planned:,}")
-    for name, t in model.state_dict().items():
-        if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"{name} holds NaN or Inf")
+    check_finite(model)
     return f"{found:,} parameters, as planned, all finite"
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Every weight is finite; a buffer may be a mask of infinities.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite")
+    for name, b in model.named_buffers():
+        if bool(b.isnan().any()):
+            raise ValueError(f"{name} holds NaN")

@@ -16,12 +16,12 @@ from places import CALIBRATION, MODEL
 from processes import python
 
 from moe_fair.cli import main, tables
-from moe_fair.cli import sparse_tables as screen
+from moe_fair.cli.render import render
 from moe_fair.core import interrupts
 from moe_fair.engines import shards
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.pipelines.sparse import Sparse
-from moe_fair.report import document
+from moe_fair.report.document import Table, screen
+from moe_fair.report.sparse import summary
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
 GOES_ON = "; the same command goes on where it stopped"
@@ -219,7 +219,7 @@ def test_calibration_that_tells_of_names(
 
 def test_tables_with_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
     rows = ((r"[red]x[/red]", "1"), ("a\x1b[31m", "2"), ("b\nc", "3"), ("[/oops]:smile:", "4"))
-    tables._print(tables.new_console(), document.Table(("task", "items"), rows))
+    render(screen([Table(("task", "items"), rows)]))
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[1:]] == [
         "[red]x[/red]", r"a\x1b[31m", r"b\nc", "[/oops]:smile:",
@@ -235,7 +235,7 @@ def test_layers_with_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
         "top1": {"dense": 1.0, "pruned": 0.5, "final": 0.5},
         "sparsity": {"zeros": 2, "weights": 4}, "left_dense": {"head[/b]\x1b": "why\nnot"},
     }  # fmt: skip
-    screen.show(Sparse(Path("[/bold]out\x07"), result))
+    render(summary(result, Path("[/bold]out\x07")))
     said = capsys.readouterr().out
     assert said.count(r"[/x]\x1b[2Jlayer") == 2
     assert r"left dense: head[/b]\x1b, why\nnot" in said

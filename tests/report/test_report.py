@@ -393,6 +393,8 @@ def test_any_document_can_be_drawn() -> None:
     assert "pictures/map.png" in text
     assert fenced("```\nrun", "sh") in text
     assert text.count("````") == 2
+    half = figures.routing_maps([("\udcff", marked)], "channel")  # of a name in bytes
+    assert half.startswith(b"\x89PNG")
     width, height = html.png_size(picture.png)
     assert width > height > 100
 

@@ -6,6 +6,7 @@ of the published models.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,21 @@ def small() -> nn.Module:
     net.blocks = net.blocks[:2]
     net.classifier = nn.Linear(8, 3)
     return net
+
+
+def strange() -> nn.Module:
+    """A net whose first layer has a name of markup, an unfinished formula and a control."""
+    return nn.Sequential(
+        OrderedDict(
+            {
+                "a$\\frac{<b>\x1b[31m": nn.Conv2d(3, 6, 3),
+                "relu": nn.ReLU(),
+                "pool": nn.AdaptiveAvgPool2d(1),
+                "flatten": nn.Flatten(),
+                "classifier": nn.Linear(6, 3),
+            }
+        )
+    )
 
 
 def built(name: str) -> nn.Module:

@@ -36,6 +36,13 @@ def test_it_learns_and_leaves_eval_mode(train: ImageSet) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_training_that_diverges_ends_with_the_epoch(train: ImageSet) -> None:
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"training diverged: .* lower --lr"):
+        finetune(net(), train, Training(3, learning_rate=1e30, batch_size=4), say=said.append)
+    assert len(said) == 1
+
+
 def test_sgd_is_the_published_recipe(train: ImageSet) -> None:
     model, other = net(), net()
     finetune(model, train, Training(epochs=1, batch_size=24, seed=2))

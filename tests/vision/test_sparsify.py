@@ -86,7 +86,7 @@ def test_the_command(
         assert x["shift"] == "bias" or x["shift"] in dict(model.named_modules())
     page = (out / "moe_fair" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1
-    assert ("<th>RR</th>" in page) == (allocate == "rr")
+    assert (">RR</th>" in page) == (allocate == "rr")
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "pruned.json", "moe_fair"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -181,16 +181,16 @@ def test_a_killed_run_leaves_no_output(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"model": NET, "data": str(pictures), "sparsity": 0.5, "samples": 12}
-    stock = pipeline.write_report
+    stock = pipeline.write_document
 
     def stops(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "write_report", stops)
+    monkeypatch.setattr(pipeline, "write_document", stops)
     with pytest.raises(KeyboardInterrupt):
         pipeline.sparsify(SparseSettings.of(given), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(pipeline, "write_report", stock)
+    monkeypatch.setattr(pipeline, "write_document", stock)
     pipeline.sparsify(SparseSettings.of(given), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

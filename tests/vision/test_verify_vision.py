@@ -107,7 +107,10 @@ def test_one_bit_of_one_weight(out: Path, capsys: pytest.CaptureFixture[str]) ->
         (lambda o: record(o, lambda r: r["history"].pop()), "2 plans and 1 steps of cuts"),
         (lambda o: record(o, lambda r: r.pop("base")), "not a record of cuts"),
         (lambda o: change(o, lambda t: t.pop("conv1.weight")), "does not fit the model"),
-        (lambda o: change(o, lambda t: t["bn1.bias"].fill_(float("nan"))), "holds NaN or Inf"),
+        (
+            lambda o: change(o, lambda t: t["bn1.bias"].fill_(float("nan"))),
+            "bn1.bias holds values",
+        ),
     ],
 )
 def test_damage(out: Path, spoil: Callable[[Path], object], said: str) -> None:

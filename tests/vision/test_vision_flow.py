@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import Statistics
 from moe_fair.pipelines import vision as pipeline
-from moe_fair.vision import load_pruned
+from moe_fair.vision import load_pruned, step_folder
 from moe_fair.vision.accuracy import top1
 from moe_fair.vision.checkpoint import open_pruned
 from moe_fair.vision.data import open_data
 from moe_fair.vision.graph import logits
+from moe_fair.vision.inputs import matched
 from moe_fair.vision.settings import Settings
 
 NET = "vision.architectures:small"
@@ -101,6 +103,36 @@ def test_json_and_a_second_pruning_of_the_result(
         ).shape == (1, 3)
 
 
+def test_weights_that_are_not_finite_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured; a result with them would not verify."""
+    broken = small().state_dict()
+    broken["classifier.bias"][1] = torch.nan
+    save_file(broken, tmp_path / "w.safetensors")
+    line = failing(capsys, NET, "--weights", tmp_path / "w.safetensors", "--data", pictures,
+                   "--ratio", ".5", *QUICK, "-o", tmp_path / "out")  # fmt: skip
+    assert "classifier.bias holds values that are not finite" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_does_not_verify_gets_no_name(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by a writer that leaves out what was removed last."""
+    stock = pipeline.save_pruned
+    monkeypatch.setattr(
+        pipeline, "save_pruned", lambda model, source, history, to: stock(model, source, [], to)
+    )
+    with pytest.raises(RuntimeError, match=r"does not verify and stays in .*out.partial: cuts"):
+        pipeline.prune(settings(pictures), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    said: list[str] = []
+    pipeline.prune(settings(pictures), tmp_path / "out", say=said.append)
+    assert said[-1].startswith("verified: ")
+
+
 def test_weights_of_a_function_are_used(pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     trained = small()
@@ -139,11 +171,31 @@ def test_a_transformers_folder_keeps_its_processor_and_labels(
         assert logits(source.model, images(2)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("command", [["prune", "--ratio"], ["sparsify", "--sparsity"]])
+def test_names_that_only_a_report_trips_over(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """At the end of a run, when its work is done: a layer's, and a folder's that is not UTF-8."""
+    data = tmp_path / os.fsdecode(b"pictures\xff")
+    data.symlink_to(pictures)
+    with pytest.raises(SystemExit, match="0"):
+        main([
+            "vision", command[0], "vision.architectures:strange", "--data", str(data), command[1],
+            "0.5", "--image-size", "16", "--samples", "18", "-o", str(tmp_path / "out"),
+        ])  # fmt: skip
+    said = capsys.readouterr()
+    assert r"a$\frac{<b>\x1b[31m" in said.out
+    assert "\x1b" not in said.out + said.err
+    page = (tmp_path / "out" / "moe_fair" / "report.html").read_text()
+    assert r"a$\frac{&lt;b&gt;\x1b[31m" in page
+    assert r"pictures\udcff" in page
+
+
 def test_labels_of_a_folder_follow_the_names_of_the_model(pictures: Path) -> None:
     data = open_data(str(pictures), lambda image: torch.zeros(3, 2, 2))
-    matched = pipeline._matched(data.test, ("red", "blue", "green"))
-    assert matched.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
-    assert pipeline._matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
+    found = matched(data.test, ("red", "blue", "green"))
+    assert found.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    assert matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
 
 
 def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> None:
@@ -164,27 +216,32 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
-    ["_cut", "finetune", pytest.param("save_pruned", marks=pytest.mark.slow), "write_report"],
+    ("module", "place"),
+    [
+        (pipeline, "cut"),
+        (pipeline, "finetune"),
+        (step_folder, "save_pruned"),
+        (pipeline, "write_document"),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_model(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, place: str
 ) -> None:
     wanted = settings(pictures, steps=2, finetune_epochs=1)
     whole = pipeline.prune(wanted, tmp_path / "whole")
-    stock, calls = getattr(pipeline, place), []
+    stock, calls = getattr(module, place), []
 
     def stops(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2 or place == "write_report":
+        if len(calls) == 2 or place == "write_document":
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, place, stops)
+    monkeypatch.setattr(module, place, stops)
     with pytest.raises(KeyboardInterrupt):
         pipeline.prune(wanted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(pipeline, place, stock)
+    monkeypatch.setattr(module, place, stock)
     said: list[str] = []
     done = pipeline.prune(wanted, tmp_path / "out", say=said.append)
     assert any("before" in line for line in said), said
