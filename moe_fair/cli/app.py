@@ -21,91 +21,48 @@ from moe_fair import __version__
 from moe_fair.cli import terminal
 from moe_fair.cli.options import (
     Against,
-    AgreementText,
-    Allocate,
     AllowPickle,
-    Alone,
     ApplyChatTemplate,
     Baseline,
     BaseModel,
-    BatchSize,
-    Calibration,
-    Checkpointing,
-    Counterfactual,
-    Curves,
-    CurveSamples,
     Debug,
-    Device,
-    DeviceMap,
     DryRun,
-    Dtype,
-    EngineName,
     EvalBatchSize,
     EvalDtype,
     EvalOutput,
-    Experts,
     Format,
-    Fresh,
-    Gram,
-    HashLayers,
-    Heldout,
-    HeldoutSamples,
     IncludePath,
     Json,
-    Length,
     License,
     Limit,
     LogSamples,
-    MaxMemory,
     MeasureAgreement,
-    Method,
-    MinExperts,
-    Model,
-    Mtp,
-    MultipleOf,
     NamedOutput,
     NumFewshot,
     Output,
-    PlanFile,
     PlanOutput,
     Private,
-    Protection,
     Pruned,
     PruneDryRun,
     PushRevision,
-    Ratio,
     RecipeFile,
-    Reduce,
-    Removal,
-    RepairName,
     RepoId,
     ReportOutput,
     Revision,
-    Rivals,
-    Samples,
-    SaveEvery,
-    Seed,
-    Size,
     StatisticsFolder,
-    Stats,
     Tasks,
-    Taylor,
-    Tolerance,
-    Total,
-    TrialSamples,
     Trust,
-    UScore,
-    Weights,
     WriteList,
     option,
 )
+from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
 from moe_fair.core.printable import printable
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines import processes
 
 if TYPE_CHECKING:
-    from moe_fair.core.recipe import Recipe
     from moe_fair.core.units import Statistics
 
 # what several processes do together; of other commands the first process does all
@@ -119,7 +76,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(vision_app, name="vision")
 
@@ -133,22 +91,14 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "calibrate")
 def calibrate(
-    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
-    calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
-    u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
-    curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
-    mtp: Mtp = None, hash_layers: HashLayers = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, device_map: DeviceMap = None,
-    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
-    fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
-    allow_pickle: AllowPickle = None, debug: Debug = False,
+    given: dict[str, Any], output: NamedOutput = None, recipe: RecipeFile = None,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe)
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -165,18 +115,14 @@ def calibrate(
     )
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "plan")
 def plan(
-    statistics: StatisticsFolder, output: PlanOutput = None,
-    recipe: RecipeFile = None, experts: Experts = None, total: Total = None, ratio: Ratio = None,
-    size: Size = None, tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
-    protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
-    min_experts: MinExperts = None, multiple_of: MultipleOf = None, reduce: Reduce = None,
-    mtp: Mtp = None, as_json: Json = False,
-    debug: Debug = False,
+    given: dict[str, Any], statistics: StatisticsFolder, output: PlanOutput = None,
+    recipe: RecipeFile = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Decide which experts stay: a budget per layer, in milliseconds."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe)
     from moe_fair.cli.tables import plan_table
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.plan_selection import rivals
@@ -193,39 +139,21 @@ def plan(
         plan_table(made)
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "prune")
 def prune(
-    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
-    plan: PlanFile = None, stats: Stats = None,
-    experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
-    tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
-    protection: Protection = None, allocate: Allocate = None, rivals: Rivals = None,
-    trial_samples: TrialSamples = None, weights: Weights = None,
-    min_experts: MinExperts = None, multiple_of: MultipleOf = None,
-    calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
-    u_score: UScore = None, gram: Gram = None, alone: Alone = None,
-    curve_samples: CurveSamples = None,
-    reduce: Reduce = None, repair: RepairName = None, mtp: Mtp = None,
-    hash_layers: HashLayers = None,
-    heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, device_map: DeviceMap = None,
-    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
-    fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    given: dict[str, Any], output: NamedOutput = None, recipe: RecipeFile = None,
     dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
-    given = locals()
-    settings = _settings(given)
+    settings = _settings(given, recipe)
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import pruned_output
     from moe_fair.pipelines.unused_settings import check_untargeted
 
-    if plan is not None:
+    if "plan" in given:
         check_untargeted(given)
     ready = Plan.load(Path(settings.plan)) if settings.plan else None
     if output is None:
@@ -250,18 +178,14 @@ def prune(
         pruned_summary(done)
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "oracle")
 def oracle(
-    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
-    stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
-    length: Length = None, seed: Seed = None, hash_layers: HashLayers = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    max_memory: MaxMemory = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    given: dict[str, Any], output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -273,31 +197,34 @@ def oracle(
         oracle_table(found, table)
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=Command, epilog=FOOT)
+@takes(Recipe, "eval")
 def evaluate(
-    model: Model = None, baseline: Baseline = None, output: EvalOutput = None,
+    given: dict[str, Any], baseline: Baseline = None, output: EvalOutput = None,
     tasks: Tasks = None, num_fewshot: NumFewshot = None, limit: Limit = None,
     apply_chat_template: ApplyChatTemplate = False, include_path: IncludePath = None,
-    log_samples: LogSamples = False,
-    agreement: MeasureAgreement = False, heldout: AgreementText = None,
-    heldout_samples: HeldoutSamples = None, length: Length = None,
-    batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
-    engine: EngineName = None, max_memory: MaxMemory = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    log_samples: LogSamples = False, agreement: MeasureAgreement = False,
+    batch_size: EvalBatchSize = None, dtype: EvalDtype = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run lm-eval's benchmarks, or measure agreement with the original."""
+    model = given.get("model")
     if model is None or not (tasks or agreement):
         raise ValueError("give a MODEL and --tasks, or --agreement")
     if agreement and baseline is None:
         raise ValueError("--agreement compares with the original: name it with --baseline")
-    given = {k: v for k, v in locals().items() if k != "batch_size"}
     from moe_fair.pipelines.unused_settings import check_used_by_eval
 
-    check_used_by_eval(given, {"--tasks": bool(tasks), "--agreement": agreement})
+    own = {
+        "num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template,
+        "include_path": include_path, "log_samples": log_samples,
+    }  # fmt: skip
+    check_used_by_eval({**own, **given}, {"--tasks": bool(tasks), "--agreement": agreement})
+    if dtype is not None:
+        given["dtype"] = dtype
     if batch_size is not None and batch_size.isdigit():
         given["batch_size"] = int(batch_size)
-    settings = _settings(given)
+    settings = _settings(given, None)
     from moe_fair.cli.tables import evaluation, evaluation_json
     from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines import evaluate as evaluating
@@ -305,7 +232,7 @@ def evaluate(
     rows = found = None
     trusted = (settings.trust_remote_code, settings.allow_pickle)
     with evaluating.claimed(model, output) as folder:
-        source = Checkpoint(model, revision, *trusted)
+        source = Checkpoint(model, settings.revision, *trusted)
         original = Checkpoint(baseline, None, *trusted) if baseline else None
         if tasks:
             from moe_fair.evaluate.benchmark import Benchmark, names
@@ -338,7 +265,7 @@ def evaluate(
         evaluation(rows, found)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     out: Pruned, output: ReportOutput = None, format: Format = "html", debug: Debug = False
 ) -> None:
@@ -348,7 +275,7 @@ def report(
     print(printable(write_report(out, format, output)))
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     out: Pruned, against: Against = None, write: WriteList = False, revision: Revision = None,
     trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
@@ -378,7 +305,7 @@ def verify(
     raise typer.Exit(0 if found.ok else 1)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     out: Pruned, repo: RepoId, private: Private = False, revision: PushRevision = None,
     base_model: BaseModel = None, license: License = None, dry_run: DryRun = False,
@@ -396,19 +323,11 @@ def push(
     )  # fmt: skip
 
 
-def _settings(given: dict[str, Any]) -> Recipe:
+def _settings(given: dict[str, Any], file: Path | None) -> Recipe:
     """The recipe file, with the options of the command line over it."""
-    from moe_fair.core.recipe import Recipe, load_recipe
+    from moe_fair.core.recipe import load_recipe
 
-    base = load_recipe(given["recipe"]) if given.get("recipe") else Recipe()
-    names = set(Recipe.__dataclass_fields__)
-    chosen = {k: v for k, v in given.items() if k in names and v is not None}
-    chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}
-    if "weights" in chosen:
-        chosen["weights"] = _parse_weights(chosen["weights"])
-    if "rivals" in chosen:
-        chosen["rivals"] = tuple(name.strip() for name in chosen["rivals"].split(","))
-    return base.with_settings(chosen)
+    return (load_recipe(file) if file else Recipe()).with_settings(given)
 
 
 def _statistics(path: Path) -> Statistics:
@@ -421,14 +340,6 @@ def _statistics(path: Path) -> Statistics:
             "those that were measured cannot be seen"
         )
     return found
-
-
-def _parse_weights(text: str) -> dict[str, float]:
-    try:
-        pairs = [item.rsplit("=", 1) for item in text.split(",")]
-        return {domain.strip(): float(weight) for domain, weight in pairs}
-    except ValueError:
-        raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from moe_fair.cli.options import (
     option,
 )
 from moe_fair.cli.terminal import say
-from moe_fair.core.recipe import check_trust, coerce, parse_bytes, read_settings
+from moe_fair.core.recipe import check_trust, parse_bytes, read_settings
 from moe_fair.core.registry import check_settings
+from moe_fair.core.settings import coerce
 
 SCORE, TARGET, GRADUAL, TRAIN, MODEL, RUN = (
     "Scores and budget",

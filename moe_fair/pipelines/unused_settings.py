@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fair.core.recipe import PLANNING, TARGETS, Recipe, flag
+from moe_fair.core.recipe import PLANNING, TARGETS, Recipe
+from moe_fair.core.settings import flag
 
 COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
 # a flag of these that is off asks for nothing
@@ -129,5 +130,5 @@ def check_used_by_eval(options: Mapping[str, Any], asked: Mapping[str, bool]) ->
     """
     for what, names in OF_EVAL.items():
         for name in names:
-            if not asked[what] and options[name] not in (None, False):
+            if not asked[what] and options.get(name) not in (None, False):
                 raise ValueError(f"{flag(name)} is for {what}: add {what}, or leave it out")
