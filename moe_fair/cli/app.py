@@ -59,7 +59,7 @@ from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
 from moe_fair.core.printable import printable
-from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def calibrate(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
-    settings = _settings(given, recipe)
+    settings = _settings(given, recipe, "calibrate")
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -122,7 +122,7 @@ def plan(
     recipe: RecipeFile = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Decide which experts stay: a budget per layer, in milliseconds."""
-    settings = _settings(given, recipe)
+    settings = _settings(given, recipe, "plan")
     from moe_fair.cli.tables import plan_table
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.plan_selection import rivals
@@ -146,7 +146,7 @@ def prune(
     dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
-    settings = _settings(given, recipe)
+    settings = _settings(given, recipe, "prune")
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
@@ -185,7 +185,7 @@ def oracle(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
-    settings = _settings(given, recipe)
+    settings = _settings(given, recipe, "oracle")
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -224,7 +224,7 @@ def evaluate(
         given["dtype"] = dtype
     if batch_size is not None and batch_size.isdigit():
         given["batch_size"] = int(batch_size)
-    settings = _settings(given, None)
+    settings = _settings(given, None, "eval")
     from moe_fair.cli.tables import evaluation, evaluation_json
     from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines import evaluate as evaluating
@@ -323,10 +323,11 @@ def push(
     )  # fmt: skip
 
 
-def _settings(given: dict[str, Any], file: Path | None) -> Recipe:
+def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
     """The recipe file, with the options of the command line over it."""
     from moe_fair.core.recipe import load_recipe
 
+    check_taken(given, command)
     return (load_recipe(file) if file else Recipe()).with_settings(given)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moe_fair.core.method import SIGNS, join_method, parse_method
 from moe_fair.core.quote import quote
 from moe_fair.core.registry import check_settings
 from moe_fair.core.settings import coerce_all, flag, is_number, setting, settings_of
@@ -165,29 +166,31 @@ class Recipe:
     )  # fmt: skip
     method: str | None = setting(
         None,
-        "second-order, fair (ToD), fair-u (ToD on U-Scores between calibration domains), or a "
-        "criterion: reap, frequency, ean, ..., with its usual allocation",
+        "REMOVAL[:PROTECTION][/ALLOCATOR][+REPAIR], as reap/global+refit. REMOVAL: second-order, "
+        "fair (ToD), fair-u (ToD on U-Scores between calibration domains), or a criterion: reap, "
+        "frequency, ean, ..., with its usual allocation unless an ALLOCATOR is named",
         panel=SCORES, commands=DECIDES, shown=PLANS, choices="methods",
         usual="second-order; fair with --tolerance",
     )  # fmt: skip
     removal: str | None = setting(
-        None, "Criterion whose lowest scores leave", panel=SCORES, commands=DECIDES,
+        None, "The REMOVAL of --method in its older form", panel=SCORES, commands=DECIDES,
         choices="criteria",
     )  # fmt: skip
     protection: str | None = setting(
-        None, "Criterion whose highest scores are protected", panel=SCORES, commands=DECIDES,
+        None, "The PROTECTION of --method in its older form", panel=SCORES, commands=DECIDES,
         choices="criteria",
     )  # fmt: skip
     allocate: str | None = setting(
         None,
-        "tod, uniform, global, global-normalised, curves (measured costs), tod-curves, fisher (all "
-        "layers together, by Taylor rows) or naee (sets by reconstruction error)",
+        "The ALLOCATOR of --method in its older form: tod, uniform, global, global-normalised, "
+        "curves (measured costs), tod-curves, fisher (all layers together, by Taylor rows) or naee "
+        "(sets by reconstruction error)",
         panel=SCORES, commands=DECIDES, choices="allocators",
     )  # fmt: skip
     rivals: tuple[str, ...] | None = setting(
         None,
-        "Methods whose plans are tried against the method's own on held-back calibration text, the "
-        "best of which is taken, as reap,mone/global; none: none",
+        "Methods, without a repair, whose plans are tried against the method's own on held-back "
+        "calibration text, the best of which is taken, as reap,mone/global; none: none",
         panel=SCORES, commands=GATHERS, parse=_names, usual="some where no --method is given",
     )  # fmt: skip
     trial_samples: int = setting(
@@ -278,6 +281,8 @@ class Recipe:
         if is_number(self.size):
             object.__setattr__(self, "size", str(self.size))
         coerce_all(self)
+        if self.method is not None:
+            self._check_method(self.method)
         changed = {n for n, default in SETTINGS.items() if getattr(self, n) != default}
         object.__setattr__(self, "given", self.given & SETTINGS.keys() | changed)
         if self.size is not None:
@@ -290,9 +295,30 @@ class Recipe:
         if self.plan is not None and self.stats is not None:
             raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
 
+    def _check_method(self, method: str) -> None:
+        """The method and what its parts are also called agree."""
+        written = parse_method(method)
+        parts = {"removal" if n == "method" else n: part for n, part in written.items()}
+        for name, part in parts.items():
+            other = getattr(self, name)
+            if other not in (None, part) and len(parts) > 1:
+                raise ValueError(
+                    f"--method {quote(method)} and {flag(name)} {quote(other)} contradict one "
+                    "another; leave one out"
+                )
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """Method, removal, protection, allocate and repair, in whichever way each was given."""
+        own = {n: getattr(self, n) for n in ("method", "removal", *SIGNS)}
+        return own | ({} if self.method is None else parse_method(self.method))
+
     def planning(self) -> dict[str, Any]:
         """The settings that decide a plan once the statistics are there."""
-        return {k: v for k, v in self.to_dict().items() if k in PLANNING}
+        found = {k: v for k, v in self.to_dict().items() if k in PLANNING}
+        if self.method is not None:  # its repair does not
+            found["method"] = _without(self.method, ["repair"])
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without the unset ones."""
@@ -311,7 +337,7 @@ class Recipe:
         """The recipe with these settings replaced, and what they contradict taken out.
 
         A target replaces whichever target was there, a plan the statistics, another text the digest
-        of the one before.
+        of the one before; the parts of a method replace those that were there, in either form.
 
         Raises:
             ValueError: an unknown or impossible setting.
@@ -321,9 +347,24 @@ class Recipe:
         for names, cleared in REPLACED:
             if any(settings.get(n) is not None for n in names):
                 clear |= dict.fromkeys(cleared)
-        merged = {**clear, **settings}
+        merged = {**clear, **self._parted(settings), **settings}
         none = {n for n, v in merged.items() if v is None}
         return replace(self, **merged, given=(self.given | merged.keys()) - none)
+
+    def _parted(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What becomes of a method's parts from before where new ones come in the other form."""
+        method = settings.get("method")
+        if isinstance(method, str):
+            parts = parse_method(method)
+            older = [n for n in SIGNS if n in parts] + ["removal"] * (len(parts) > 1)
+            return dict.fromkeys(older)
+        named = [n for n in SIGNS if n in settings]
+        return {"method": _without(self.method, named)} if self.method and named else {}
+
+
+def _without(method: str, names: Collection[str]) -> str:
+    """A method without these parts."""
+    return join_method({n: part for n, part in parse_method(method).items() if n not in names})
 
 
 # every setting, with its default
@@ -401,6 +442,9 @@ def check_taken(settings: Mapping[str, Any], command: str) -> None:
         if not used and getattr(given, name) != getattr(usual, name):
             value = quote(getattr(given, name))
             raise ValueError(f"{command} does not use {name}={value}; leave it out")
+    repair = given.parts["repair"]
+    if repair is not None and command not in known["repair"].about.commands:
+        raise ValueError(f"{command} does not use the +{repair} of --method; leave it out")
 
 
 def check_keys(settings: Mapping[Any, Any], where: str) -> None:

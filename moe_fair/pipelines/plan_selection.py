@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.method import parse_method
 from moe_fair.core.output import digest, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import TARGETS, Recipe
@@ -69,11 +70,11 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
         names = RIVALS
     found = {}
     for name in names:
-        criterion, _, rule = name.partition("/")
-        found[name] = recipe.with_settings(
-            {"method": criterion, "allocate": rule or None, "removal": None, "protection": None,
-             "rivals": ("none",)}
-        )  # fmt: skip
+        parts = parse_method(name, "--rivals")
+        if "repair" in parts:
+            raise ValueError(f"--rivals {name}: plans are tried before any repair; name none here")
+        clear = dict.fromkeys(("removal", "protection", "allocate"))
+        found[name] = recipe.with_settings({**clear, **parts, "rivals": ("none",)})
     return found
 
 
@@ -141,7 +142,8 @@ def best_plan(
     Raises:
         ValueError: a rival that was named makes no plan here, or layers do not run one at a time.
     """
-    made = [Tried(method_name(recipe), make(statistics, recipe))]
+    name = recipe.planning().get("method") or method_name(recipe)
+    made = [Tried(name, make(statistics, recipe))]
     if source.unpacking and choose_engine(recipe, source).engine == "streaming":
         # calibrated over several devices (--device-map); trials run on one
         say("note: no plan is tried: one device is too small, and packed weights are not streamed")

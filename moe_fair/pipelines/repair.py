@@ -30,9 +30,10 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
     Raises:
         ValueError: the repair that was asked for does not exist, or cannot be done on this model.
     """
-    if recipe.repair == "none":
+    wanted = recipe.parts["repair"]
+    if wanted == "none":
         return None
-    rule = repair(recipe.repair or DEFAULT)
+    rule = repair(wanted or DEFAULT)
     try:
         if packed(source.config):
             raise ValueError("quantised weights cannot be repaired; use --repair none")
@@ -40,7 +41,7 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
             check_repairable(rule, block.experts)
         check_layouts(source)
     except ValueError as e:
-        if recipe.repair is not None:
+        if wanted is not None:
             raise
         say(f"note: not repaired: {e}")
         return None
@@ -81,7 +82,7 @@ def repair_model(
         try:
             done = repairer.run(repair_text(recipe, source, text, kind, engine))
         except NotLayerwise as e:  # met before anything is changed
-            if recipe.repair is not None:
+            if recipe.parts["repair"] is not None:
                 raise
             say(f"note: not repaired: {e}")
             return []

@@ -87,7 +87,7 @@ def check_used(
     Raises:
         ValueError: one does not; says which and why.
     """
-    plain = recipe.to_dict()
+    plain = {**recipe.to_dict(), **recipe.planning()}
     found = unused(recipe, run)
     if not run.plans:
         found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
