@@ -49,6 +49,7 @@ from moe_fair.cli.options import (
     RepoId,
     ReportOutput,
     Revision,
+    SettingName,
     StatisticsFolder,
     Tasks,
     Trust,
@@ -321,6 +322,14 @@ def push(
             dry_run=dry_run, say=_say,
         )
     )  # fmt: skip
+
+
+@app.command(name="settings", cls=Command)
+def list_settings(name: SettingName = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List every setting of a run with its default and commands, or show one in full."""
+    from moe_fair.cli.settings import show
+
+    show(name, as_json)
 
 
 def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:

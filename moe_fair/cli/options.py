@@ -162,3 +162,6 @@ License = Annotated[
     str | None,
     option("--license", text="Licence on the card, if not the base model's", panel=PUBLISH),
 ]
+SettingName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="One setting, in full", show_default=False)
+]

@@ -1,0 +1,84 @@
+"""`moe-fair settings`: every setting of a run in a list, or one in full."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from typing import Any
+
+from moe_fair.core.quote import clip
+from moe_fair.core.recipe import TRUST, Recipe
+from moe_fair.core.registry import check_settings
+from moe_fair.core.settings import Setting, flag, settings_of
+
+TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+
+
+def show(name: str | None, as_json: bool) -> None:
+    """Print one setting, or all.
+
+    Raises:
+        ValueError: there is none of that name; says the nearest.
+    """
+    known = settings_of(Recipe)
+    if name is None:
+        chosen = list(known.values())
+    else:
+        name = name.removeprefix("--").replace("-", "_")
+        check_settings([name], known)
+        chosen = [known[name]]
+    if as_json:
+        facts = [_facts(its, full=name is not None) for its in chosen]
+        print(json.dumps(facts if name is None else facts[0], indent=1, ensure_ascii=False))
+    elif name is None:
+        _list(chosen)
+    else:
+        _one(chosen[0])
+
+
+def _list(settings: list[Setting]) -> None:
+    """One line each: name, default, commands, what it is."""
+    rows = [(s.name, clip(s.usual, 24), " ".join(s.about.commands)) for s in settings]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    room = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10**6
+    for its, row in zip(settings, rows, strict=True):
+        start = "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)) + "  "
+        print(start + clip(its.about.help, max(room - len(start), 24)))
+
+
+def _one(its: Setting) -> None:
+    """Everything that is known of it."""
+    facts = _facts(its, full=True)
+    print(f"{its.name}: {facts['type']}" + (f"  [default: {its.usual}]" if its.usual else ""))
+    print(textwrap.indent(textwrap.fill(its.about.help, 96), "  "))
+    print(f"  commands: {', '.join(its.about.commands)}")
+    print(
+        f"  given by: {facts['option'] or '--set ' + its.name + '=...'}, or {its.name}: in a recipe"
+    )
+    if its.about.minimum is not None:
+        print(f"  least: {its.about.minimum}")
+    if facts["choices"]:
+        width = max(map(len, facts["choices"]))
+        print("  choices:")
+        for value, line in facts["choices"].items():
+            print(f"    {value.ljust(width)}  {line}".rstrip())
+
+
+def _facts(its: Setting, full: bool) -> dict[str, Any]:
+    """For scripts; `full` with the choices, for which every rule is imported."""
+    about = its.about
+    words = about.flags or (flag(its.name),)
+    facts: dict[str, Any] = {
+        "name": its.name, "default": its.default, "usual": its.usual, "help": about.help,
+        "type": TYPES.get(its.kind) or ("texts" if "tuple" in str(its.kind) else "names: numbers"),
+        "commands": list(about.commands),
+        "shown": [c for c in about.commands if its.shown_by(c)],
+        "option": " ".join(words) if about.option else None, "minimum": about.minimum,
+    }  # fmt: skip
+    if full:
+        from moe_fair.pipelines.choices import choices
+
+        facts["choices"] = choices(about)
+    return facts
