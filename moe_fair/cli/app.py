@@ -59,6 +59,7 @@ from moe_fair.cli.options import (
 from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
+from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable
 from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
@@ -100,6 +101,7 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(given, recipe, "calibrate")
+    _check_early(settings)
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -125,11 +127,11 @@ def plan(
     """Decide which experts stay: a budget per layer, in milliseconds."""
     settings = _settings(given, recipe, "plan")
     from moe_fair.cli.tables import plan_table
-    from moe_fair.pipelines import moe as pipeline
-    from moe_fair.pipelines.plan_selection import rivals
+    from moe_fair.pipelines.plan import plan as make
+    from moe_fair.pipelines.rivals import rivals
 
     gathered = _statistics(statistics)
-    made = pipeline.plan(gathered, settings)
+    made = make(gathered, settings)
     if rivals(settings) and gathered.metadata["calibration"].get("held_back"):
         _say("note: not tried against other plans, which takes the model: prune --stats does")
     if output is not None:
@@ -148,6 +150,7 @@ def prune(
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
     settings = _settings(given, recipe, "prune")
+    _check_early(settings, repairs=True)
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
@@ -187,6 +190,7 @@ def oracle(
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
     settings = _settings(given, recipe, "oracle")
+    _check_early(settings)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -271,6 +275,7 @@ def report(
     out: Pruned, output: ReportOutput = None, format: Format = "html", debug: Debug = False
 ) -> None:
     """Draw what a pruning run did: one page, written by prune and eval as well."""
+    check_result(out)
     from moe_fair.report.write import write_report
 
     print(printable(write_report(out, format, output)))
@@ -286,15 +291,18 @@ def verify(
 
     Exit code 1 where something is wrong.
     """
+    if write and against is None:
+        raise ValueError("--write lists what was compared: name the original with --against")
+    check_result(out)
     from moe_fair.cli.tables import verified, verified_json
-    from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines.verify import list_files
     from moe_fair.pipelines.verify import verify as check
 
-    if write and against is None:
-        raise ValueError("--write lists what was compared: name the original with --against")
-    trusted = (bool(trust_remote_code), bool(allow_pickle))
-    original = Checkpoint(against, revision, *trusted) if against else None
+    original = None
+    if against is not None:
+        from moe_fair.moe.checkpoint_source import Checkpoint
+
+        original = Checkpoint(against, revision, bool(trust_remote_code), bool(allow_pickle))
     if write and original is not None:
         found = list_files(out, original)
     else:
@@ -313,6 +321,7 @@ def push(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Upload a pruned checkpoint to the Hub with its model card, in one commit."""
+    check_result(out)
     from moe_fair.cli.tables import upload
     from moe_fair.publish import push as publish
 
@@ -338,6 +347,14 @@ def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
 
     check_taken(given, command)
     return (load_recipe(file) if file else Recipe()).with_settings(given)
+
+
+def _check_early(settings: Recipe, repairs: bool = False) -> None:
+    """Refuse what can be refused before heavy packages are imported."""
+    from moe_fair.pipelines.early_checks import check_model_folder, check_names
+
+    check_model_folder(settings)
+    check_names(settings, repairs)
 
 
 def _statistics(path: Path) -> Statistics:

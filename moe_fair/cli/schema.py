@@ -128,10 +128,10 @@ def _assigned(texts: Any) -> dict[str, Any]:
     Raises:
         ValueError: one is not KEY=VALUE, no YAML, or given twice.
     """
-    from moe_fair.core.yaml_file import parse_yaml
-
     found: dict[str, Any] = {}
     for text in texts:
+        from moe_fair.core.yaml_file import parse_yaml
+
         key, sign, value = text.partition("=")
         name = key.strip().removeprefix("--").replace("-", "_")
         if not sign or not name:

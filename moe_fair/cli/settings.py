@@ -54,9 +54,9 @@ def _one(its: Setting) -> None:
     print(f"{its.name}: {facts['type']}" + (f"  [default: {its.usual}]" if its.usual else ""))
     print(textwrap.indent(textwrap.fill(its.about.help, 96), "  "))
     print(f"  commands: {', '.join(its.about.commands)}")
-    print(
-        f"  given by: {facts['option'] or '--set ' + its.name + '=...'}, or {its.name}: in a recipe"
-    )
+    given = facts["option"] or f"--set {its.name}=..."
+    file = "; never in a recipe" if its.name in TRUST else f", or {its.name}: in a recipe"
+    print(f"  given by: {given}{file}")
     if its.about.minimum is not None:
         print(f"  least: {its.about.minimum}")
     if facts["choices"]:

@@ -11,14 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_fair.cli.terminal import console as new_console
-from moe_fair.core.oracle import Agreement, Oracle
-from moe_fair.core.plan import Plan
 from moe_fair.core.printable import printable
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
-from moe_fair.evaluate.agreement import Agreements
-from moe_fair.evaluate.compare import Row
-from moe_fair.pipelines.moe import FOLDER, Pruned
 from moe_fair.report import document
 from moe_fair.report.numbers import (
     PAIRED_NOTE,
@@ -28,11 +23,17 @@ from moe_fair.report.numbers import (
     heldout_table,
     layer_label,
 )
+from moe_fair.report.sources import FOLDER
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_fair.core.oracle import Agreement, Oracle
+    from moe_fair.core.plan import Plan
+    from moe_fair.evaluate.agreement import Agreements
+    from moe_fair.evaluate.compare import Row
     from moe_fair.pipelines.dry_run import DryRun
+    from moe_fair.pipelines.moe import Pruned
     from moe_fair.pipelines.verify import Verified
     from moe_fair.publish.push import Upload
 

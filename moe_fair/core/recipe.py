@@ -97,12 +97,13 @@ class Recipe:
     dtype: str = setting(
         "auto", "auto, checkpoint, float32, bfloat16 or float16", panel=RUNNING, commands=OPENS,
         shown=True, usual="auto: float32 on a CPU, as on disk elsewhere",
+        choices=("auto", "checkpoint", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     device: str = setting("auto", "auto, cpu, cuda, ...", panel=RUNNING, commands=OPENS, shown=True)
     engine: str = setting(
         "auto", "auto, resident (the model in memory) or streaming (one layer at a time)",
         panel=RUNNING, commands=("calibrate", "prune", "eval"), shown=True,
-        usual="auto, by size and free memory",
+        usual="auto, by size and free memory", choices=("auto", "resident", "streaming"),
     )  # fmt: skip
     device_map: str | None = setting(
         None,

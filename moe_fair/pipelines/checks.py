@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from moe_fair.core.recipe import Recipe, parse_size
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.engines.processes import processes
-from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.device_map import check_map, read_map
 from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
+
+if TYPE_CHECKING:  # a plan is made without transformers
+    from moe_fair.moe.calibration_text import CalibrationSet
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 # methods that pair a removal score with |Taylor|, by ToD
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}

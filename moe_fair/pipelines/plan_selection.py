@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from moe_fair.core.allocate import allocator, needs
-from moe_fair.core.method import parse_method
 from moe_fair.core.output import digest, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import TARGETS, Recipe
@@ -34,11 +33,9 @@ from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import check_plan_settings, method, method_name
+from moe_fair.pipelines.rivals import RIVALS as RIVALS
+from moe_fair.pipelines.rivals import rivals as rivals
 
-RIVALS = (
-    "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
-    "frequency/uniform",
-)  # fmt: skip
 LEAST = 8  # sequences: fewer tell plans apart by luck
 MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
@@ -59,29 +56,6 @@ class Tried:
     plan: Plan
     change: float = math.nan
     stderr: float = 0.0
-
-
-def rivals(recipe: Recipe) -> dict[str, Recipe]:
-    """Name -> recipe of each method that is tried against the recipe's own."""
-    names: tuple[str, ...] = ()
-    if recipe.rivals is not None:
-        names = () if recipe.rivals == ("none",) else recipe.rivals
-    elif _usual(recipe):
-        names = RIVALS
-    found = {}
-    for name in names:
-        parts = parse_method(name, "--rivals")
-        if "repair" in parts:
-            raise ValueError(f"--rivals {name}: plans are tried before any repair; name none here")
-        clear = dict.fromkeys(("removal", "protection", "allocate"))
-        found[name] = recipe.with_settings({**clear, **parts, "rivals": ("none",)})
-    return found
-
-
-def _usual(recipe: Recipe) -> bool:
-    """The command was left to choose by itself."""
-    named = (recipe.method, recipe.removal, recipe.protection, recipe.allocate, recipe.tolerance)
-    return all(x is None for x in named) and recipe.reduce == "prune" and recipe.taylor
 
 
 def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
