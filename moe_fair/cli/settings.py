@@ -26,7 +26,7 @@ def show(name: str | None, as_json: bool) -> None:
     if name is None:
         chosen = list(known.values())
     else:
-        name = name.removeprefix("--").replace("-", "_")
+        name = name.replace("-", "_")
         check_settings([name], known)
         chosen = [known[name]]
     if as_json:

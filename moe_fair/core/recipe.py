@@ -271,7 +271,7 @@ class Recipe:
         None,
         "Of the tokens that a recorded run has read; a run on others is refused. It goes where "
         "the settings of the text are replaced",
-        commands=MEASURES, option=False,
+        commands=GATHERS, option=False,
     )  # fmt: skip
     heldout_digest: str | None = setting(
         None, "The same of the held-out text", commands=("prune",), option=False
