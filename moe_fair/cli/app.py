@@ -63,6 +63,7 @@ from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable
 from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
+from moe_fair.pipelines.early_checks import check_model_folder, check_names
 
 if TYPE_CHECKING:
     from moe_fair.core.units import Statistics
@@ -190,7 +191,7 @@ def oracle(
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
     settings = _settings(given, recipe, "oracle")
-    _check_early(settings)
+    check_model_folder(settings)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -351,8 +352,6 @@ def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
 
 def _check_early(settings: Recipe, repairs: bool = False) -> None:
     """Refuse what can be refused before heavy packages are imported."""
-    from moe_fair.pipelines.early_checks import check_model_folder, check_names
-
     check_model_folder(settings)
     check_names(settings, repairs)
 

@@ -24,7 +24,7 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, options without a heading, then each heading with its own."""
-        titles = ("Arguments", "Options", *PANELS)
+        titles = ("Arguments", "Options", *PANELS[:-1])  # what all runs have comes last
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -32,10 +32,10 @@ class Command(TyperCommand):
                 kind = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
                 title = getattr(parameter, "rich_help_panel", None) or kind
                 sections.setdefault(title, []).append(record)
-        for title, records in sections.items():
-            if records:
+        for title in sorted(sections, key=lambda title: title == PANELS[-1]):
+            if sections[title]:
                 with formatter.section(title):
-                    formatter.write_dl(records)
+                    formatter.write_dl(sections[title])
 
 
 def takes(kind: type, command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -6,41 +6,51 @@ import json
 import shutil
 import sys
 import textwrap
+from dataclasses import MISSING
 from typing import Any
 
 from moe_fair.core.quote import clip
 from moe_fair.core.recipe import TRUST, Recipe
 from moe_fair.core.registry import check_settings
 from moe_fair.core.settings import Setting, flag, settings_of
+from moe_fair.vision.settings import Settings
+from moe_fair.vision.sparse.settings import SparseSettings
 
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
 def show(name: str | None, as_json: bool) -> None:
-    """Print one setting, or all.
+    """Print one setting, or all; as JSON a list of objects.
 
     Raises:
         ValueError: there is none of that name; says the nearest.
     """
-    known = settings_of(Recipe)
-    if name is None:
-        chosen = list(known.values())
-    else:
+    chosen = every()
+    if name is not None:
         name = name.replace("-", "_")
-        check_settings([name], known)
-        chosen = [known[name]]
+        check_settings([name], [its.name for its in chosen])
+        chosen = [its for its in chosen if its.name == name]
     if as_json:
         facts = [_facts(its, full=name is not None) for its in chosen]
-        print(json.dumps(facts if name is None else facts[0], indent=1, ensure_ascii=False))
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
     elif name is None:
         _list(chosen)
     else:
-        _one(chosen[0])
+        for its in chosen:
+            _one(its)
+
+
+def every() -> list[Setting]:
+    """All settings; where commands have their own of one name, each."""
+    found: list[Setting] = []
+    for kind in (Recipe, Settings, SparseSettings):
+        found += [its for its in settings_of(kind).values() if its not in found]
+    return found
 
 
 def _list(settings: list[Setting]) -> None:
     """One line each: name, default, commands, what it is."""
-    rows = [(s.name, clip(s.usual, 24), " ".join(s.about.commands)) for s in settings]
+    rows = [(s.name, clip(s.usual, 24), ", ".join(s.about.commands)) for s in settings]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     room = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10**6
     for its, row in zip(settings, rows, strict=True):
@@ -71,7 +81,8 @@ def _facts(its: Setting, full: bool) -> dict[str, Any]:
     about = its.about
     words = about.flags or (flag(its.name),)
     facts: dict[str, Any] = {
-        "name": its.name, "default": its.default, "usual": its.usual, "help": about.help,
+        "name": its.name, "default": None if its.default is MISSING else its.default,
+        "usual": its.usual, "help": about.help,
         "type": TYPES.get(its.kind) or ("texts" if "tuple" in str(its.kind) else "names: numbers"),
         "commands": list(about.commands),
         "shown": [c for c in about.commands if its.shown_by(c)],

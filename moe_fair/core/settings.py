@@ -10,7 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from os import PathLike
@@ -79,7 +79,7 @@ class Setting:
         if isinstance(self.default, bool):
             on, _, off = "".join(self.about.flags[-1:]).partition("/")
             return (on if self.default else off) if off else ""
-        if self.default is None or self.default == ():
+        if self.default in (None, MISSING, ()):
             return ""
         return " ".join(self.default) if isinstance(self.default, tuple) else str(self.default)
 
@@ -90,13 +90,17 @@ class Setting:
 
 
 def setting(default: Any, help: str, **about: Any) -> Any:
-    """A field of a settings class; see `About`."""
+    """A field of a settings class; see `About`. Without a default (MISSING) it must be given."""
     return field(default=default, metadata={ABOUT: About(help, **about)})
 
 
-@cache
 def settings_of(kind: Any) -> dict[str, Setting]:
     """Every setting of a class by name, in its order."""
+    return _settings_of(kind)
+
+
+@cache
+def _settings_of(kind: Any) -> dict[str, Setting]:
     hints = typing.get_type_hints(kind)
     return {
         f.name: Setting(f.name, f.default, hints[f.name], f.metadata[ABOUT])
@@ -111,8 +115,7 @@ def coerce_all(settings: Any) -> None:
     Raises:
         ValueError: a value is not of its type, below its minimum or none of its choices.
     """
-    kind: Any = type(settings)
-    known = settings_of(kind)
+    known = settings_of(type(settings))
     for name, its in known.items():
         object.__setattr__(settings, name, coerce(name, getattr(settings, name), its.hint))
     for name, its in known.items():
