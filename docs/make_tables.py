@@ -1,9 +1,10 @@
-"""The tables of criteria, allocators and repairs in docs/, from the registries.
+"""The tables of criteria, allocators, repairs and settings in docs/, from where they are defined.
 
     python docs/make_tables.py           # print them
     python docs/make_tables.py --write   # put them into their pages
 
-What a rule is comes from its own docstring. A test fails where a page is out of date.
+What a rule is comes from its own docstring, what a setting is from its field. A test fails where a
+page is out of date.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.core.allocate import allocators, needs
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.settings import key_of, settings_of
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.repairs import repairs
 
@@ -53,6 +56,12 @@ def tables() -> Iterator[tuple[str, str, str]]:
     header = ("`--repair`", "what is fitted, and folded into tensors that are there")
     rows = [("`none`", "Nothing."), *((f"`{name}`", first(r)) for name, r in repairs().items())]
     yield "repair.md", "repairs", _table(header, rows)
+    header = ("setting", "what it is", "default", "commands")
+    rows = [
+        (f"`{key_of(s.name)}`", s.about.help, s.usual, ", ".join(s.about.commands))
+        for s in settings_of(Recipe).values()
+    ]
+    yield "settings.md", "settings", _table(header, rows)
 
 
 def first(rule: Any) -> str:

@@ -72,11 +72,11 @@ def plan(statistics: Statistics | str | PathLike[str], **settings: Any) -> Plan:
     """
     from moe_fair.core.recipe import Recipe, check_taken
     from moe_fair.core.units import Statistics
-    from moe_fair.pipelines import moe as pipeline
+    from moe_fair.pipelines.plan import plan as make
 
     recipe = Recipe().with_settings(settings)
     check_taken(settings, "plan")
-    return pipeline.plan(_loaded("statistics", statistics, Statistics), recipe)
+    return make(_loaded("statistics", statistics, Statistics), recipe)
 
 
 def prune(

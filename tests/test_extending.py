@@ -29,11 +29,19 @@ from moe_fair.moe.families import families
 from moe_fair.moe.repairs import repairs
 from moe_fair.moe.statistics import collecting
 from moe_fair.moe.statistics import families as statistics_families
+from moe_fair.moe.statistics import statistics as statistic_names
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 GROUP = "project.entry-points."
-REGISTRIES = (criteria_package.criteria, allocators, repairs, families, statistics_families)
+REGISTRIES = (
+    criteria_package.criteria,
+    allocators,
+    repairs,
+    families,
+    statistics_families,
+    statistic_names,
+)
 
 
 def project() -> dict[str, dict[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
+from places import MODEL
 
 PACKAGE = Path(__file__).parent.parent / "moe_fair"
 # a folder may import those before it, and itself; the two in one row never each other
@@ -93,3 +95,47 @@ def test_heavy_packages_load_late(code: str) -> None:
     check = f"{code}; import sys; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# what takes seconds to import, and the commands that do without it
+HEAVY = ("transformers", "datasets", "lm_eval", "accelerate")
+RUNS = """
+import sys
+from moe_fair.cli import main
+for arguments in {commands!r}:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        print(arguments, stop.code, file=sys.stderr)
+print(sorted(set({heavy!r}) & set(sys.modules)))
+"""
+
+
+def test_commands_that_need_no_transformers(statistics_folder: Path, tmp_path: Path) -> None:
+    """They plan, report, list and refuse."""
+    out = tmp_path / "out"
+    (out / "moe_fair").mkdir(parents=True)
+    shutil.copy(MODEL / "config.json", out)
+    plan = ["plan", statistics_folder, "--experts", "40"]
+    commands = [
+        (["--help"], 0),
+        (["prune", "--help"], 0),
+        (["settings"], 0),
+        (["settings", "method"], 0),
+        ([*plan, "-o", out / "moe_fair" / "plan.json"], 0),
+        ([*plan, "--reduce", "merge"], 0),
+        (["report", out], 0),
+        (["verify", tmp_path], 2),
+        (["push", tmp_path, "a/b"], 2),
+        (["prune", tmp_path, "--experts", "4", "-o", tmp_path / "x"], 2),
+        (["prune", MODEL, "--experts", "4", "--method", "raep", "-o", tmp_path / "x"], 2),
+        (["calibrate", MODEL, "--samples", "0", "-o", tmp_path / "x"], 2),
+        (["eval", MODEL], 2),
+    ]
+    asked = [[str(a) for a in arguments] for arguments, _ in commands]
+    code = RUNS.format(commands=asked, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("[")]
+    assert lines == [f"{a} {code}" for a, (_, code) in zip(asked, commands, strict=True)]
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (out / "moe_fair" / "report.html").is_file()

@@ -20,94 +20,53 @@ import typer
 from moe_fair.cli import terminal
 from moe_fair.cli.options import (
     Against,
-    AgreementText,
-    Allocate,
     AllowPickle,
-    Alone,
     ApplyChatTemplate,
     Baseline,
     BaseModel,
-    BatchSize,
-    Calibration,
-    Checkpointing,
-    Counterfactual,
-    Curves,
-    CurveSamples,
     Debug,
-    Device,
-    DeviceMap,
     DryRun,
-    Dtype,
-    EngineName,
     EvalBatchSize,
     EvalDtype,
     EvalOutput,
-    Experts,
-    For,
     Format,
-    Fresh,
-    Gram,
-    HashLayers,
-    Heldout,
-    HeldoutSamples,
     IncludePath,
     Json,
-    Length,
     License,
     Limit,
     LogSamples,
-    MaxMemory,
     MeasureAgreement,
-    Method,
-    MinExperts,
-    Model,
-    Mtp,
-    MultipleOf,
     NamedOutput,
     NumFewshot,
     Output,
-    PlanFile,
     PlanOutput,
     Private,
-    Protection,
     Pruned,
     PruneDryRun,
     PushRevision,
-    Ratio,
     RecipeFile,
-    Reduce,
-    Removal,
-    RepairName,
     RepoId,
     ReportOutput,
     Revision,
-    Rivals,
-    Samples,
-    SaveEvery,
-    Seed,
-    Size,
+    SettingName,
     StatisticsFolder,
-    Stats,
     Tasks,
-    Taylor,
-    Tolerance,
-    Total,
-    TrialSamples,
     Trust,
-    UScore,
-    Weights,
     WriteList,
     option,
 )
 from moe_fair.cli.recipes import recipes
+from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
+from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable
+from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
+from moe_fair.pipelines.early_checks import check_model_folder, check_names
 from moe_fair.version import __version__
 
 if TYPE_CHECKING:
-    from moe_fair.core.recipe import Recipe
     from moe_fair.core.units import Statistics
 
 # what several processes do together; of other commands the first process does all
@@ -121,7 +80,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(vision_app, name="vision")
 app.command()(recipes)
@@ -136,23 +96,15 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "calibrate")
 def calibrate(
-    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
-    calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, for_: For = None,
-    taylor: Taylor = None, counterfactual: Counterfactual = None,
-    u_score: UScore = None, gram: Gram = None, alone: Alone = None, curves: Curves = None,
-    curve_samples: CurveSamples = None, rivals: Rivals = None, trial_samples: TrialSamples = None,
-    mtp: Mtp = None, hash_layers: HashLayers = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, device_map: DeviceMap = None,
-    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
-    fresh: Fresh = None, revision: Revision = None, trust_remote_code: Trust = None,
-    allow_pickle: AllowPickle = None, debug: Debug = False,
+    given: dict[str, Any], output: NamedOutput = None, recipe: RecipeFile = None,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe, "calibrate")
+    _check_early(settings)
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -169,24 +121,20 @@ def calibrate(
     )
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "plan")
 def plan(
-    statistics: StatisticsFolder, output: PlanOutput = None,
-    recipe: RecipeFile = None, experts: Experts = None, total: Total = None, ratio: Ratio = None,
-    size: Size = None, tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
-    protection: Protection = None, allocate: Allocate = None, weights: Weights = None,
-    min_experts: MinExperts = None, multiple_of: MultipleOf = None, reduce: Reduce = None,
-    mtp: Mtp = None, as_json: Json = False,
-    debug: Debug = False,
+    given: dict[str, Any], statistics: StatisticsFolder, output: PlanOutput = None,
+    recipe: RecipeFile = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Decide which experts stay: a budget per layer, in milliseconds."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe, "plan")
     from moe_fair.cli.tables import plan_table
-    from moe_fair.pipelines import moe as pipeline
-    from moe_fair.pipelines.plan_selection import rivals
+    from moe_fair.pipelines.plan import plan as make
+    from moe_fair.pipelines.rivals import rivals
 
     gathered = _statistics(statistics)
-    made = pipeline.plan(gathered, settings)
+    made = make(gathered, settings)
     if rivals(settings) and gathered.metadata["calibration"].get("held_back"):
         _say("note: not tried against other plans, which takes the model: prune --stats does")
     if output is not None:
@@ -197,39 +145,22 @@ def plan(
         plan_table(made)
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "prune")
 def prune(
-    model: Model = None, output: NamedOutput = None, recipe: RecipeFile = None,
-    plan: PlanFile = None, stats: Stats = None,
-    experts: Experts = None, total: Total = None, ratio: Ratio = None, size: Size = None,
-    tolerance: Tolerance = None, method: Method = None, removal: Removal = None,
-    protection: Protection = None, allocate: Allocate = None, rivals: Rivals = None,
-    trial_samples: TrialSamples = None, weights: Weights = None,
-    min_experts: MinExperts = None, multiple_of: MultipleOf = None,
-    calibration: Calibration = None, samples: Samples = None, length: Length = None,
-    seed: Seed = None, taylor: Taylor = None, counterfactual: Counterfactual = None,
-    u_score: UScore = None, gram: Gram = None, alone: Alone = None,
-    curve_samples: CurveSamples = None,
-    reduce: Reduce = None, repair: RepairName = None, mtp: Mtp = None,
-    hash_layers: HashLayers = None,
-    heldout: Heldout = None, heldout_samples: HeldoutSamples = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    engine: EngineName = None, device_map: DeviceMap = None,
-    checkpointing: Checkpointing = None, max_memory: MaxMemory = None, save_every: SaveEvery = None,
-    fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    given: dict[str, Any], output: NamedOutput = None, recipe: RecipeFile = None,
     dry_run: PruneDryRun = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
-    given = locals()
-    settings = _settings(given)
+    settings = _settings(given, recipe, "prune")
+    _check_early(settings, repairs=True)
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import pruned_output
     from moe_fair.pipelines.unused_settings import check_untargeted
 
-    if plan is not None:
+    if "plan" in given:
         check_untargeted(given)
     ready = Plan.load(Path(settings.plan)) if settings.plan else None
     if output is None:
@@ -254,18 +185,15 @@ def prune(
         pruned_summary(done)
 
 
-@app.command()
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "oracle")
 def oracle(
-    model: Model = None, output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
-    stats: Stats = None, calibration: Calibration = None, samples: Samples = None,
-    length: Length = None, seed: Seed = None, hash_layers: HashLayers = None,
-    batch_size: BatchSize = None, dtype: Dtype = None, device: Device = None,
-    max_memory: MaxMemory = None, fresh: Fresh = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    given: dict[str, Any], output: Output = ..., recipe: RecipeFile = None,  # type: ignore[assignment]
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
-    settings = _settings(locals())
+    settings = _settings(given, recipe, "oracle")
+    check_model_folder(settings)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -277,31 +205,34 @@ def oracle(
         oracle_table(found, table)
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=Command, epilog=FOOT)
+@takes(Recipe, "eval")
 def evaluate(
-    model: Model = None, baseline: Baseline = None, output: EvalOutput = None,
+    given: dict[str, Any], baseline: Baseline = None, output: EvalOutput = None,
     tasks: Tasks = None, num_fewshot: NumFewshot = None, limit: Limit = None,
     apply_chat_template: ApplyChatTemplate = False, include_path: IncludePath = None,
-    log_samples: LogSamples = False,
-    agreement: MeasureAgreement = False, heldout: AgreementText = None,
-    heldout_samples: HeldoutSamples = None, length: Length = None,
-    batch_size: EvalBatchSize = None, dtype: EvalDtype = None, device: Device = None,
-    engine: EngineName = None, max_memory: MaxMemory = None,
-    revision: Revision = None, trust_remote_code: Trust = None, allow_pickle: AllowPickle = None,
+    log_samples: LogSamples = False, agreement: MeasureAgreement = False,
+    batch_size: EvalBatchSize = None, dtype: EvalDtype = None,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run lm-eval's benchmarks, or measure agreement with the original."""
+    model = given.get("model")
     if model is None or not (tasks or agreement):
         raise ValueError("give a MODEL and --tasks, or --agreement")
     if agreement and baseline is None:
         raise ValueError("--agreement compares with the original: name it with --baseline")
-    given = {k: v for k, v in locals().items() if k != "batch_size"}
     from moe_fair.pipelines.unused_settings import check_used_by_eval
 
-    check_used_by_eval(given, {"--tasks": bool(tasks), "--agreement": agreement})
+    own = {
+        "num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template,
+        "include_path": include_path, "log_samples": log_samples,
+    }  # fmt: skip
+    check_used_by_eval({**own, **given}, {"--tasks": bool(tasks), "--agreement": agreement})
+    if dtype is not None:
+        given["dtype"] = dtype
     if batch_size is not None and batch_size.isdigit():
         given["batch_size"] = int(batch_size)
-    settings = _settings(given)
+    settings = _settings(given, None, "eval")
     from moe_fair.cli.tables import evaluation, evaluation_json
     from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines import evaluate as evaluating
@@ -309,7 +240,7 @@ def evaluate(
     rows = found = None
     trusted = (settings.trust_remote_code, settings.allow_pickle)
     with evaluating.claimed(model, output) as folder:
-        source = Checkpoint(model, revision, *trusted)
+        source = Checkpoint(model, settings.revision, *trusted)
         original = Checkpoint(baseline, None, *trusted) if baseline else None
         if tasks:
             from moe_fair.evaluate.benchmark import Benchmark, names
@@ -342,17 +273,18 @@ def evaluate(
         evaluation(rows, found)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     out: Pruned, output: ReportOutput = None, format: Format = "html", debug: Debug = False
 ) -> None:
     """Draw what a pruning run did: one page, written by prune and eval as well."""
+    check_result(out)
     from moe_fair.report.write import write_report
 
     print(printable(write_report(out, format, output)))
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     out: Pruned, against: Against = None, write: WriteList = False, revision: Revision = None,
     trust_remote_code: Trust = None, allow_pickle: AllowPickle = None, as_json: Json = False,
@@ -362,15 +294,18 @@ def verify(
 
     Exit code 1 where something is wrong.
     """
+    if write and against is None:
+        raise ValueError("--write lists what was compared: name the original with --against")
+    check_result(out)
     from moe_fair.cli.tables import verified, verified_json
-    from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines.verify import list_files
     from moe_fair.pipelines.verify import verify as check
 
-    if write and against is None:
-        raise ValueError("--write lists what was compared: name the original with --against")
-    trusted = (bool(trust_remote_code), bool(allow_pickle))
-    original = Checkpoint(against, revision, *trusted) if against else None
+    original = None
+    if against is not None:
+        from moe_fair.moe.checkpoint_source import Checkpoint
+
+        original = Checkpoint(against, revision, bool(trust_remote_code), bool(allow_pickle))
     if write and original is not None:
         found = list_files(out, original)
     else:
@@ -382,13 +317,14 @@ def verify(
     raise typer.Exit(0 if found.ok else 1)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     out: Pruned, repo: RepoId, private: Private = False, revision: PushRevision = None,
     base_model: BaseModel = None, license: License = None, dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Upload a pruned checkpoint to the Hub with its model card, in one commit."""
+    check_result(out)
     from moe_fair.cli.tables import upload
     from moe_fair.publish import push as publish
 
@@ -400,22 +336,28 @@ def push(
     )  # fmt: skip
 
 
-def _settings(given: dict[str, Any]) -> Recipe:
+@app.command(name="settings", cls=Command)
+def list_settings(name: SettingName = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List every setting of a run with its default and commands, or show one in full."""
+    from moe_fair.cli.settings import show
+
+    show(name, as_json)
+
+
+def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
     """The recipe file, with the options of the command line over it."""
     from moe_fair.core.bundled_recipes import EXPERTS, recipe_path
-    from moe_fair.core.recipe import Recipe, load_recipe
+    from moe_fair.core.recipe import load_recipe
 
-    named = given.get("recipe")
-    base = load_recipe(recipe_path(named, EXPERTS)) if named else Recipe()
-    names = set(Recipe.__dataclass_fields__)
-    chosen = {k: v for k, v in given.items() if k in names and v is not None}
-    chosen |= {k: str(v) for k, v in chosen.items() if isinstance(v, Path)}
-    if "weights" in chosen:
-        chosen["weights"] = _parse_weights(chosen["weights"])
-    for name in ("rivals", "for_"):
-        if name in chosen:
-            chosen[name] = tuple(part.strip() for part in chosen[name].split(","))
-    return base.with_settings(chosen)
+    check_taken(given, command)
+    base = load_recipe(recipe_path(file, EXPERTS)) if file else Recipe()
+    return base.with_settings(given)
+
+
+def _check_early(settings: Recipe, repairs: bool = False) -> None:
+    """Refuse what can be refused before heavy packages are imported."""
+    check_model_folder(settings)
+    check_names(settings, repairs)
 
 
 def _statistics(path: Path) -> Statistics:
@@ -428,14 +370,6 @@ def _statistics(path: Path) -> Statistics:
             "those that were measured cannot be seen"
         )
     return found
-
-
-def _parse_weights(text: str) -> dict[str, float]:
-    try:
-        pairs = [item.rsplit("=", 1) for item in text.split(",")]
-        return {domain.strip(): float(weight) for domain, weight in pairs}
-    except ValueError:
-        raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
 
 
 @contextmanager

@@ -7,13 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_fair.cli.render import render
-from moe_fair.core.oracle import Agreement, Oracle
-from moe_fair.core.plan import Plan
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
-from moe_fair.evaluate.agreement import Agreements
-from moe_fair.evaluate.compare import Row
-from moe_fair.pipelines.moe import FOLDER, Pruned
 from moe_fair.report.document import Block, Code, Table, Text, screen
 from moe_fair.report.numbers import (
     PAIRED_NOTE,
@@ -27,9 +22,15 @@ from moe_fair.report.numbers import (
     layer_label,
     method,
 )
+from moe_fair.report.sources import FOLDER
 
 if TYPE_CHECKING:
+    from moe_fair.core.oracle import Agreement, Oracle
+    from moe_fair.core.plan import Plan
+    from moe_fair.evaluate.agreement import Agreements
+    from moe_fair.evaluate.compare import Row
     from moe_fair.pipelines.dry_run import DryRun
+    from moe_fair.pipelines.moe import Pruned
     from moe_fair.pipelines.verify import Verified
     from moe_fair.publish.push import Upload
 

@@ -143,3 +143,15 @@ def listed_files(folder: Path) -> dict[str, dict]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{MANIFEST} is not a list of files: {e}") from e
     return raw["files"]
+
+
+def check_result(output: Path) -> None:
+    """The directory is one that `prune` wrote, of a language model or an image classifier.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not any((output / name).is_file() for name in (f"{FOLDER}/plan.json", "pruned.json")):
+        raise ValueError(
+            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
+        )

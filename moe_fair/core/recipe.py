@@ -2,180 +2,296 @@
 
 from __future__ import annotations
 
-import math
 import re
-import types
-import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
-from os import PathLike
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from moe_fair.core.quote import clip, quote
-from moe_fair.core.registry import check_settings, nearest
-from moe_fair.core.yaml_file import read_yaml
+from moe_fair.core.method import SIGNS, join_method, parse_method
+from moe_fair.core.quote import quote
+from moe_fair.core.registry import check_settings
+from moe_fair.core.settings import (
+    coerce_all,
+    flag,
+    is_number,
+    key_of,
+    name_of,
+    setting,
+    settings_of,
+)
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
-LARGEST = 10**18  # of any number in a recipe
 # what lets a model's files do more than be read: said by whoever runs it, never by a file
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides the calibration text
 TEXT = ("calibration", "samples", "length", "seed")
 MADE = ("stats", "plan")  # files of an earlier stage
-REDUCTIONS = ("prune", "merge")
-HEADS = ("cut", "drop", "keep")
-HASH_LAYERS = ("keep", "cut")
-# what decides a plan once the statistics are there
-PLANNING = (
-    "method", "removal", "protection", "allocate", *TARGETS, "min_experts", "multiple_of",
-    "weights", "reduce", "mtp",
-)  # fmt: skip
-# what the others do not look at; the command line has no options for it either
-UNUSED = {
-    "calibrate": (
-        *TARGETS, "min_experts", "multiple_of", "repair", "heldout", "heldout_samples",
-    ),
-    "prune": ("curves", "for_"),
-}  # fmt: skip
+
+# headings of the help screens, in their order
+PANELS = TARGET, SCORES, TEXTS, RUNNING = (
+    "Target (exactly one)",
+    "Scores and budget",
+    "Text",
+    "Running",
+)
+# groups of commands; `plan` takes what decides a plan once the statistics are there
+PLANS = ("plan", "prune")
+DECIDES = ("calibrate", "plan", "prune")
+GATHERS = ("calibrate", "prune")
+MEASURES = ("calibrate", "prune", "oracle")
+OPENS = ("calibrate", "prune", "oracle", "eval")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        pairs = [item.rsplit("=", 1) for item in text.split(",")]
+        return {domain.strip(): float(weight) for domain, weight in pairs}
+    except ValueError:
+        raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a pruning run.
+    """All settings of a pruning run; each field says what it is, and `moe-fair settings` shows it.
+
+    A recipe file says neither `trust_remote_code` nor `allow_pickle`: it may come with the model.
 
     Attributes:
-        model: local directory or Hub id; `revision` of the latter.
-        trust_remote_code: let transformers run code that lies beside the model's weights;
-            allow_pickle: read pickled weights where there are no safetensors. A recipe file cannot
-            say either: it may come with the model.
-        calibration: sources, `[domain=]path-or-dataset[:weight]`.
-        samples, length: calibration sequences, and tokens in each.
-        seed: decides which documents are drawn.
-        batch_size: sequences per batch.
-        dtype: auto, checkpoint, float32, bfloat16 or float16; device: auto, cpu, cuda, ...
-        engine: auto, resident (the model in memory) or streaming (one layer at a time).
-        device_map: auto, balanced or a file (module: device): spread one process's model over
-            several devices, main memory and disk. For the resident engine.
-        checkpointing: the resident engine runs each layer again in the backward, to keep one
-            layer's activations at a time.
-        max_memory: the most that the weights may take in memory, as "16GB"; decides `auto`.
-        save_every: batches after which partial statistics are saved; a killed run goes on there.
-        fresh: discard what a killed run left instead.
-        for_: methods, `criterion` or `criterion/allocator`, whose statistics `calibrate` collects;
-            unset: the usual ones. In a file the key is `for`.
-        taylor, counterfactual, u_score, gram, alone: of earlier versions, for one release: families
-            of statistics that are also collected, or are not (see `pipelines.collection`).
-        curves: removal score in whose order `calibrate` also measures cost curves.
-        curve_samples: calibration sequences on which these two are measured.
-        method: `second-order` (ours), `fair` (the paper's), `fair-u`, or the name of a criterion,
-            with that method's usual allocation; unset: `fair` for a tolerance, else `second-order`.
-        removal, protection, allocate: replace the method's own scores or allocator.
-        rivals: methods, `criterion` or `criterion/allocator`, whose plans are tried against the
-            method's own on held-back calibration text; the best is taken. Unset: some where no
-            method is named, else none; `none`: none.
-        trial_samples: calibration sequences held back for it, 8 at least, and at most an eighth of
-            all.
-        experts: mean number kept per layer; total: kept over all layers; ratio: share removed;
-            size: most parameters or bytes of the whole model ("8B", "20GB"); tolerance: ToD's α.
-            Exactly one of the five.
-        min_experts: fewest kept in any layer; multiple_of: kept counts are multiples of this.
-        weights: calibration domain -> weight of its statistics in the scores.
-        mtp: what becomes of heads for multi-token prediction: `cut`, `drop` or `keep` (see
-            `heads`); unset: `cut` where their layer is like the body's.
-        reduce: `prune` takes experts out; `merge` averages clusters of them into one each (see
-            `moe.merge`), the budget by frequency and uniform unless a method is given.
-        hash_layers: `keep` leaves layers that look experts up by token id as they are; `cut` cuts
-            them like others, and their table then names the nearest of the remaining experts
-            (see `moe.token_table`). Unset: keep.
-        repair: how the remaining experts make up for those that left (see `moe.repairs`), or none;
-            unset: the default where the model's experts allow it.
-        heldout: sources of held-out text on which both models are measured.
-        heldout_samples: most held-out windows.
-        stats, plan: statistics or a plan made before, which this run starts from; not both. In a
-            file their paths are relative to it.
-        calibration_digest, heldout_digest: of the tokens that a recorded run has read; a run on
-            others is refused. They go where the settings of their text are replaced.
         given: names of the settings that somebody gave, whatever their values; no setting itself.
     """
 
-    model: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    calibration: tuple[str, ...] = (DEFAULT_CALIBRATION,)
-    samples: int = 512
-    length: int = 512
-    seed: int = 0
-    batch_size: int = 8
-    dtype: str = "auto"
-    device: str = "auto"
-    engine: str = "auto"
-    device_map: str | None = None
-    checkpointing: bool = False
-    max_memory: str | None = None
-    save_every: int = 32
-    fresh: bool = False
-    for_: tuple[str, ...] | None = None
-    taylor: bool | None = None
-    counterfactual: bool | None = None
-    u_score: bool | None = None
-    gram: bool | None = None
-    alone: bool | None = None
-    curves: str | None = None
-    curve_samples: int = 16
-    method: str | None = None
-    removal: str | None = None
-    protection: str | None = None
-    allocate: str | None = None
-    rivals: tuple[str, ...] | None = None
-    trial_samples: int = 64
-    experts: float | None = None
-    total: int | None = None
-    ratio: float | None = None
-    size: str | None = None
-    tolerance: float | None = None
-    min_experts: int = 0
-    multiple_of: int = 1
-    weights: Mapping[str, float] | None = None
-    mtp: str | None = None
-    reduce: str = "prune"
-    hash_layers: str | None = None
-    repair: str | None = None
-    heldout: tuple[str, ...] = ()
-    heldout_samples: int = 1024
-    stats: str | None = None
-    plan: str | None = None
-    calibration_digest: str | None = None
-    heldout_digest: str | None = None
+    model: str | None = setting(
+        None, "Model directory or Hub id", commands=OPENS, shown=True, flags=("MODEL",)
+    )
+    revision: str | None = setting(
+        None, "Branch, tag or commit on the Hub", panel=RUNNING, commands=OPENS
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "Run a tokenizer's code that lies beside the weights; a model's own is never run, the "
+        "stock class serves",
+        panel=RUNNING, commands=OPENS,
+    )  # fmt: skip
+    allow_pickle: bool = setting(
+        False,
+        "Where a model has no safetensors, read its pickled weights (.bin): tensors only, nothing "
+        "in them is run",
+        panel=RUNNING, commands=OPENS,
+    )  # fmt: skip
+    calibration: tuple[str, ...] = setting(
+        (DEFAULT_CALIBRATION,),
+        "[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl, .json, .csv or .parquet file, a "
+        "directory of them, or a dataset id[:config][@split], whose first : is its config's: a "
+        "weight is id@split:2. Repeat for a mix",
+        panel=TEXTS, commands=MEASURES, shown=True, flags=("-c", "--calibration"),
+    )  # fmt: skip
+    samples: int = setting(
+        512, "Calibration sequences", panel=TEXTS, commands=MEASURES, shown=True, minimum=1
+    )
+    length: int = setting(512, "Tokens in each", panel=TEXTS, commands=OPENS, shown=True, minimum=2)
+    seed: int = setting(
+        0, "Decides which documents are drawn", panel=TEXTS, commands=MEASURES, shown=True,
+        minimum=0,
+    )  # fmt: skip
+    batch_size: int = setting(
+        8, "Sequences per batch", panel=RUNNING, commands=OPENS, shown=True, minimum=1
+    )
+    dtype: str = setting(
+        "auto", "auto, checkpoint, float32, bfloat16 or float16", panel=RUNNING, commands=OPENS,
+        shown=True, usual="auto: float32 on a CPU, as on disk elsewhere",
+        choices=("auto", "checkpoint", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    device: str = setting("auto", "auto, cpu, cuda, ...", panel=RUNNING, commands=OPENS, shown=True)
+    engine: str = setting(
+        "auto", "auto, resident (the model in memory) or streaming (one layer at a time)",
+        panel=RUNNING, commands=("calibrate", "prune", "eval"), shown=True,
+        usual="auto, by size and free memory", choices=("auto", "resident", "streaming"),
+    )  # fmt: skip
+    device_map: str | None = setting(
+        None,
+        "auto, balanced or a file of module: device lines: spread the model of one process over "
+        "several devices, main memory (cpu) and disk; for the resident engine",
+        panel=RUNNING, commands=GATHERS,
+    )  # fmt: skip
+    checkpointing: bool = setting(
+        False,
+        "Run each layer again in the backward: keeps the activations of one layer at a time",
+        panel=RUNNING, commands=GATHERS,
+    )  # fmt: skip
+    max_memory: str | None = setting(
+        None, "The most that weights may take in memory, as 16GB; decides --engine auto",
+        panel=RUNNING, commands=OPENS,
+    )  # fmt: skip
+    save_every: int = setting(
+        32, "Batches after which partial statistics are saved, for a killed run to go on from",
+        panel=RUNNING, commands=GATHERS, minimum=1,
+    )  # fmt: skip
+    fresh: bool = setting(False, "Discard what a killed run left", panel=RUNNING, commands=MEASURES)
+    for_: tuple[str, ...] | None = setting(
+        None,
+        "Collect exactly what these methods need, as reap,fair-u: `criterion`, "
+        "`criterion/allocator`, merge, or default for what is collected without this",
+        panel=TEXTS, commands=("calibrate",), shown=True, parse=_names,
+        usual="what the default, its rivals and most criteria need",
+    )  # fmt: skip
+    # of earlier versions, for one release: families of statistics, see `pipelines.collection`
+    taylor: bool | None = setting(
+        None, "Older form of --for: with or without gate Taylor scores",
+        panel=TEXTS, commands=GATHERS, flags=("--taylor/--no-taylor",),
+    )  # fmt: skip
+    counterfactual: bool | None = setting(
+        None, "Older form of --for: with or without what each expert's removal would change",
+        panel=TEXTS, commands=GATHERS, flags=("--counterfactual/--no-counterfactual",),
+    )  # fmt: skip
+    u_score: bool | None = setting(
+        None, "Older form of --for default,fair-u",
+        panel=TEXTS, commands=GATHERS, flags=("--u-score/--no-u-score",),
+    )  # fmt: skip
+    gram: bool | None = setting(
+        None, "Older form of --for default,naee",
+        panel=TEXTS, commands=GATHERS, flags=("--gram/--no-gram",),
+    )  # fmt: skip
+    alone: bool | None = setting(
+        None, "Older form of --for default,counterfactual-measured",
+        panel=TEXTS, commands=GATHERS, flags=("--alone/--no-alone",),
+    )  # fmt: skip
+    curves: str | None = setting(
+        None,
+        "Also measure what each layer's depth costs when experts leave in the order of this "
+        "criterion, for plan --method METHOD/curves",
+        panel=TEXTS, commands=("calibrate",), choices="criteria",
+    )  # fmt: skip
+    curve_samples: int = setting(
+        16, "Calibration sequences on which removals alone and cost curves are measured",
+        panel=TEXTS, commands=GATHERS, minimum=1,
+    )  # fmt: skip
+    method: str | None = setting(
+        None,
+        "REMOVAL[:PROTECTION][/ALLOCATOR][+REPAIR], as reap/global+refit. REMOVAL: second-order, "
+        "fair (ToD), fair-u (ToD on U-Scores between calibration domains), or a criterion: reap, "
+        "frequency, ean, ..., with its usual allocation unless an ALLOCATOR is named",
+        panel=SCORES, commands=DECIDES, shown=PLANS, choices="methods",
+        usual="second-order; fair with --tolerance",
+    )  # fmt: skip
+    removal: str | None = setting(
+        None, "The REMOVAL of --method in its older form", panel=SCORES, commands=DECIDES,
+        choices="criteria",
+    )  # fmt: skip
+    protection: str | None = setting(
+        None, "The PROTECTION of --method in its older form", panel=SCORES, commands=DECIDES,
+        choices="criteria",
+    )  # fmt: skip
+    allocate: str | None = setting(
+        None,
+        "The ALLOCATOR of --method in its older form: tod, uniform, global, global-normalised, "
+        "curves (measured costs), tod-curves, fisher (all layers together, by Taylor rows) or naee "
+        "(sets by reconstruction error)",
+        panel=SCORES, commands=DECIDES, choices="allocators",
+    )  # fmt: skip
+    rivals: tuple[str, ...] | None = setting(
+        None,
+        "Methods, without a repair, whose plans are tried against the method's own on held-back "
+        "calibration text, the best of which is taken, as reap,mone/global; none: none",
+        panel=SCORES, commands=GATHERS, parse=_names, usual="some where no --method is given",
+    )  # fmt: skip
+    trial_samples: int = setting(
+        64, "Calibration sequences held back for --rivals, at most an eighth of all",
+        panel=TEXTS, commands=GATHERS, minimum=8,
+    )  # fmt: skip
+    experts: float | None = setting(
+        None, "Experts kept per layer on average", panel=TARGET, commands=PLANS, shown=True
+    )
+    total: int | None = setting(
+        None, "Experts kept over all layers", panel=TARGET, commands=PLANS, shown=True
+    )
+    ratio: float | None = setting(
+        None, "Share of all experts removed, 0 to 1", panel=TARGET, commands=PLANS, shown=True
+    )
+    size: str | None = setting(
+        None, "Most that the whole model may hold: 8B parameters, or 20GB", panel=TARGET,
+        commands=PLANS, shown=True,
+    )  # fmt: skip
+    tolerance: float | None = setting(
+        None, "ToD's α and no budget: each layer goes as deep as it allows", panel=TARGET,
+        commands=PLANS, shown=True,
+    )  # fmt: skip
+    min_experts: int = setting(
+        0, "Fewest kept in any layer (never below top-k)", panel=SCORES, commands=PLANS, minimum=0
+    )
+    multiple_of: int = setting(
+        1, "Kept counts are multiples of this", panel=SCORES, commands=PLANS, minimum=1
+    )
+    weights: Mapping[str, float] | None = setting(
+        None, "Domain weights in the scores, 1 for those not named: python=2,rust-docs=0",
+        panel=SCORES, commands=DECIDES, parse=_weights,
+    )  # fmt: skip
+    mtp: str | None = setting(
+        None,
+        "Heads for multi-token prediction: cut (as many experts as the layers have), drop, or keep "
+        "(unequal counts only)",
+        panel=SCORES, commands=DECIDES, choices=("cut", "drop", "keep"),
+        usual="cut where the head's layer is like the body's",
+    )  # fmt: skip
+    reduce: str = setting(
+        "prune",
+        "prune, or merge: average clusters of experts with like outputs into one each (HC-SMoE); "
+        "budget by frequency and uniform unless a method is given, no repair",
+        panel=SCORES, commands=DECIDES, choices=("prune", "merge"),
+    )  # fmt: skip
+    hash_layers: str | None = setting(
+        None,
+        "Layers that look experts up by token id (DeepSeek V4's first): keep them whole, or cut "
+        "them like others, their table naming the nearest remaining experts",
+        panel=SCORES, commands=MEASURES, choices=("keep", "cut"), usual="keep",
+    )  # fmt: skip
+    repair: str | None = setting(
+        None,
+        "Fit the remaining experts to the original model, layer by layer: none, scale, channel, "
+        "variance, matrix, refit, distill or novice",
+        panel=SCORES, commands=("prune",), shown=True, choices="repairs",
+        usual="distill where the model's experts allow it",
+    )  # fmt: skip
+    heldout: tuple[str, ...] = setting(
+        (), "Held-out text (as --calibration) on which original and pruned are measured",
+        panel=TEXTS, commands=("prune", "eval"), shown=True,
+    )  # fmt: skip
+    heldout_samples: int = setting(
+        1024, "Most held-out windows", panel=TEXTS, commands=("prune", "eval"), shown=("eval",),
+        minimum=1,
+    )  # fmt: skip
+    stats: str | None = setting(
+        None, "Directory that `calibrate` wrote; in a file relative to it",
+        commands=("prune", "oracle"), shown=True,
+    )  # fmt: skip
+    plan: str | None = setting(
+        None, "Plan file made before, in place of --stats; in a file relative to it",
+        commands=("prune",), shown=True,
+    )  # fmt: skip
+    calibration_digest: str | None = setting(
+        None,
+        "Of the tokens that a recorded run has read; a run on others is refused. It goes where "
+        "the settings of the text are replaced",
+        commands=GATHERS, option=False,
+    )  # fmt: skip
+    heldout_digest: str | None = setting(
+        None, "The same of the held-out text", commands=("prune",), option=False
+    )
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Recipe)
-        for name in SETTINGS:
-            object.__setattr__(self, name, coerce(name, getattr(self, name), hints[name]))
+        if is_number(self.size):
+            object.__setattr__(self, "size", str(self.size))
+        coerce_all(self)
+        if self.method is not None:
+            self._check_method(self.method)
         changed = {n for n, default in SETTINGS.items() if getattr(self, n) != default}
         object.__setattr__(self, "given", self.given & SETTINGS.keys() | changed)
-        for name, least in (
-            ("samples", 1), ("length", 2), ("batch_size", 1), ("multiple_of", 1),
-            ("min_experts", 0), ("heldout_samples", 1), ("seed", 0), ("save_every", 1),
-            ("curve_samples", 1), ("trial_samples", 8),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} is below {least}")
-        for name, known in (
-            ("reduce", REDUCTIONS), ("mtp", HEADS), ("hash_layers", HASH_LAYERS),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(
-                    f"{flag(name)} {quote(value)}{nearest(value, known)} is none of "
-                    f"{', '.join(known)}"
-                )
         if self.size is not None:
             parse_size(self.size)
         if self.max_memory is not None:
@@ -186,9 +302,30 @@ class Recipe:
         if self.plan is not None and self.stats is not None:
             raise ValueError("give --plan or --stats, not both: a plan already holds its decision")
 
+    def _check_method(self, method: str) -> None:
+        """The method and what its parts are also called agree."""
+        written = parse_method(method)
+        parts = {"removal" if n == "method" else n: part for n, part in written.items()}
+        for name, part in parts.items():
+            other = getattr(self, name)
+            if other not in (None, part) and len(parts) > 1:
+                raise ValueError(
+                    f"--method {quote(method)} and {flag(name)} {quote(other)} contradict one "
+                    "another; leave one out"
+                )
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """Method, removal, protection, allocate and repair, in whichever way each was given."""
+        own = {n: getattr(self, n) for n in ("method", "removal", *SIGNS)}
+        return own | ({} if self.method is None else parse_method(self.method))
+
     def planning(self) -> dict[str, Any]:
         """The settings that decide a plan once the statistics are there."""
-        return {k: v for k, v in self.to_dict().items() if k in PLANNING}
+        found = {k: v for k, v in self.to_dict().items() if k in PLANNING}
+        if self.method is not None:  # its repair does not
+            found["method"] = _without(self.method, ["repair"])
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without the unset ones."""
@@ -197,15 +334,17 @@ class Recipe:
 
     def to_yaml(self, without: Collection[str] = ()) -> str:
         """The recipe as YAML text, without these settings and what a file cannot say."""
+        import yaml
+
         left_out = {*without, *TRUST}
-        plain = {KEYS.get(k, k): v for k, v in self.to_dict().items() if k not in left_out}
+        plain = {key_of(k): v for k, v in self.to_dict().items() if k not in left_out}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with these settings replaced, and what they contradict taken out.
 
         A target replaces whichever target was there, a plan the statistics, another text the digest
-        of the one before.
+        of the one before; the parts of a method replace those that were there, in either form.
 
         Raises:
             ValueError: an unknown or impossible setting.
@@ -216,17 +355,30 @@ class Recipe:
         for names, cleared in REPLACED:
             if any(settings.get(n) is not None for n in names):
                 clear |= dict.fromkeys(cleared)
-        merged = {**clear, **settings}
+        merged = {**clear, **self._parted(settings), **settings}
         none = {n for n, v in merged.items() if v is None}
         return replace(self, **merged, given=(self.given | merged.keys()) - none)
 
+    def _parted(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What becomes of a method's parts from before where new ones come in the other form."""
+        method = settings.get("method")
+        if isinstance(method, str):
+            parts = parse_method(method)
+            older = [n for n in SIGNS if n in parts] + ["removal"] * (len(parts) > 1)
+            return dict.fromkeys(older)
+        named = [n for n in SIGNS if n in settings]
+        return {"method": _without(self.method, named)} if self.method and named else {}
+
+
+def _without(method: str, names: Collection[str]) -> str:
+    """A method without these parts."""
+    return join_method({n: part for n, part in parse_method(method).items() if n not in names})
+
 
 # every setting, with its default
-SETTINGS: dict[str, Any] = {
-    f.name: f.default for f in fields(Recipe) if f.name != "given" and f.default is not MISSING
-}
-# settings that cannot be called in Python what they are called elsewhere
-KEYS = {"for_": "for"}
+SETTINGS: dict[str, Any] = {n: s.default for n, s in settings_of(Recipe).items()}
+# what decides a plan once the statistics are there
+PLANNING = tuple(n for n, s in settings_of(Recipe).items() if "plan" in s.about.commands)
 # settings -> those that are taken out where one of the former is given
 REPLACED = (
     (TARGETS, TARGETS),
@@ -257,8 +409,7 @@ def load_recipe(path: Path) -> Recipe:
 
 def renamed(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     """The same under the names that the settings have here."""
-    own = {key: name for name, key in KEYS.items()}
-    return {own.get(k, k): v for k, v in settings.items()}
+    return {name_of(k): v for k, v in settings.items()}
 
 
 def check_trust(raw: Mapping[Any, Any]) -> None:
@@ -283,6 +434,8 @@ def read_settings(path: Path) -> dict[Any, Any]:
     """
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
+    from moe_fair.core.yaml_file import read_yaml
+
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
@@ -290,17 +443,21 @@ def read_settings(path: Path) -> dict[Any, Any]:
 
 
 def check_taken(settings: Mapping[str, Any], command: str) -> None:
-    """Every setting that is given, other than as it is by default, is one that the command uses.
+    """Every setting that is given, other than as it is by default, is one that the command takes.
 
     Raises:
         ValueError: one is not; says which.
     """
     given, usual = Recipe().with_settings(settings), Recipe()
+    known = settings_of(Recipe)
     for name in renamed(settings):
-        used = name in PLANNING if command == "plan" else name not in UNUSED[command]
+        used = command in known[name].about.commands
         if not used and getattr(given, name) != getattr(usual, name):
             value = quote(getattr(given, name))
             raise ValueError(f"{command} does not use {name}={value}; leave it out")
+    repair = given.parts["repair"]
+    if repair is not None and command not in known["repair"].about.commands:
+        raise ValueError(f"{command} does not use the +{repair} of --method; leave it out")
 
 
 def check_keys(settings: Mapping[Any, Any], where: str) -> None:
@@ -345,73 +502,3 @@ def parse_bytes(flag: str, text: str) -> int:
     if unit != "bytes":
         raise ValueError(f"{flag} {quote(text)}: write bytes as 20GB or 16GiB")
     return number
-
-
-def flag(name: str) -> str:
-    """The option of a setting's name."""
-    return "--" + KEYS.get(name, name).replace("_", "-")
-
-
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, or an error that says what is wanted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ValueError(f"{flag(name)} has no value")
-    kind = options[0]
-    if kind == tuple[str, ...]:
-        items = (value,) if isinstance(value, (str, PathLike)) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(i, (str, PathLike)) for i in items):
-            return tuple(map(str, items))
-        raise ValueError(f"{flag(name)} must be text or a list of texts, not {quote(value)}")
-    if kind == tuple[float, ...]:
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        if all(_is_number(i) for i in items):
-            return tuple(float(i) for i in items)
-        raise ValueError(f"{flag(name)} must be a number or a list of numbers, not {quote(value)}")
-    if typing.get_origin(kind) is not None:  # weights
-        return _weights(name, value)
-    if kind is str and isinstance(value, PathLike):
-        return str(value)
-    if kind is str and name == "size" and _is_number(value):
-        return str(value)
-    if isinstance(value, Integral) and abs(int(value)) > LARGEST:
-        raise ValueError(f"{flag(name)} is out of every range")
-    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)  # also numpy's
-    if kind is float and _is_number(value):
-        return float(value)
-    if not isinstance(value, kind) or kind in (int, float):
-        wanted = {
-            "int": "a whole number",
-            "float": "a finite number" if isinstance(value, float) else "a number",
-            "str": "text",
-            "bool": "true or false",
-        }
-        raise ValueError(f"{flag(name)} must be {wanted[kind.__name__]}, not {quote(value)}")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    """It is one, and of a size that a setting may have."""
-    return (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        and (math.isfinite(value) if not isinstance(value, int) else abs(value) <= LARGEST)
-    )
-
-
-def _weights(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{flag(name)} must map domains to weights, not {quote(value)}")
-    for domain, weight in value.items():
-        if not isinstance(domain, str) and (not isinstance(domain, int) or domain in (True, False)):
-            raise ValueError(
-                f"{flag(name)}: the domain {quote(domain)} is no text; put it in quotes"
-            )
-        if not _is_number(weight) or not 0 <= weight <= LARGEST:
-            raise ValueError(
-                f"{flag(name)}: {clip(str(domain))}: {quote(weight)} is not a weight of 0 or more"
-            )
-    return {str(k): float(v) for k, v in value.items()}

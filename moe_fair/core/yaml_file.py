@@ -87,9 +87,25 @@ def read_yaml(path: Path) -> Any:
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ValueError(f"{path} has {size:,} bytes; settings have {LARGEST_FILE:,} at most")
     try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Strict)
-    except ERRORS as e:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as e:
         raise ValueError(f"{path} is not YAML that can be used: {_why(e)}") from e
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds.
+
+    Args:
+        where: what it is called in the error.
+
+    Raises:
+        ValueError: see `read_yaml`.
+    """
+    try:
+        return yaml.load(text, Loader=_Strict)
+    except ERRORS as e:
+        raise ValueError(f"{where} is not YAML that can be used: {_why(e)}") from e
 
 
 def _why(e: BaseException) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
-from transformers import CONFIG_MAPPING
-
 NAMES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+# every other class of this ending is the first one's, so that nothing has to be imported to know it
+LANGUAGE, ELSEWHERE = "ForCausalLM", ("Mistral4ForCausalLM",)
 
 
 def auto_class(config: Any) -> Any:
@@ -21,6 +20,8 @@ def auto_class(config: Any) -> Any:
     Args:
         config: a transformers config; one that brings code names the auto class (`auto_map`).
     """
+    import transformers
+
     autos = {n: getattr(transformers, n) for n in NAMES if hasattr(transformers, n)}
     for name in getattr(config, "auto_map", None) or {}:
         if name in autos:
@@ -39,10 +40,16 @@ def auto_name(config: Mapping[str, Any]) -> str:
     for name in config.get("auto_map") or {}:
         if name in NAMES:
             return str(name)
+    architectures = config.get("architectures")
+    if architectures and all(
+        str(a).endswith(LANGUAGE) and a not in ELSEWHERE for a in architectures
+    ):
+        return NAMES[0]
+    from transformers import CONFIG_MAPPING
+
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         return NAMES[0]
-    architectures = config.get("architectures")
     return str(auto_class(CONFIG_MAPPING[kind](architectures=architectures)).__name__)
 
 

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import CONFIG_MAPPING, AutoConfig
-
 # published types that are another type's architecture under a name of their own
 RENAMED = {"kimi_k2": "deepseek_v3"}
 
@@ -25,6 +22,8 @@ def stock_type(config: Mapping[str, Any]) -> str | None:
     Args:
         config: as it lies in `config.json`.
     """
+    from transformers import CONFIG_MAPPING
+
     published = config.get("model_type")
     kind = RENAMED.get(published, published) if isinstance(published, str) else None
     return kind if kind in CONFIG_MAPPING else None
@@ -51,6 +50,9 @@ def stock_config(folder: Path) -> Any:
     Raises:
         ValueError: transformers has no class for its model type, or cannot use the config.
     """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
+
     raw = read_config(folder)
     kind = stock_type(raw)
     if kind is None:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 # lm-eval's metrics of summed log-likelihoods: value = f(-Σ ll / Σ weight), and f' at that value
 _RATE = {
@@ -169,6 +168,8 @@ def _paired(
     metric: str, pairs: Sequence[tuple[Any, Any]], row: Row
 ) -> tuple[float | None, float | None, str | None]:
     """Standard error of the difference, p and the test; None where items do not explain it."""
+    from scipy import stats  # a second to import, and a report without benchmarks needs none
+
     n = len(pairs)
     if n < 2 or any(a is None or b is None for a, b in pairs):
         return None, None, None

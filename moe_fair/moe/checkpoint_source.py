@@ -34,7 +34,7 @@ from moe_fair.engines.shards import (
 from moe_fair.engines.stock import stock_config
 from moe_fair.moe.blocks import HASH_LAYERS, MoeBlock, find_blocks
 from moe_fair.moe.device_map import check_map, read_map, without_overlap
-from moe_fair.moe.folder_kind import check_folder, other_weights
+from moe_fair.moe.folder_kind import check_folder, local_folder, other_weights
 from moe_fair.moe.mtp import Heads, find_heads, is_head
 from moe_fair.moe.quantised import check_admitted, unpacking
 from moe_fair.moe.side_files import COPIES, WEIGHTS, needs_code
@@ -445,12 +445,8 @@ def _locate(model: str, revision: str | None, weights: str | None = None) -> Pat
     Args:
         weights: a pattern of root-level weights to bring too; None: none yet.
     """
-    if Path(model).is_dir():
-        return Path(model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise ValueError(
-            f"{model}: no such directory; give a model directory or a Hub id (user/name)"
-        )
+    if (folder := local_folder(model)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

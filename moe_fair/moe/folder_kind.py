@@ -11,6 +11,21 @@ from moe_fair.engines.stock import read_config
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def local_folder(model: str) -> Path | None:
+    """The directory that a model's name stands for; None for a name on the Hub.
+
+    Raises:
+        ValueError: it is a path, and there is no such directory.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
+        raise ValueError(
+            f"{model}: no such directory; give a model directory or a Hub id (user/name)"
+        )
+    return None
+
+
 def check_folder(folder: Path) -> dict[str, Any]:
     """The folder may hold a transformers checkpoint.
 

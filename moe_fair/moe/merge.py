@@ -22,23 +22,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import pdist
 from torch import Tensor
 
 from moe_fair.core.criterion import mean_over_tokens, round_significant
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.units import GroupView, Statistics
-from moe_fair.engines.layers import LayeredModel
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.moe.engine_choice import weight_dtype
-from moe_fair.moe.overlay import ORIGINAL, check_layouts, original_tensors
-from moe_fair.moe.quantised import packed
+
+if TYPE_CHECKING:  # a plan of clusters is made without transformers
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 needs = ("tokens", "output")  # of the statistics
 # kept id -> id of each expert of the cluster -> its weight
@@ -91,6 +88,9 @@ def clusters(output: Tensor, count: int, blocks: int = 1) -> list[list[int]]:
         output: [E, D] mean output of each expert.
         blocks: equal runs of experts that have equal numbers of clusters, none across two runs.
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import pdist
+
     run = len(output) // blocks
     found: list[list[int]] = []
     for start in range(0, len(output), run):
@@ -113,6 +113,9 @@ def check_mergeable(source: Checkpoint) -> None:
         ValueError: they are quantised, stored in a layout that new values cannot be written in, or
             chosen by a table of token ids.
     """
+    from moe_fair.moe.overlay import check_layouts
+    from moe_fair.moe.quantised import packed
+
     if packed(source.config):
         raise ValueError(
             f"{source.model}: quantised weights cannot be merged; merge the original and quantise "
@@ -132,6 +135,10 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
 
     One layer's weights are in memory at a time, in float32 or more: as exact as they are stored.
     """
+    from moe_fair.engines.layers import LayeredModel
+    from moe_fair.moe.engine_choice import weight_dtype
+    from moe_fair.moe.overlay import ORIGINAL, original_tensors
+
     folder.mkdir(parents=True, exist_ok=True)
     cpu = torch.device("cpu")
     stored = weight_dtype(source, "checkpoint", cpu)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.layer_distillation import distill_layer, epochs_for
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
@@ -41,31 +42,6 @@ PROBE = 0.1  # a change of the routed output, relative to it, that shows how the
 # (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
 Fits = Callable[..., Iterator[tuple[float, Tensor]]]
 REPAIR_FORMAT = "moe_fair.repair/1"
-
-
-@dataclass(frozen=True)
-class LayerRepair:
-    """What was done to one layer.
-
-    Attributes:
-        name: the block.
-        repair: name of the repair, or "none" where it did not help.
-        ridge: the chosen regularisation.
-        before, after: squared error of the fitted output relative to the target's square, on the
-            held-out sequences, with the layer only cut, and repaired.
-        epoch: of the distillation that followed, the epoch that was kept; 0 where none helped.
-        tuned_before, tuned_after: error of the layer's output relative to what the layer adds to
-            the residual stream, on the held-out sequences, before and after the distillation.
-    """
-
-    name: str
-    repair: str
-    ridge: float
-    before: float
-    after: float
-    epoch: int = 0
-    tuned_before: float = 0.0
-    tuned_after: float = 0.0
 
 
 class Repairer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from moe_fair.core.recipe import Recipe, parse_size
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.engines.processes import processes
-from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.device_map import check_map, read_map
 from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
+
+if TYPE_CHECKING:  # a plan is made without transformers
+    from moe_fair.moe.calibration_text import CalibrationSet
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 # methods that pair a removal score with |Taylor|, by ToD
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
@@ -36,37 +39,36 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
     chooses its experts itself and only takes its budget from here: uniform, as its paper has it.
     """
-    name = method_name(recipe)
-    rule = recipe.allocate
+    name, parts = method_name(recipe), recipe.parts
+    rule, wanted = parts["allocate"], parts["protection"]
     if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
-        given = recipe.removal or (recipe.method if recipe.method in criteria() else None)
+        given = recipe.removal or (parts["method"] if parts["method"] in criteria() else None)
         if given not in (None, only):
             raise ValueError(
                 f"--allocate {rule} chooses the experts itself, as {only} counts them, and takes "
                 f"no {given}; leave it out"
             )
-        return criterion(only), criterion(recipe.protection) if recipe.protection else None, rule
+        return criterion(only), criterion(wanted) if wanted else None, rule
     if name == "second-order":
-        removal, rule = recipe.removal or "counterfactual-agreed", recipe.allocate or "global"
+        removal, rule = recipe.removal or "counterfactual-agreed", rule or "global"
     elif name in PAIRS:
-        removal, rule = recipe.removal or PAIRS[name], recipe.allocate or "tod"
+        removal, rule = recipe.removal or PAIRS[name], rule or "tod"
     elif name in criteria():
         removal, rule = (
             recipe.removal or name,
-            recipe.allocate or (name if name in allocators() else "uniform"),
+            rule or (name if name in allocators() else "uniform"),
         )
     else:
         pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
         raise AssertionError
-    paired = allocator(rule).needs_protection or recipe.protection or name in PAIRS
-    protection = recipe.protection or "taylor"
-    return criterion(removal), criterion(protection) if paired else None, rule
+    paired = allocator(rule).needs_protection or wanted or name in PAIRS
+    return criterion(removal), criterion(wanted or "taylor") if paired else None, rule
 
 
 def method_name(recipe: Recipe) -> str:
-    """The method that is named, or the default."""
-    if recipe.method is not None:
-        return recipe.method
+    """The method that is named, without its other parts, or the default."""
+    if (name := recipe.parts["method"]) is not None:
+        return name
     if recipe.tolerance is not None:
         return "fair"
     return "frequency" if recipe.reduce == "merge" else "second-order"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.method import parse_method
 from moe_fair.core.recipe import Recipe, flag
 from moe_fair.core.units import Statistics
 from moe_fair.moe import merge
@@ -25,12 +26,16 @@ USUAL, MORE = ("taylor", "counterfactual"), ("u_score", "gram", "alone")
 
 
 def named(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with another method, `criterion` or `criterion/allocator`."""
-    criterion, _, rule = name.partition("/")
-    return recipe.with_settings(
-        {"method": criterion, "allocate": rule or None, "removal": None, "protection": None,
-         "rivals": ("none",)}
-    )  # fmt: skip
+    """The recipe with another method, of the grammar of --method without a repair.
+
+    Raises:
+        ValueError: it is no such method.
+    """
+    parts = parse_method(name, "--for")
+    if "repair" in parts:
+        raise ValueError(f"--for {name}: a repair needs no statistics; leave it out here")
+    clear = dict.fromkeys(("removal", "protection", "allocate"))
+    return recipe.with_settings({**clear, **parts, "rivals": ("none",)})
 
 
 def needed(recipe: Recipe) -> set[str]:
@@ -118,8 +123,8 @@ def _asked(recipe: Recipe, name: str) -> set[str]:
         return unasked("always", "usual")
     if name == MERGE:
         return set(merge.needs)
+    its = named(recipe, name)
     try:
-        its = named(recipe, name)
         removal, _, rule = method(its)
         if needs(allocator(rule), "costs"):
             raise ValueError(f"cost curves are measured with --curves {removal.name}")

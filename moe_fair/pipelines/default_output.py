@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_fair.core.recipe import TARGETS, Recipe, flag
+from moe_fair.core.recipe import TARGETS, Recipe
+from moe_fair.core.settings import flag
 
 LONGEST = 80  # characters of a model's name
 # what a plan calls its target -> what comes behind the model's name

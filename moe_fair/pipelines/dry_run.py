@@ -13,7 +13,8 @@ from pathlib import Path
 from moe_fair.core.cost_curves import depths_to_measure
 from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import ModelSize, Plan
-from moe_fair.core.recipe import TARGETS, Recipe, flag
+from moe_fair.core.recipe import TARGETS, Recipe
+from moe_fair.core.settings import flag
 from moe_fair.core.units import Statistics
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet

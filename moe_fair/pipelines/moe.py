@@ -21,9 +21,9 @@ from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
-from moe_fair.moe.repair import LayerRepair
 from moe_fair.moe.side_files import in_a_line
 from moe_fair.pipelines.calibrate import Say, collect, discard, measure
 from moe_fair.pipelines.checks import check_disk, check_same_model

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Scores, Statistics
-from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criterion
+
+if TYPE_CHECKING:  # a plan is made without transformers
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 UNIFORM = ("uniform", "naee")  # allocators that keep the same number everywhere
 # for a head, where what a criterion needs is measured of the layers alone

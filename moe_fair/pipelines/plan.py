@@ -9,7 +9,6 @@ from moe_fair.core.cost_curves import curves
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.moe.merge import merging
 from moe_fair.pipelines.checks import check_hash_layers, check_target, method, target
 from moe_fair.pipelines.collection import check_held
 from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
@@ -53,4 +52,8 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         recipe={**statistics.metadata["calibration"], **recipe.planning()},
     )
     made = with_heads(made, size, choice, facts, scored, recipe.mtp)
-    return merging(made, statistics, recipe.weights) if recipe.reduce == "merge" else made
+    if recipe.reduce != "merge":
+        return made
+    from moe_fair.moe.merge import merging
+
+    return merging(made, statistics, recipe.weights)

@@ -33,12 +33,10 @@ from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import check_plan_settings, method, method_name
-from moe_fair.pipelines.collection import check_needs, named
+from moe_fair.pipelines.collection import check_needs
+from moe_fair.pipelines.rivals import RIVALS as RIVALS
+from moe_fair.pipelines.rivals import rivals as rivals
 
-RIVALS = (
-    "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
-    "frequency/uniform",
-)  # fmt: skip
 LEAST = 8  # sequences: fewer tell plans apart by luck
 MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
@@ -59,26 +57,6 @@ class Tried:
     plan: Plan
     change: float = math.nan
     stderr: float = 0.0
-
-
-def rivals(recipe: Recipe) -> dict[str, Recipe]:
-    """Name -> recipe of each method that is tried against the recipe's own."""
-    names: tuple[str, ...] = ()
-    if recipe.rivals is not None:
-        names = () if recipe.rivals == ("none",) else recipe.rivals
-    elif _usual(recipe):
-        names = RIVALS
-    return {name: named(recipe, name) for name in names}
-
-
-def _usual(recipe: Recipe) -> bool:
-    """The command was left to choose by itself."""
-    given = (
-        recipe.method, recipe.removal, recipe.protection, recipe.allocate, recipe.tolerance,
-        recipe.for_,
-    )  # fmt: skip
-    alike = recipe.reduce == "prune" and recipe.taylor is not False
-    return alike and all(x is None for x in given)
 
 
 def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
@@ -140,7 +118,8 @@ def best_plan(
     Raises:
         ValueError: a rival that was named makes no plan here, or layers do not run one at a time.
     """
-    made = [Tried(method_name(recipe), make(statistics, recipe))]
+    name = recipe.planning().get("method") or method_name(recipe)
+    made = [Tried(name, make(statistics, recipe))]
     if source.unpacking and choose_engine(recipe, source).engine == "streaming":
         # calibrated over several devices (--device-map); trials run on one
         say("note: no plan is tried: one device is too small, and packed weights are not streamed")

@@ -267,9 +267,10 @@ def _merges(recipe: Recipe, ready: Plan | None) -> bool:
             "--reduce merge: the --plan removes experts and has no clusters; make it with "
             "`moe-fair plan STATISTICS --reduce merge`, or leave --reduce out"
         )
-    if merges and recipe.repair not in (None, "none"):
+    repair = recipe.parts["repair"]
+    if merges and repair not in (None, "none"):
         raise ValueError(
-            f"--repair {recipe.repair}: merged experts are not repaired; leave --repair out, or "
+            f"--repair {repair}: merged experts are not repaired; leave --repair out, or "
             "use --reduce prune"
         )
     return merges

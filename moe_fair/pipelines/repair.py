@@ -14,9 +14,10 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.layer_distillation import STEP_TOKENS
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
 from moe_fair.moe.quantised import packed
-from moe_fair.moe.repair import LayerRepair, Repairer, teaching
+from moe_fair.moe.repair import Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
 from moe_fair.pipelines.calibrate import Say, choose_engine
@@ -30,9 +31,10 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
     Raises:
         ValueError: the repair that was asked for does not exist, or cannot be done on this model.
     """
-    if recipe.repair == "none":
+    wanted = recipe.parts["repair"]
+    if wanted == "none":
         return None
-    rule = repair(recipe.repair or DEFAULT)
+    rule = repair(wanted or DEFAULT)
     try:
         if packed(source.config):
             raise ValueError("quantised weights cannot be repaired; use --repair none")
@@ -40,7 +42,7 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
             check_repairable(rule, block.experts)
         check_layouts(source)
     except ValueError as e:
-        if recipe.repair is not None:
+        if wanted is not None:
             raise
         say(f"note: not repaired: {e}")
         return None
@@ -81,7 +83,7 @@ def repair_model(
         try:
             done = repairer.run(repair_text(recipe, source, text, kind, engine))
         except NotLayerwise as e:  # met before anything is changed
-            if recipe.repair is not None:
+            if recipe.parts["repair"] is not None:
                 raise
             say(f"note: not repaired: {e}")
             return []

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fair.core.recipe import PLANNING, TARGETS, Recipe, flag
+from moe_fair.core.recipe import PLANNING, TARGETS, Recipe
+from moe_fair.core.settings import flag
 
 COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
 # a flag of these that is off asks for nothing
@@ -90,7 +91,7 @@ def check_used(
     Raises:
         ValueError: one does not; says which and why.
     """
-    plain = recipe.to_dict()
+    plain = {**recipe.to_dict(), **recipe.planning()}
     found = unused(recipe, run)
     if not run.plans:
         found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
@@ -133,5 +134,5 @@ def check_used_by_eval(options: Mapping[str, Any], asked: Mapping[str, bool]) ->
     """
     for what, names in OF_EVAL.items():
         for name in names:
-            if not asked[what] and options[name] not in (None, False):
+            if not asked[what] and options.get(name) not in (None, False):
                 raise ValueError(f"{flag(name)} is for {what}: add {what}, or leave it out")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,20 +21,20 @@ from moe_fair.core.manifest import (
     FOLDER,
     MANIFEST,
     check_files,
+    check_result,
     write_manifest,
 )
 from moe_fair.core.plan import Plan
 from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.moe.overlay import TYPES
-from moe_fair.moe.repair import LayerRepair, changed_tensors
-from moe_fair.moe.table_surgery import check_tables, new_tables
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
-from moe_fair.pipelines.companions import check_code, check_config, check_files_beside
 from moe_fair.report.sources import load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.verify import can_build, check_cuts, check_model, zeros_of
+
+if TYPE_CHECKING:  # what is heavy is imported where it is used: an image classifier needs none
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
 
@@ -101,11 +102,11 @@ def verify(
                 f"--against compares experts, and {output} is an image classifier: leave it out"
             )
         return _verify_vision(output, hashes, trust_remote_code)
+    check_result(output)
     path = output / FOLDER / "plan.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
-        )
+    from moe_fair.moe.checkpoint_source import Checkpoint
+    from moe_fair.pipelines.companions import check_code, check_config, check_files_beside
+
     checks = [_check("files", lambda: check_files(output, hashes=hashes))]
     plan: Plan | None = None
     repairs: list[LayerRepair] = []
@@ -199,6 +200,8 @@ def _check(name: str, look: Callable[[], str]) -> Check:
 
 def _tensors(plan: Plan, found: Checkpoint) -> str:
     """The plan's counts are those of the config and of the tensors, and the sizes add up."""
+    from moe_fair.moe.table_surgery import check_tables
+
     blocks = {b.name: b for b in [*found.blocks, *found.heads.blocks]}
     for name, kept in plan.kept.items():
         if name not in blocks:
@@ -251,6 +254,8 @@ def repaired_names(
     Raises:
         ValueError: a repair of a block that the model does not have.
     """
+    from moe_fair.moe.repair import changed_tensors
+
     named = {b.name: b for b in blocks}
     changed: dict[str, tuple[str, str]] = {}
     for done in repairs:
@@ -264,6 +269,8 @@ def _experts(
     plan: Plan, repairs: Sequence[LayerRepair], original: Checkpoint, found: Checkpoint
 ) -> str:
     """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
+    from moe_fair.moe.table_surgery import new_tables
+
     changed = repaired_names(repairs, original.blocks)
     merged = _merged_names(plan, original)
     find = original.find
@@ -365,6 +372,8 @@ def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Read
 
 
 def _finite(t: StoredTensor, reading: _Reading) -> None:
+    from moe_fair.moe.overlay import TYPES
+
     kind = TYPES.get(t.dtype)
     if kind is None:
         raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")

@@ -12,7 +12,7 @@ from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.evaluate.drafts import Drafts
-from moe_fair.moe.repair import LayerRepair
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.report import figures
 from moe_fair.report.document import (
     Block,

@@ -10,7 +10,7 @@ from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.drafts import Drafts
 from moe_fair.evaluate.heldout import HeldoutLoss
-from moe_fair.moe.repair import LayerRepair
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.report.document import Table, Text
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_fair.core.manifest import check_result
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
 from moe_fair.engines.auto import auto_name
@@ -23,7 +24,7 @@ from moe_fair.evaluate.record import (
     load_drafts,
     load_heldout,
 )
-from moe_fair.moe.repair import LayerRepair
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.vision.checkpoint import PRUNED_FILE
 
 FOLDER = "moe_fair"  # inside a pruned checkpoint
@@ -85,10 +86,7 @@ def gather(output: Path) -> Sources:
             f"{output} is an image classifier: `vision prune` drew its report, and cards and "
             "uploads are for language models"
         )
-    if not (folder / "plan.json").is_file():
-        raise ValueError(
-            f"{output}: no {FOLDER}/plan.json in it; give a directory that `moe-fair prune` wrote"
-        )
+    check_result(output)
     recipe = folder / "recipe.yaml"
     config = _config(output / "config.json")
     return Sources(

@@ -2,40 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from moe_fair.core.quote import quote
 from moe_fair.core.registry import check_settings
+from moe_fair.core.settings import coerce_all, setting, settings_of
+
+# headings of the help screens
+SCORE, TARGET, GRADUAL, TRAIN, SPARSE, MODEL, RUN = (
+    "Scores and budget",
+    "Target (exactly one)",
+    "Removal while training, with --method",
+    "Fine-tuning",
+    "Zeros and repair",
+    "Models given as module:function",
+    "Running",
+)
+PRUNE, SPARSIFY = "vision prune", "vision sparsify"
+BOTH = (PRUNE, SPARSIFY)
+
+
+def numbers(option: str) -> Callable[[str], tuple[float, ...]]:
+    """What reads an option's numbers with commas."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            return tuple(float(t) for t in text.split(","))
+        except ValueError:
+            raise ValueError(
+                f"{option} {text!r}: write numbers with commas, as 0.485,0.456,0.406"
+            ) from None
+
+    return read
+
+
+def given(
+    default: Any, help: str, panel: str | None, commands: tuple[str, ...], **more: Any
+) -> Any:
+    """A setting that help screens show."""
+    return setting(default, help, panel=panel, commands=commands, shown=True, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Model, data and where they run; kinds of run add their own settings.
+    """Model, data and where they run; kinds of run add their own settings."""
 
-    Attributes:
-        model: Hub id, folder, `module:function`, or a pruned checkpoint.
-        data: `digits`, a folder of class folders, or a data set's id.
-        batch_size: images in a forward; seed: of everything that is drawn.
-        weights, image_size, mean, std: of a `module:function` model.
-        device: auto, cpu, cuda, ...
-    """
-
-    model: str
-    data: str
-    batch_size: int = 64
-    seed: int = 0
-    weights: str | None = None
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    device: str = "auto"
+    model: str = given(
+        MISSING, "Hub id or folder, module:function, or a pruned checkpoint", None, BOTH,
+        flags=("MODEL",),
+    )  # fmt: skip
+    data: str = given(
+        MISSING, "digits, a folder of class folders, or a dataset id[:config][@split]", None, BOTH
+    )
+    batch_size: int = given(64, "Images per batch", RUN, BOTH, minimum=1)
+    seed: int = given(0, "Draws images, directions and the order of training", RUN, BOTH, minimum=0)
+    weights: str | None = given(None, "Safetensors file to fill the model with", MODEL, BOTH)
+    image_size: int | None = given(None, "Side of the images", MODEL, BOTH, usual="32")
+    mean: tuple[float, ...] | None = given(
+        None, "Of the pixels in 0..1, one number or one a channel", MODEL, BOTH, usual="0.5",
+        parse=numbers("--mean"),
+    )  # fmt: skip
+    std: tuple[float, ...] | None = given(
+        None, "Likewise", MODEL, BOTH, usual="0.5", parse=numbers("--std")
+    )
+    revision: str | None = given(None, "Branch, tag or commit on the Hub", RUN, BOTH)
+    trust_remote_code: bool = given(False, "Run code that a model brings or names", RUN, BOTH)
+    allow_pickle: bool = given(
+        False,
+        "Where a model has no safetensors, read its pickled weights (.bin): tensors only, nothing "
+        "in them is run",
+        RUN, BOTH,
+    )  # fmt: skip
+    device: str = given("auto", "auto, cpu, cuda, ...", RUN, BOTH)
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "weights"):
@@ -44,6 +86,7 @@ class Subject:
                 object.__setattr__(self, name, str(value))
             elif not isinstance(value, str) and not (name == "weights" and value is None):
                 raise ValueError(f"{name} must be text or a path, not {quote(value)}")
+        coerce_all(self)
 
     @classmethod
     def check_names(cls, values: Iterable[str]) -> None:
@@ -52,18 +95,7 @@ class Subject:
         Raises:
             ValueError: one is not; says the nearest.
         """
-        check_settings(values, [f.name for f in fields(cls)])
-
-    def check_least(self, **least: int) -> None:
-        """No setting is below its least value.
-
-        Raises:
-            ValueError: one is.
-        """
-        for name, value in {**least, "batch_size": 1, "seed": 0}.items():
-            if getattr(self, name) < value:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)} is below {value}")
+        check_settings(values, settings_of(cls))
 
     def plain(self) -> dict[str, Any]:
         """What was set, for JSON."""

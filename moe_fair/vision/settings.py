@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_fair.core.allocate import allocator
-from moe_fair.core.criterion import Criterion
+from moe_fair.core.recipe import parse_bytes
 from moe_fair.core.registry import nearest, pick
-from moe_fair.vision.criteria import criterion
-from moe_fair.vision.finetune import LEARNING_RATES, Training
-from moe_fair.vision.gradual import (
-    METHODS,
-    MINIBATCHES,
-    MOMENTUM,
-    PROBES,
-    Schedule,
-    default_units,
-)
-from moe_fair.vision.run_settings import Subject
+from moe_fair.vision.run_settings import GRADUAL as WHILE_TRAINING
+from moe_fair.vision.run_settings import PRUNE, RUN, SCORE, TARGET, TRAIN, Subject, given
+
+if TYPE_CHECKING:  # the command's options are made from the fields below, without torch
+    from moe_fair.core.criterion import Criterion
+    from moe_fair.vision.finetune import Training
+    from moe_fair.vision.gradual import Schedule
 
 TARGETS = ("ratio", "flops", "params", "tolerance")
 # what belongs to one of the two ways of pruning only
@@ -30,60 +25,91 @@ GRADUAL = ("units_per_step", "minibatches", "momentum", "probes")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Subject):
-    """All settings of `moe-fair vision prune`.
+    """All settings of `moe-fair vision prune`; each field says what it is."""
 
-    Attributes (and those of `Subject`):
-        ratio, flops, params: share of the channels, multiply-adds or parameters that leaves;
-            tolerance: ToD's α instead. Exactly one of the four.
-        removal, protection: criteria; allocate: the rule that shares out the budget.
-        method: instead of the three, units leave while the model trains, see `gradual`;
-            units_per_step, minibatches, momentum, probes: of its schedule.
-        min_channels: fewest units kept in any group; align: kept counts are multiples of this.
-        heads: attention heads are units too.
-        samples, directions: of the scores.
-        memory: bytes for the U-Score's projections.
-        steps: prune in so many steps, fine-tuning and scoring again after each.
-        finetune_epochs, optimizer, learning_rate, distill: fine-tuning after each step.
-    """
-
-    ratio: float | None = None
-    flops: float | None = None
-    params: float | None = None
-    tolerance: float | None = None
-    removal: str = "u-score"
-    protection: str = "taylor"
-    allocate: str = "tod"
-    method: str | None = None
-    units_per_step: int | None = None
-    minibatches: int | None = None
-    momentum: float | None = None
-    probes: int | None = None
-    min_channels: int = 1
-    align: int = 1
-    heads: bool = False
-    samples: int = 640
-    directions: int = 128
-    memory: int = 1 << 30
-    steps: int = 1
-    finetune_epochs: int = 0
-    optimizer: str = "sgd"
-    learning_rate: float | None = None
-    distill: float = 0.0
+    ratio: float | None = given(None, "Share of the units removed, 0 to 1", TARGET, (PRUNE,))
+    flops: float | None = given(None, "Share of the multiply-adds removed", TARGET, (PRUNE,))
+    params: float | None = given(None, "Share of the parameters removed", TARGET, (PRUNE,))
+    tolerance: float | None = given(
+        None, "ToD's α and no budget: each group goes as deep as it allows", TARGET, (PRUNE,)
+    )
+    removal: str = given(
+        "u-score",
+        "Criterion whose lowest scores leave: u-score, l1, l2, bn-scale, hrank, taylor, taylor-sq, "
+        "taylor-so, taylor-logits, taylor-logits-sq, taylor-weight or random",
+        SCORE, (PRUNE,),
+    )  # fmt: skip
+    protection: str = given(
+        "taylor", "Criterion whose highest scores are protected", SCORE, (PRUNE,)
+    )
+    allocate: str = given("tod", "tod, uniform, global or global-normalised", SCORE, (PRUNE,))
+    method: str | None = given(
+        None,
+        "In place of the scores: taylor-fo, taylor-so or taylor-bn, units leave a few at a time "
+        "while the model trains",
+        WHILE_TRAINING, (PRUNE,),
+    )  # fmt: skip
+    units_per_step: int | None = given(
+        None, "Units that leave after a step", WHILE_TRAINING, (PRUNE,),
+        usual="100, or a hundredth of fewer than 10,000",
+    )  # fmt: skip
+    minibatches: int | None = given(
+        None, "Minibatches of a step", WHILE_TRAINING, (PRUNE,), usual="30"
+    )
+    momentum: float | None = given(
+        None, "Share of earlier steps in a unit's score", WHILE_TRAINING, (PRUNE,), usual="0.9"
+    )
+    probes: int | None = given(
+        None,
+        "Random directions per minibatch for taylor-so's second derivatives; as many as units is "
+        "exact",
+        WHILE_TRAINING, (PRUNE,), usual="1",
+    )  # fmt: skip
+    min_channels: int = given(1, "Fewest units kept in any group", SCORE, (PRUNE,), minimum=1)
+    align: int = given(
+        1, "Kept counts are multiples of this; smaller groups stay whole", SCORE, (PRUNE,),
+        minimum=1,
+    )  # fmt: skip
+    heads: bool = given(False, "Attention heads are units too", SCORE, (PRUNE,))
+    samples: int = given(640, "Images for the scores", SCORE, (PRUNE,), minimum=2)
+    directions: int = given(128, "Projections of the sliced distance", SCORE, (PRUNE,), minimum=1)
+    memory: int = given(
+        1 << 30, "For the U-Score's projections; less means more passes", RUN, (PRUNE,),
+        minimum=1, flags=("--max-memory",), usual="1GiB",
+        parse=lambda text: parse_bytes("--max-memory", text),
+    )  # fmt: skip
+    steps: int = given(
+        1, "Prune in so many steps, fine-tune and score again after each", TRAIN, (PRUNE,),
+        minimum=1,
+    )  # fmt: skip
+    finetune_epochs: int = given(0, "Epochs after each step", TRAIN, (PRUNE,), minimum=0)
+    optimizer: str = given(
+        "sgd", "sgd (lr .001, momentum .9) or adamw (lr .0005, cosine to 0)", TRAIN, (PRUNE,)
+    )
+    learning_rate: float | None = given(
+        None, "Learning rate in place of the preset's", TRAIN, (PRUNE,), flags=("--lr",)
+    )
+    distill: float = given(
+        0.0, "Weight of the dense model's outputs in the loss, 0 to 1", TRAIN, (PRUNE,)
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_bytes("memory", self.memory))
         super().__post_init__()
-        given = [t for t in TARGETS if getattr(self, t) is not None]
-        if len(given) != 1:
-            names = " and ".join("--" + t for t in given) or "none"
+        from moe_fair.core.allocate import allocator
+        from moe_fair.vision.criteria import criterion
+        from moe_fair.vision.finetune import LEARNING_RATES
+
+        targets = [t for t in TARGETS if getattr(self, t) is not None]
+        if len(targets) != 1:
+            names = " and ".join("--" + t for t in targets) or "none"
             raise ValueError(
                 f"give exactly one target (--ratio, --flops, --params or --tolerance); got {names}"
             )
-        share = getattr(self, given[0])
-        if not 0 <= share <= 1 or (share == 1 and given[0] != "tolerance"):
-            raise ValueError(f"--{given[0]} {share:g} is not between 0 and 1")
-        self.check_least(
-            min_channels=1, align=1, samples=2, directions=1, steps=1, finetune_epochs=0, memory=1
-        )
+        share = getattr(self, targets[0])
+        if not 0 <= share <= 1 or (share == 1 and targets[0] != "tolerance"):
+            raise ValueError(f"--{targets[0]} {share:g} is not between 0 and 1")
         self._check_method()
         if not 0 <= self.distill <= 1:
             raise ValueError(f"--distill {self.distill:g} is not between 0 and 1")
@@ -101,14 +127,17 @@ class Settings(Subject):
         criterion(self.protection)
 
     def _check_method(self) -> None:
+        from moe_fair.vision.gradual import METHODS
+
+        names = ", ".join(METHODS)
         if self.method is None:
             for name in GRADUAL:
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{_flag(name)} belongs to --method: give one of {_METHODS}")
+                    raise ValueError(f"--{_flag(name)} belongs to --method: give one of {names}")
             return
         if self.method not in METHODS:
             raise ValueError(
-                f"--method {self.method!r} is not one of {_METHODS}{nearest(self.method, METHODS)}"
+                f"--method {self.method!r} is not one of {names}{nearest(self.method, METHODS)}"
             )
         if self.tolerance is not None:
             raise ValueError("--tolerance is ToD's; --method takes --ratio, --flops or --params")
@@ -145,11 +174,22 @@ class Settings(Subject):
 
     def scores(self) -> tuple[Criterion, Criterion | None]:
         """The removal score, and the protection score where the allocator needs one."""
+        from moe_fair.core.allocate import allocator
+        from moe_fair.vision.criteria import criterion
+
         paired = allocator(self.allocate).needs_protection
         return criterion(self.removal), criterion(self.protection) if paired else None
 
     def schedule(self, units: int) -> Schedule:
         """How units leave a model that has so many of them, with `method`."""
+        from moe_fair.vision.gradual import (
+            MINIBATCHES,
+            MOMENTUM,
+            PROBES,
+            Schedule,
+            default_units,
+        )
+
         assert self.method is not None
 
         def given(value: Any, default: Any) -> Any:
@@ -164,6 +204,9 @@ class Settings(Subject):
         )
 
     def training(self) -> Training:
+        """How the model is fine-tuned."""
+        from moe_fair.vision.finetune import Training
+
         return Training(
             epochs=self.finetune_epochs,
             optimizer=self.optimizer,
@@ -172,9 +215,6 @@ class Settings(Subject):
             batch_size=self.batch_size,
             seed=self.seed,
         )
-
-
-_METHODS = ", ".join(METHODS)
 
 
 def _flag(name: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from moe_fair.core.registry import pick
-from moe_fair.vision.run_settings import Subject
-from moe_fair.vision.sparse.repair import SHRINKAGE
-from moe_fair.vision.sparse.rules import rule
+from moe_fair.vision.run_settings import SPARSE, SPARSIFY, Subject, given
 
 REPAIRS = {"none": "nothing", "variance": "channelwise variance matching"}
 
@@ -18,21 +16,34 @@ class SparseSettings(Subject):
     """All settings of `moe-fair vision sparsify`.
 
     The data's labels serve for the accuracy that is reported and nothing else.
-
-    Attributes (and those of `Subject`):
-        sparsity: share of the weights of convolutions and linear layers that are zero afterwards.
-        allocate: the rule that shares it out; repair: `variance` or `none`; shrinkage: its λ.
-        samples: images for the rule and the repair.
     """
 
-    sparsity: float
-    allocate: str = "lamp"
-    repair: str = "variance"
-    shrinkage: float | None = None
-    samples: int = 256
+    sparsity: float = given(
+        MISSING, "Share of the weights that are zero, 0 to 1", SPARSE, (SPARSIFY,)
+    )
+    allocate: str = given(
+        "lamp", "uniform, erk, lamp, global, tod, rr or rr-erk", SPARSE, (SPARSIFY,)
+    )
+    repair: str = given(
+        "variance", "variance (every channel's mean and variance as before) or none", SPARSE,
+        (SPARSIFY,),
+    )  # fmt: skip
+    shrinkage: float | None = given(
+        None,
+        "Holds the repair of channels back that have little signal left; 0 does not",
+        SPARSE, (SPARSIFY,), usual="0.003",
+    )  # fmt: skip
+    samples: int = given(
+        256,
+        "Images for allocation and repair, without their labels; the repair runs all of them in "
+        "one forward",
+        SPARSE, (SPARSIFY,), minimum=2,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from moe_fair.vision.sparse.rules import rule
+
         if not 0 <= self.sparsity < 1:
             raise ValueError(
                 f"--sparsity {self.sparsity:g} is not between 0 and 1 (the share of zeros)"
@@ -43,11 +54,12 @@ class SparseSettings(Subject):
             raise ValueError("--shrinkage belongs to --repair variance; there is no repair")
         if not 0 <= self.strength < float("inf"):
             raise ValueError(f"--shrinkage {self.strength:g} is not 0 or more")
-        self.check_least(samples=2)
 
     @property
     def strength(self) -> float:
         """λ of the repair."""
+        from moe_fair.vision.sparse.repair import SHRINKAGE
+
         return SHRINKAGE if self.shrinkage is None else self.shrinkage
 
     @staticmethod
