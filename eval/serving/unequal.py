@@ -30,8 +30,8 @@ SHAPE = {
 }  # fmt: skip
 LATENT = {
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None,
-    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
-    "head_dim": 32, "moe_intermediate_size": 64, "max_position_embeddings": 1024,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+    "head_dim": 64, "moe_intermediate_size": 64, "max_position_embeddings": 1024,
 }  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "qwen2_moe": SHAPE,
@@ -41,7 +41,8 @@ FAMILIES: dict[str, dict] = {
     "gpt_oss": SHAPE | {"intermediate_size": 64, "sliding_window": 64},
     "glm4_moe": SHAPE | {"n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
-    "deepseek_v3": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64},
+    "deepseek_v3": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64,
+                            "topk_method": "noaux_tc"},
 }
 PROMPT, SHORT, NEW = 160, 64, 24
 
