@@ -110,15 +110,20 @@ def _settings_of(kind: Any) -> dict[str, Setting]:
     }
 
 
-def coerce_all(settings: Any) -> None:
+def coerce_all(settings: Any, finite: bool = True) -> None:
     """Give every setting of a new object its type, and check its least value and its choices.
+
+    Args:
+        finite: numbers must be; else the class has a range for each, and says that.
 
     Raises:
         ValueError: a value is not of its type, below its minimum or none of its choices.
     """
     known = settings_of(type(settings))
     for name, its in known.items():
-        object.__setattr__(settings, name, coerce(name, getattr(settings, name), its.hint))
+        value = getattr(settings, name)
+        if finite or its.kind is not float or not isinstance(value, float):
+            object.__setattr__(settings, name, coerce(name, value, its.hint))
     for name, its in known.items():
         check(name, getattr(settings, name), its.about)
 

@@ -86,7 +86,7 @@ class Subject:
                 object.__setattr__(self, name, str(value))
             elif not isinstance(value, str) and not (name == "weights" and value is None):
                 raise ValueError(f"{name} must be text or a path, not {quote(value)}")
-        coerce_all(self)
+        coerce_all(self, finite=False)
 
     @classmethod
     def check_names(cls, values: Iterable[str]) -> None:
