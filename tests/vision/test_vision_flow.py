@@ -265,7 +265,7 @@ def test_other_settings_start_over(pictures: Path, tmp_path: Path) -> None:
         ([], "exactly one target (--ratio, --flops, --params or --tolerance); got none"),
         (["--ratio", ".5", "--flops", ".5"], "got --ratio and --flops"),
         (["--ratio", "1.0"], "--ratio 1 is not between 0 and 1"),
-        (["--flops", "nan"], "--flops must be a finite number, not nan"),
+        (["--flops", "nan"], "--flops nan is not between 0 and 1"),
         (["--ratio", ".5", "--removal", "u-scor"], "u-score"),
         (["--ratio", ".5", "--allocate", "todd"], "tod"),
         (["--ratio", ".5", "--steps", "2"], "give --finetune-epochs too"),
