@@ -14,6 +14,7 @@ from processes import python
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.nightly
 def test_on_a_device(tmp_path: Path) -> None:
     script = ["eval/bench_device.py", "--json", tmp_path / "json"]
     size = ["--repeats", "1", "--batches", "1", "--batch-size", "2", "--length", "32"]
@@ -29,6 +30,7 @@ def test_on_a_device(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_in_parallel(tmp_path: Path) -> None:
     script = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -65,6 +65,7 @@ def test_the_verdict_names_the_best_peer_and_the_worst_cell() -> None:
     assert "| worst | | | | 0.900 | | - | 0.450 | |" in text
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_rows_tables_and_plot(tmp_path: Path) -> None:
     methods = ["mone/uniform+scale", "reap/uniform", str(RIVALS[0]), "frequency/evoesap",

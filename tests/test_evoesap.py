@@ -18,6 +18,7 @@ import evoesap
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.nightly
 def test_the_plan_is_pruned_as_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = {"samples": 8, "length": 64, "taylor": False, "counterfactual": False}
     stats, plan = tmp_path / "stats", tmp_path / "plan.json"

@@ -12,6 +12,7 @@ TERMS = {
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_every_term_is_what_is_measured() -> None:
     done = python(ROOT / "eval" / "scaling.py", "--check")

@@ -27,6 +27,7 @@ def train(tmp_path: Path, name: str) -> Path:
     return tmp_path / name
 
 
+@pytest.mark.nightly
 def test_it_learns_loads_and_repeats(tmp_path: Path) -> None:
     for domain, word in (("numbers", "one two three four "), ("letters", "a b c d e f g h ")):
         (tmp_path / domain).mkdir()

@@ -20,6 +20,7 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
     nets, table, oracle = tmp_path / "nets", tmp_path / "table.jsonl", tmp_path / "oracle.jsonl"
     small = ["--nets", "vgg_small", "--seeds", "1", "--epochs", "2", "-o", nets]
@@ -57,6 +58,7 @@ def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
     assert "| taylor-sq |" in screen
 
 
+@pytest.mark.nightly
 def test_u_score_benchmark_runs_without_the_peer() -> None:
     said = run("bench_uscore.py", "--images", "40", "--layers", "2", "--memory", "64", "8")
     lines = said.splitlines()

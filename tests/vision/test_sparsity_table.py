@@ -15,6 +15,7 @@ from moe_fair.vision.zoo import vgg_small
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.nightly
 def test_measured_once_and_drawn(tmp_path: Path) -> None:
     nets, table, picture = tmp_path / "nets", tmp_path / "table.jsonl", tmp_path / "table.png"
     nets.mkdir()
