@@ -38,7 +38,7 @@ from moe_fair.moe.engine_choice import start
 def main() -> None:
     """Measure and let the first process print."""
     args = _arguments()
-    team = distributed.team()
+    team = distributed.current_team()
     core = args.cores[team.node_rank] if args.cores else team.node_rank
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from bench_surgery import peak_of
 from safetensors.torch import save_file
 
 from moe_fair.vision import collect, zoo
-from moe_fair.vision.collect import BlockRecorder
+from moe_fair.vision.collect import MeasureConfig
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.proof import find_groups
 
@@ -76,7 +76,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     model, images, labels = problem(args.images)
     found = find_groups(model, images)
     graph = Graph(found.groups[: args.layers])
-    watch = BlockRecorder(memory=args.memory[0] << 20)
+    watch = MeasureConfig(memory=args.memory[0] << 20)
     order = torch.argsort(labels, stable=True)
     images, labels = images[order], labels[order]
     collect.u_scores(model, Graph(found.groups[:1]), images[::32], labels[::32], watch)  # warms up

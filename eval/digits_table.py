@@ -43,7 +43,7 @@ from train_digits import digits, fresh
 from moe_fair.core.oracle import Oracle, agreement
 from moe_fair.core.units import Statistics
 from moe_fair.vision.accuracy import top1
-from moe_fair.vision.collect import BlockRecorder, collect
+from moe_fair.vision.collect import MeasureConfig, collect
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.data import Data, sample
 from moe_fair.vision.finetune import Training, finetune
@@ -148,7 +148,7 @@ def _scores(
 ) -> Statistics:
     names = {m.split("/")[0] for m in methods if "/" in m} | {"taylor"}
     needs = {n for name in names for n in criterion(name).needs}
-    return collect(model, graph, x, y, needs=needs, watch=BlockRecorder(seed=seed))
+    return collect(model, graph, x, y, needs=needs, watch=MeasureConfig(seed=seed))
 
 
 def _cut(
@@ -247,7 +247,7 @@ def _oracle(
     x, y = sample(data.train, args.images, where["seed"])
     graph = find_groups(model, x[:2])
     needs = {n for name in CRITERIA for n in criterion(name).needs}
-    watch = BlockRecorder(seed=where["seed"])
+    watch = MeasureConfig(seed=where["seed"])
     few_images = args.oracle_images
     many = collect(model, graph, x, y, needs=needs, watch=watch)
     few = collect(model, graph, x[:few_images], y[:few_images], needs=needs, watch=watch)

@@ -91,6 +91,8 @@ LIMITED = """
 import resource, sys
 # what is imported counts, too
 import moe_fair.pipelines.moe, moe_fair.cli.tables, moe_fair.report.write
+import moe_fair.pipelines.repair, moe_fair.report.moe, moe_fair.moe.checkpoint_writer
+import pydantic, transformers.generation.utils, transformers.models.qwen2_moe.modeling_qwen2_moe
 from moe_fair.cli import main
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20

@@ -97,6 +97,8 @@ def test_a_rivals_plan_and_merged_experts(tmp_path: Path) -> None:
     run("prune", MODEL, *stats, "--experts", 20, "--method", "random", "--rivals",
         "taylor-sq/global", "--repair", "none", "-o", tmp_path / "two")  # fmt: skip
     again(tmp_path / "two")
+    run("calibrate", MODEL, *text, "--for", "merge", "-o", tmp_path / "for-merge")
+    stats = ["--stats", tmp_path / "for-merge"]
     run("prune", MODEL, *stats, "--experts", 45, "--reduce", "merge", "-o", tmp_path / "merged")
     found = again(tmp_path / "merged")
     assert (found["reduce"], found["repair"]) == ("merge", "none")

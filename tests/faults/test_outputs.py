@@ -185,7 +185,7 @@ def test_a_folder_in_one_that_is_not_writable(
     for name in ("given", "full"):
         (volume / name).mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
-    said = fails("calibrate", tmp_path / "no-model", "-o", volume / "new" / "out")
+    said = fails("calibrate", MODEL, "-o", volume / "new" / "out")
     assert f"{volume} is not writable; write elsewhere" in said
     mount("-t", "tmpfs", "-o", "size=64m", "none", volume / "given")
     try:

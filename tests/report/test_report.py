@@ -306,8 +306,10 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["second-order", "reap"])
-def test_methods_without_protection_scores(out: Path, method: str) -> None:
+def test_methods_without_protection_scores(out: Path, statistics_folder: Path, method: str) -> None:
     """No ToD to draw, and the page says so and what to run; counts per layer as planned."""
+    # of the same model and text, and of more than what `fair` needs
+    shutil.copy(statistics_folder / "statistics.safetensors", out / "moe_fair")
     statistics = moe_fair.Statistics.load(out / "moe_fair")
     plan = moe_fair.plan(statistics, experts=40, method=method)
     plan.save(out / "moe_fair" / "plan.json")
