@@ -41,8 +41,8 @@ FAMILIES: dict[str, dict] = {
     "gpt_oss": SHAPE | {"intermediate_size": 64, "sliding_window": 64},
     "glm4_moe": SHAPE | {"n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
-    "deepseek_v3": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64,
-                            "topk_method": "noaux_tc"},
+    "deepseek_v3": LATENT
+    | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64, "topk_method": "noaux_tc"},
 }
 PROMPT, SHORT, NEW = 160, 64, 24
 
