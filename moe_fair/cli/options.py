@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_fair.core.recipe import RUNNING
+from moe_fair.core.recipe import RUNNING, Recipe
+from moe_fair.core.settings import flag, settings_of
 
 
 def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any:
@@ -24,30 +25,17 @@ NamedOutput = Annotated[
         text="New directory for the result  [default: model and target, in this directory]",
     ),
 ]
-Revision = Annotated[
-    str | None, option("--revision", text="Branch, tag or commit on the Hub", panel=RUNNING)
-]
-Trust = Annotated[
-    bool | None,
-    option(
-        "--trust-remote-code",
-        text="Run a tokenizer's code that lies beside the weights; a model's own is never run, the "
-        "stock class serves",
-        panel=RUNNING,
-    ),
-]
-AllowPickle = Annotated[
-    bool | None,
-    option(
-        "--allow-pickle",
-        text="Where a model has no safetensors, read its pickled weights (.bin): tensors only, "
-        "nothing in them is run",
-        panel=RUNNING,
-    ),
-]
-Device = Annotated[
-    str | None, option("--device", text="auto, cpu, cuda, ...  [default: auto]", panel=RUNNING)
-]
+
+
+def of_setting(name: str) -> Any:
+    """The option of a setting, for a command that takes no others."""
+    about = settings_of(Recipe)[name].about
+    return option(flag(name), text=about.help, panel=about.panel)
+
+
+Revision = Annotated[str | None, of_setting("revision")]
+Trust = Annotated[bool | None, of_setting("trust_remote_code")]
+AllowPickle = Annotated[bool | None, of_setting("allow_pickle")]
 RecipeFile = Annotated[
     Path | None,
     option(

@@ -82,19 +82,13 @@ class ExpertCollector:
         ids = sorted(self._sequences)
         domains = torch.tensor([self._sequences[i] for i in ids], dtype=torch.int64)
         count = torch.bincount(domains, minlength=len(self.domains)).to(torch.float64)
-        names = [g.name for g in self.groups]
+        taps = {g.name: t for g, t in zip(self.groups, self._taps, strict=True)}
         return Statistics(
             groups=self.groups,
             domains=self.domains,
-            sums={
-                n: {k: v.cpu() for k, v in t.sums.items()}
-                for n, t in zip(names, self._taps, strict=True)
-            },
-            constants={
-                n: {k: v.cpu() for k, v in t.constants.items()}
-                for n, t in zip(names, self._taps, strict=True)
-            },
-            rows={n: t.stacked_rows(ids) for n, t in zip(names, self._taps, strict=True)}
+            sums={n: _on_cpu(t.sums) for n, t in taps.items()},
+            constants={n: _on_cpu(t.constants) for n, t in taps.items()},
+            rows={n: t.stacked_rows(ids) for n, t in taps.items()}
             if any(s.kind == "row" for s in self.collected.statistics().values())
             else {},
             sequence_ids=torch.tensor(ids, dtype=torch.int64),
@@ -103,14 +97,13 @@ class ExpertCollector:
             sequences=count,
             fingerprint=dict(fingerprint or {}),
             metadata=dict(facts or {}),
-            compensation={
-                n: {k: v.cpu() for k, v in t.compensation.items()}
-                for n, t in zip(names, self._taps, strict=True)
-            },
-            sketches={
-                n: t.sketch for n, t in zip(names, self._taps, strict=True) if t.sketch is not None
-            },
+            compensation={n: _on_cpu(t.compensation) for n, t in taps.items()},
+            sketches={n: t.sketch for n, t in taps.items() if t.sketch is not None},
         )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.cpu() for k, v in tensors.items()}
 
 
 class _BlockCollector:

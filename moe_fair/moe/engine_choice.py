@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 
 import psutil
@@ -12,6 +11,7 @@ from moe_fair.core.plan import ModelSize
 from moe_fair.engines.batch import Engine, Visit
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.oom import release
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
@@ -68,8 +68,7 @@ def choose(
 def free_memory(device: torch.device, sharers: int = 1) -> int:
     """Bytes that can still be allocated on the device; of main memory one of `sharers` parts."""
     if device.type == "cuda":
-        gc.collect()  # a finished stage's blocks, which torch keeps, are free too
-        torch.cuda.empty_cache()
+        release()  # a finished stage's blocks, which torch keeps, are free too
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // sharers
 

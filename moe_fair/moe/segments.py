@@ -27,11 +27,35 @@ def sums(values: Tensor, ids: Tensor, size: int) -> Tensor:
 
 
 def dense_sums(values: Tensor, ids: Tensor, size: int) -> Tensor:
-    """`sums` by way of [T, E] cells, each of which takes at most one value."""
+    """`sums` by way of cells."""
+    return _cells(values, ids, size).sum(1)
+
+
+def sequence_sums(values: Tensor, ids: Tensor, size: int, length: int) -> Tensor:
+    """[B, E] sums of values [S] over the rows of each sequence of `length` tokens and expert.
+
+    Args:
+        ids: as for `sums`.
+    """
+    if values.device.type != "cpu":
+        return dense_sequence_sums(values, ids, size, length)
+    tokens, k = ids.shape
+    sequence = torch.arange(tokens).repeat_interleave(k).div(length, rounding_mode="floor")
+    cell = sequence * size + ids.flatten()
+    count = tokens // length
+    return torch.bincount(cell, weights=values, minlength=count * size).view(count, size)
+
+
+def dense_sequence_sums(values: Tensor, ids: Tensor, size: int, length: int) -> Tensor:
+    """`sequence_sums` by way of cells."""
+    return _cells(values[None], ids, size).view(-1, length, size).sum(1)
+
+
+def _cells(values: Tensor, ids: Tensor, size: int) -> Tensor:
+    """[V, T, E] of values [V, S]: at most one in a cell, so that no order of adding matters."""
     tokens, k = ids.shape
     cells = values.new_zeros(len(values), tokens, size)
-    cells.scatter_add_(2, ids.expand(len(values), -1, -1), values.view(-1, tokens, k))
-    return cells.sum(1)
+    return cells.scatter_add_(2, ids.expand(len(values), -1, -1), values.view(-1, tokens, k))
 
 
 def vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Tensor:

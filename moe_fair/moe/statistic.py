@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.blocks import MoeBlock
-from moe_fair.moe.segments import dense_sums, sums
+from moe_fair.moe.segments import sequence_sums, sums
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,9 @@ class Pass:
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """[S] -> [B, E] sums over counted rows."""
-        b, length = self.batch.mask.shape
         if self.counted is not None:
             values = values * self.counted
-        if values.device.type != "cpu":
-            each = self.ids.view(b, length, -1), values.view(b, 1, -1)
-            return torch.cat([dense_sums(v, i, self.size) for i, v in zip(*each, strict=True)])
-        cell = self.token.div(length, rounding_mode="floor") * self.size + self.ids
-        return torch.bincount(cell, weights=values, minlength=b * self.size).view(b, -1)
+        return sequence_sums(values, self.index, self.size, self.batch.mask.shape[1])
 
     def over_tokens(self, values: Tensor) -> Tensor:
         """[T, E] -> [E] sums over real tokens, float64."""

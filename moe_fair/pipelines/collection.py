@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moe_fair.core.allocate import allocator, needs
-from moe_fair.core.method import parse_method
 from moe_fair.core.recipe import Recipe, flag
 from moe_fair.core.units import Statistics
 from moe_fair.moe import merge
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.statistics import Collected, collecting, families, names_of, statistics, unasked
 from moe_fair.pipelines.checks import method, method_name
+from moe_fair.pipelines.rivals import with_method
 
 DEFAULT = "default"  # of --for: what is collected without it
 MERGE = "merge"  # of --for: what --reduce merge needs
@@ -26,16 +26,12 @@ USUAL, MORE = ("taylor", "counterfactual"), ("u_score", "gram", "alone")
 
 
 def named(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with another method, of the grammar of --method without a repair.
+    """The recipe with a method that `--for` names.
 
     Raises:
         ValueError: it is no such method.
     """
-    parts = parse_method(name, "--for")
-    if "repair" in parts:
-        raise ValueError(f"--for {name}: a repair needs no statistics; leave it out here")
-    clear = dict.fromkeys(("removal", "protection", "allocate"))
-    return recipe.with_settings({**clear, **parts, "rivals": ("none",)})
+    return with_method(recipe, name, "--for", "a repair needs no statistics; leave it out here")
 
 
 def needed(recipe: Recipe) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.settings import flag
+from moe_fair.pipelines.early_checks import given_model
 
 LONGEST = 80  # characters of a model's name
 # what a plan calls its target -> what comes behind the model's name
@@ -54,11 +55,10 @@ def model_name(recipe: Recipe) -> str:
     Raises:
         ValueError: no model.
     """
-    if recipe.model is None:
-        raise ValueError("no model given: name a local directory or a Hub id")
-    last = Path(recipe.model).name
+    model = given_model(recipe)
+    last = Path(model).name
     if last in ("", ".."):  # the directory that we are in, or one above
-        last = Path(recipe.model).resolve().name
+        last = Path(model).resolve().name
     return plain(last)[:LONGEST] or "model"
 
 

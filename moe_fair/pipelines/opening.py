@@ -12,15 +12,15 @@ from moe_fair.moe.engine_choice import PACKED
 from moe_fair.moe.table_surgery import check_tables
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import check_device_map, check_embedding, check_tokens
+from moe_fair.pipelines.early_checks import given_model
 
 
 def open_model(recipe: Recipe) -> Checkpoint:
     """The model's files, checked as far as they can be without loading weights."""
-    if recipe.model is None:
-        raise ValueError("no model given: name a local directory or a Hub id")
+    model = given_model(recipe)
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(
-        recipe.model,
+        model,
         recipe.revision,
         recipe.trust_remote_code,
         recipe.allow_pickle,
@@ -34,7 +34,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
     assert source.groups  # finds the experts in the files as well, or says what was looked for
     check_tables(source)
     count_path(source.config)
-    if recipe.revision is not None and Path(recipe.model).is_dir():
+    if recipe.revision is not None and Path(model).is_dir():
         raise ValueError(
             f"--revision {recipe.revision}: {recipe.model} is a directory, which has no revisions; "
             "leave it out, or name the model on the Hub"

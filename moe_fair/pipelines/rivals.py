@@ -1,4 +1,4 @@
-"""Which methods' plans are tried against a recipe's own."""
+"""A recipe with other methods: those whose plans are tried against its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,24 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
         names = () if recipe.rivals == ("none",) else recipe.rivals
     elif _usual(recipe):
         names = RIVALS
-    found = {}
-    for name in names:
-        parts = parse_method(name, "--rivals")
-        if "repair" in parts:
-            raise ValueError(f"--rivals {name}: plans are tried before any repair; name none here")
-        clear = dict.fromkeys(("removal", "protection", "allocate"))
-        found[name] = recipe.with_settings({**clear, **parts, "rivals": ("none",)})
-    return found
+    why = "plans are tried before any repair; name none here"
+    return {name: with_method(recipe, name, "--rivals", why) for name in names}
+
+
+def with_method(recipe: Recipe, name: str, option: str, no_repair: str) -> Recipe:
+    """The recipe with another method, of the grammar of --method without a repair.
+
+    Args:
+        option: where it was given, and `no_repair` why it has no repair there, for the errors.
+
+    Raises:
+        ValueError: it has another form, or a repair.
+    """
+    parts = parse_method(name, option)
+    if "repair" in parts:
+        raise ValueError(f"{option} {name}: {no_repair}")
+    clear = dict.fromkeys(("removal", "protection", "allocate"))
+    return recipe.with_settings({**clear, **parts, "rivals": ("none",)})
 
 
 def _usual(recipe: Recipe) -> bool:

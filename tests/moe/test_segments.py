@@ -27,6 +27,12 @@ def test_every_way_equals_a_loop(padded: bool, monkeypatch: pytest.MonkeyPatch) 
 
     for way in (segments.sums, segments.dense_sums):
         torch.testing.assert_close(way(values, ids, size), want)
+    length = 10
+    each = torch.zeros(tokens // length, size).double()
+    for s, e in enumerate(flat.tolist()):
+        each[s // k // length, e] += values[0, s]
+    for whole in (segments.sequence_sums, segments.dense_sequence_sums):
+        torch.testing.assert_close(whole(values[0], ids, size, length), each)
     order = flat.argsort(stable=True)
     sorted_counted = None if counted is None else counted[order, None]
     for got in (

@@ -72,10 +72,9 @@ def path(
     del y
     for ridge in sorted(ridges, reverse=True):
         weight = max(ridge * mean, 1e-12 * mean + 1e-300)
+        factors = [_factor(gram, weight) for gram in routed.own_grams()]
         largest = 0.0
-        for sweep in range(sweeps):
-            if not sweep:
-                factors = [_factor(gram, weight) for gram in routed.own_grams()]
+        for _ in range(sweeps):
             moved = torch.zeros((), dtype=torch.float32, device=w.device)
             for e, (tokens, h) in enumerate(routed.features()):
                 if not len(tokens):

@@ -1,8 +1,9 @@
-"""Gate Taylor values t_e = g · ∂ℓ/∂g of each token, ℓ the mean loss of its sequence (METHODS §6).
+"""Gate Taylor values t_e = g · ∂ℓ/∂g of each token, ℓ the mean loss of its sequence.
 
 What the loss changes by to first order when the expert's output is taken out: Σ t is also
-Σ w · ∂ℓ/∂w over the expert's down projection. FAIR-Pruner's R (arXiv 2508.02291); the rows, one
-a sequence, are the minibatch form of Molchanov et al. (arXiv 1906.10771).
+Σ w · ∂ℓ/∂w over the expert's down projection (docs/methods.md, section 6). FAIR-Pruner's R (arXiv
+2508.02291); the rows, one a sequence, are the minibatch form of Molchanov et al.
+(arXiv 1906.10771).
 """
 
 from __future__ import annotations
