@@ -211,7 +211,7 @@ def _documents(author: Author, writer: Writer, count: int, length: int, seed: in
     loops = _loops(found)
     return [
         (None, loop) if loop or not c.text.strip() else
-        (Row({"text": _whole(c.text)}, len(c.ids) + 1), False)
+        (_document(author, _whole(c.text)), False)
         for c, loop in zip(found, loops, strict=True)
     ]  # fmt: skip
 
@@ -232,6 +232,11 @@ class _Talk:
     raw: str | None = None
     open: bool = True
     loop: bool = False
+
+
+def _document(author: Author, text: str) -> Row:
+    """A plain row, with as many tokens as it is read as, and the end of text behind them."""
+    return Row({"text": text}, len(encode(author.tokenizer, text)) + 1)
 
 
 def _chats(author: Author, writer: Writer, count: int, length: int, seed: int) -> list[Made]:
