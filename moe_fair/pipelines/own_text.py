@@ -207,7 +207,7 @@ def _write_missing(
     text: OwnText, write: Callable[[int], Written], done: dict[int, Written], folder: Path,
     name: str, progress: Progress, say: Say, team: Team,
 ) -> None:  # fmt: skip
-    """Batches from the first that is missing, one for each process at a time, until it is enough."""
+    """Batches from the first that is missing, one a process at a time, until it is enough."""
     began = time.perf_counter()
     while not text.wanted.met(_rows(done)):
         missing = [i for i in range(len(done) + team.size) if i not in done][: team.size]
