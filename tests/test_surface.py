@@ -76,6 +76,7 @@ SETTINGS = {
     "seed": "calibrate prune oracle sample",
     "tokens": "sample",
     "server": "calibrate prune sample",
+    "self_share": "calibrate prune",
     "batch_size": "calibrate prune oracle eval",
     "dtype": "calibrate prune oracle eval sample",
     "device": "calibrate prune oracle eval sample",

@@ -87,10 +87,11 @@ class Recipe:
     )  # fmt: skip
     calibration: tuple[str, ...] = setting(
         (DEFAULT_CALIBRATION,),
-        "[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl, .json, .csv or .parquet file, a "
-        "directory of them, or a dataset id[:config][@split], whose first : is its config's: a "
-        "weight is id@split:2. Repeat for a mix",
+        "[domain=]WHERE[:weight]; WHERE is self (text sampled from the model), a .txt, .jsonl, "
+        ".json, .csv or .parquet file, a directory of them, or a dataset id[:config][@split], "
+        "whose first : is its config's: a weight is id@split:2. Repeat for a mix",
         panel=TEXTS, commands=MEASURES, shown=True, flags=("-c", "--calibration"),
+        usual="self where the model fits here, else NeelNanda/pile-10k",
     )  # fmt: skip
     samples: int = setting(
         512, "Calibration sequences", panel=TEXTS, commands=MEASURES, shown=True, minimum=1
@@ -108,6 +109,11 @@ class Recipe:
         None,
         "An OpenAI-compatible server that runs the original, and samples the model's own text",
         panel=TEXTS, commands=(*GATHERS, "sample"), shown=("sample",),
+    )  # fmt: skip
+    self_share: float | None = setting(
+        None,
+        "Share of the samples that is the model's own text beside text that is given",
+        panel=TEXTS, commands=GATHERS, usual="0",
     )  # fmt: skip
     batch_size: int = setting(
         8, "Sequences per batch", panel=RUNNING, commands=RUNS, shown=True, minimum=1
@@ -304,6 +310,11 @@ class Recipe:
         object.__setattr__(self, "given", self.given & SETTINGS.keys() | changed)
         if self.size is not None:
             parse_size(self.size)
+        if self.self_share is not None and not 0 <= self.self_share < 1:
+            raise ValueError(
+                f"--self-share {self.self_share:g} must be 0 or more and below 1; for the model's "
+                "own text alone give -c self"
+            )
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]

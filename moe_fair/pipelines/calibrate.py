@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from moe_fair.core.output import Place
 from moe_fair.core.recipe import Recipe, parse_bytes
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.engines.batch import Batch, Losses
-from moe_fair.engines.processes import ALONE, Team
+from moe_fair.engines.processes import ALONE, Team, is_first
 from moe_fair.engines.progress import Progress
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
@@ -197,6 +198,14 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     if (heads := head_facts(source)) is not None:
         facts["mtp"] = heads
     return {**facts, "model_type": source.config.model_type}
+
+
+def work_folder(place: Place, recipe: Recipe) -> Path:
+    """Where chunks of statistics wait for the result; emptied first with --fresh."""
+    folder = place.beside("calibrating")
+    if recipe.fresh and is_first():
+        discard(folder)
+    return folder
 
 
 def discard(work: Path) -> None:

@@ -103,7 +103,7 @@ def dry_run(
     place = find_place(output)
     if team.first:
         check_output(output, place)
-    job = check_prune(recipe, output, place, statistics, ready, keep, team)
+    job = check_prune(recipe, output, place, statistics, ready, keep, team, dry=True)
     chosen = choose_engine(job.recipe, job.source, team.node_size)
     costs = None
     if team.first and (job.run.reads_text or job.heldout is not None):
@@ -160,6 +160,15 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
     def stage(name: str, tokens: int, passes: str, seconds: float) -> Stage:
         return Stage(name, tokens, passes, seconds if c else None)
 
+    if job.sampled is not None:
+        wanted = job.sampled.wanted
+        steps = -(-wanted.expected // wanted.documents)
+        step = layers * c.forward.at(wanted.documents, 1) + wanted.documents * c.head if c else 0.0
+        what = f"one token at a time, {wanted.documents} documents together"
+        if job.recipe.server is not None:
+            yield Stage("sample own text", wanted.expected, "by the server", None)
+        else:
+            yield stage("sample own text", wanted.expected, what, steps * step / processes + load)
     if job.run.collects and job.seen is not None:
         n, again = job.seen.tokens, job.collected.backward
         what = "forward and backward" if again else "forward"
@@ -256,6 +265,8 @@ def _checks(job: Job, output: Path) -> dict[str, str]:
     for name, text in (("calibration text", job.text), ("held-out text", job.heldout)):
         if text is not None:
             found[name] = _text(text)
+            if text is job.text and job.sampled is not None:
+                found[name] = _text(text).rpartition(", ")[0] + ", sampled when it runs"
     return found
 
 

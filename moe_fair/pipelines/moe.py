@@ -16,7 +16,7 @@ from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.engines.processes import ALONE, Team, current_team, is_first
+from moe_fair.engines.processes import ALONE, Team, current_team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -25,13 +25,14 @@ from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.side_files import in_a_line
-from moe_fair.pipelines.calibrate import Say, collect, discard, measure
+from moe_fair.pipelines.calibrate import Say, collect, discard, measure, work_folder
 from moe_fair.pipelines.checks import check_disk, check_same_model
 from moe_fair.pipelines.collection import for_calibrate
 from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
+from moe_fair.pipelines.own_source import calibration_text, with_own_text
 from moe_fair.pipelines.plan import plan
 from moe_fair.pipelines.plan_selection import best_plan, check_rivals, rivals, split_holdout
 from moe_fair.pipelines.preflight import PLAN_FILE, Job, check_prune
@@ -83,11 +84,13 @@ def calibrate(
     if output is None:
         return _calibrate(recipe, None, say, team)[0]
     with claim(output, first=team.first) as place:
-        statistics, recorded = _calibrate(recipe, place, say, team)
+        statistics, recorded, own = _calibrate(recipe, place, say, team)
         if statistics is not None:
             folder = fresh(place.partial)
             statistics.save(folder)
             (folder / "recipe.yaml").write_text(recorded)
+            for name, content in own.items():
+                (folder / name).write_bytes(content)
             with closing(output):
                 settle(folder, place.path)
                 discard(place.beside("calibrating"))
@@ -96,8 +99,8 @@ def calibrate(
 
 def _calibrate(
     recipe: Recipe, place: Place | None, say: Say, team: Team
-) -> tuple[Statistics | None, str]:
-    """The same, without writing the result; and the recipe that does it again, as YAML."""
+) -> tuple[Statistics | None, str, dict[str, bytes]]:
+    """The same, without writing the result; the recipe that does it again, as YAML; own text."""
     source = open_model(recipe)
     check_rivals(recipe, source)
     collected = for_calibrate(recipe, rivals(recipe).values())
@@ -113,11 +116,12 @@ def _calibrate(
         check_costs(recipe, source, CURVE_COSTS)
     if alone:
         check_costs(recipe, source, ALONE_COSTS)
-    whole = team.broadcast(lambda: calibration_set(recipe, source, say))
+    recipe = with_own_text(recipe, source, say, team)
+    work = work_folder(place, recipe) if place is not None else None
+    whole, own = calibration_text(recipe, source, work, say, team)
     check_digest("calibration", whole, recipe)
     text, _ = split_holdout(recipe, whole, say)
     check_domains(recipe, text, None, run)
-    work = work_folder(place, recipe) if place is not None else None
     statistics = collect(recipe, source, text, say, work, team, collected=collected)
     if alone and statistics is not None:
         home = work / "alone" if work else None
@@ -127,7 +131,7 @@ def _calibrate(
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
     recorded = recipe.with_settings({"calibration_digest": whole.digest})
     left_out = {*unused(recipe, run).keys() & {*OF_CALIBRATE}, "fresh"}
-    return statistics, recorded.to_yaml(without=left_out)
+    return statistics, recorded.to_yaml(without=left_out), own
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
@@ -151,8 +155,10 @@ def oracle(
         source = open_model(recipe)
         if statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
-        text = calibration_set(recipe, source, say)
+        team = current_team()
+        recipe = with_own_text(recipe, source, say, team)
         work = work_folder(place, recipe)
+        text, own = calibration_text(recipe, source, work, say, team)
         if statistics is None:
             body = recipe.with_settings({"mtp": "drop"})  # no removal of theirs is measured
             statistics = collect(body, source, text, say, work, collected=for_calibrate(body))
@@ -164,6 +170,8 @@ def oracle(
         if recipe.stats is not None:  # paths in a recipe are relative to it
             recipe = recipe.with_settings({"stats": os.path.relpath(recipe.stats, output)})
         (folder / "recipe.yaml").write_text(recipe.to_yaml(without=["fresh"]))
+        for name, content in own.items():
+            (folder / name).write_bytes(content)
         with closing(output):
             settle(folder, place.path)
             discard(work)
@@ -220,7 +228,7 @@ class _Pruning:
     def __init__(self, job: Job, output: Path, place: Place, say: Say, team: Team) -> None:
         self.job, self.recipe, self.source = job, job.recipe, job.source
         self.output, self.place, self.say, self.team = output, place, say, team
-        self.work = work_folder(place, job.recipe)
+        self.work = place.beside("calibrating")
         self.folder = place.partial
 
     def measure(self) -> Statistics | None:
@@ -300,6 +308,8 @@ class _Pruning:
         if statistics is not None:
             statistics.save(notes)
         made.save(notes / PLAN_FILE)
+        for name, content in self.job.own.items():
+            (notes / name).write_bytes(content)
         (notes / "recipe.yaml").write_text(self.job.recorded(bool(repairs)))
         if repairs:
             table = json.dumps([asdict(r) for r in repairs], indent=1)
@@ -354,11 +364,3 @@ class _Pruning:
     def finish(self) -> None:
         """Give the result its name."""
         name_result(self.place, self.output, self.work)
-
-
-def work_folder(place: Place, recipe: Recipe) -> Path:
-    """Where chunks of statistics wait for the result; emptied first with --fresh."""
-    folder = place.beside("calibrating")
-    if recipe.fresh and is_first():
-        discard(folder)
-    return folder

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
-from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample, windows
+from moe_fair.moe.calibration_text import (
+    CalibrationSet,
+    Source,
+    parse_source,
+    sample,
+    windows,
+)
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.checkpoint_writer import count_path
 from moe_fair.moe.engine_choice import PACKED
@@ -45,10 +52,24 @@ def open_model(recipe: Recipe) -> Checkpoint:
     return source
 
 
-def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> CalibrationSet:
-    """The calibration sequences of a recipe."""
+def is_own(source: Source) -> bool:
+    """The model's own text is meant; a file or directory of that name is that."""
+    return source.where == "self" and not source.local
+
+
+def calibration_set(
+    recipe: Recipe, source: Checkpoint, say: Say, own: Path | None = None
+) -> CalibrationSet:
+    """The calibration sequences of a recipe.
+
+    Args:
+        own: the file that `self` stands for.
+    """
+    sources = [parse_source(s) for s in recipe.calibration]
+    if own is not None:
+        sources = [replace(s, where=str(own)) if is_own(s) else s for s in sources]
     text = sample(
-        [parse_source(s) for s in recipe.calibration],
+        sources,
         source.tokenizer(),
         samples=recipe.samples,
         length=recipe.length,

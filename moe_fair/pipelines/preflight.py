@@ -6,7 +6,7 @@ so that nothing is looked at twice. A dry run stops here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moe_fair.moe.checkpoint_writer import check_writable
 from moe_fair.moe.merge import check_mergeable
 from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import check_all
-from moe_fair.pipelines.calibrate import Say
+from moe_fair.pipelines.calibrate import Say, work_folder
 from moe_fair.pipelines.checks import (
     check_disk,
     check_plan_settings,
@@ -34,7 +34,9 @@ from moe_fair.pipelines.checks import (
 )
 from moe_fair.pipelines.collection import check_held, check_needs, for_prune
 from moe_fair.pipelines.mtp_heads import check_heads, choose_heads, head_facts, size_without
-from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
+from moe_fair.pipelines.opening import heldout_set, open_model
+from moe_fair.pipelines.own_source import calibration_text, text_to_come, with_own_text
+from moe_fair.pipelines.own_text import OwnText
 from moe_fair.pipelines.plan import plan
 from moe_fair.pipelines.plan_selection import check_rivals, rivals
 from moe_fair.pipelines.removal_costs import (
@@ -75,6 +77,8 @@ class Job:
         repair: its name, or None.
         alone: experts' removals alone are measured; costly: the score whose cost curves are.
         after: size of the result; of one by tolerance, which is not known yet, an estimate.
+        own: files of the model's own text, to be kept beside the result.
+        sampled: of a dry run, the own text that a run would sample.
     """
 
     recipe: Recipe
@@ -90,6 +94,8 @@ class Job:
     alone: bool
     costly: str | None
     after: ModelSize
+    own: dict[str, bytes] = field(default_factory=dict)
+    sampled: OwnText | None = None
 
     @property
     def collected(self) -> Collected:
@@ -126,12 +132,15 @@ def check_prune(
     ready: Plan | None,
     say: Say,
     team: Team,
+    *,
+    dry: bool = False,
 ) -> Job:
     """Everything that can be checked before weights are loaded.
 
     Args:
         place: where the output stands, new or empty.
         statistics, ready: made before; by default those that the recipe names.
+        dry: nothing is sampled or written; own text is stood for by as many tokens.
 
     Raises:
         ValueError: the first thing that is wrong; says what to do.
@@ -181,19 +190,30 @@ def check_prune(
     say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
     if statistics is not None and not run.measures:
         plan(statistics, recipe)  # it can be made
-    text = team.broadcast(lambda: calibration_set(recipe, source, say)) if run.reads_text else None
+    heldout = team.broadcast(lambda: heldout_set(recipe, source, say))
+    if heldout is not None:
+        check_digest("heldout", heldout, recipe)
+    text, sampled = None, None
+    own: dict[str, bytes] = {}
+    if run.reads_text:
+        settings = earlier.settings.get("calibration", ())
+        recipe = with_own_text(recipe, source, say, team, earlier=settings)
+        if dry:
+            text, sampled = text_to_come(recipe, source, say, team)
+        else:
+            work = work_folder(place, recipe)
+            text, own = calibration_text(recipe, source, work, say, team)
+    if sampled is not None:  # its digest is not known yet
+        recipe = replace(recipe, calibration_digest=None)
     seen = trial = None
     if text is not None:
         seen, trial = divided(recipe, text, run, earlier, say)
         check_domains(recipe, seen, statistics, run)
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
-    heldout = team.broadcast(lambda: heldout_set(recipe, source, say))
-    if heldout is not None:
-        check_digest("heldout", heldout, recipe)
     return Job(
         recipe, source, statistics, ready, run, text, seen, trial, heldout, kind, alone, costly,
-        after,
+        after, own, sampled,
     )  # fmt: skip
 
 

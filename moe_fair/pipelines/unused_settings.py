@@ -58,7 +58,7 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
         (not run.tries, "no plan is tried against another", ("trial_samples",)),
         (not run.measures, "no removals are measured", ("curve_samples",)),
         (not run.reads_text, "no calibration text is run through the model",
-         ("calibration", "samples", "seed", "calibration_digest")),
+         ("calibration", "samples", "seed", "calibration_digest", "self_share", "server")),
         (not run.heldout, "there is no --heldout text", ("heldout_samples", "heldout_digest")),
         (not run.reads_text and not run.heldout, "no text is run through the model",
          ("length", "batch_size", "dtype", "device", "engine", "max_memory")),
