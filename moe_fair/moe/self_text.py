@@ -127,11 +127,11 @@ def find_author(tokenizer: Any, config: Any, generation: dict[str, Any]) -> Auth
             "calibration text with -c"
         )
     name, start = next(iter(known.items()))
-    ends: list[int] = []
-    for found in (
+    said = (
         generation.get("eos_token_id"), getattr(text, "eos_token_id", None), tokenizer.eos_token_id,
-    ):  # fmt: skip
-        ends += found if isinstance(found, list) else [] if found is None else [found]
+    )  # fmt: skip
+    found: Any = next((e for e in said if e is not None), [])
+    ends = found if isinstance(found, list) else [found]
     layout, why = None, ""
     try:
         layout = find_layout(tokenizer)

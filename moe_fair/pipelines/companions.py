@@ -46,8 +46,11 @@ REQUIRED = (
 TOKENIZER = REQUIRED[:7]  # without which there is none
 WRITTEN = tuple(
     f"{FOLDER}/{name}"
-    for name in ("plan.json", "recipe.yaml", "statistics.safetensors", "repair.json", "drafts.json")
-)
+    for name in (
+        "plan.json", "recipe.yaml", "statistics.safetensors", "repair.json", "drafts.json",
+        "self.jsonl", "self.yaml",
+    )
+)  # fmt: skip
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
 
 
