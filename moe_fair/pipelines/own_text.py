@@ -93,15 +93,19 @@ class OwnText:
         object.__setattr__(self, "key", self._key())
 
     def _key(self) -> dict[str, Any]:
-        """What the text depends on."""
-        where = pick_device(self.recipe.device)
-        dtype = weight_dtype(self.source, self.recipe.dtype, where)
-        run = {"dtype": str(dtype).removeprefix("torch."), "device": where.type}
+        """What the text depends on; who writes it, on what device, is no other text's reason."""
         return {
             "form": FORM, **self.source.fingerprint, **asdict(self.wanted),
             "documents": self.wanted.documents,
-            **(run if self.recipe.server is None else {"server": self.recipe.server}),
         }  # fmt: skip
+
+    def writer_facts(self) -> dict[str, Any]:
+        """What writes it."""
+        if self.recipe.server is not None:
+            return {"server": self.recipe.server}
+        where = pick_device(self.recipe.device)
+        dtype = weight_dtype(self.source, self.recipe.dtype, where)
+        return {"dtype": str(dtype).removeprefix("torch."), "device": where.type}
 
     @cached_property
     def author(self) -> Author:
@@ -284,7 +288,8 @@ def _save(
     }  # fmt: skip
     facts = {
         "model": text.source.model, "start": text.author.start_name, "made_from": name,
-        "sha256": hashlib.sha256(lines.encode()).hexdigest(), **counts, "settings": text.key,
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(), **counts, **text.writer_facts(),
+        "settings": text.key,
     }  # fmt: skip
     import yaml
 

@@ -27,7 +27,7 @@ RESULT = "Qwen1.5-MoE-A2.7B-Chat-40-experts"
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """With the default calibration text, laid out as that data set is: one parquet file."""
+    """With a data set that is read where the model cannot sample its own text."""
     texts = [
         json.loads(line)["text"]
         for file in sorted(CALIBRATION.glob("*.jsonl"))
@@ -67,9 +67,9 @@ def test_the_reference_model(hub: Hub, tmp_path: Path) -> None:
     assert "240 of 360 experts kept (40 per layer)" in said
     plan = Plan.load(out / "moe_fair" / "plan.json")
     assert sum(len(g.kept) for g in plan.groups) == 240
-    assert (plan.recipe["model"], plan.recipe["calibration"]) == (NAME, [DEFAULT_CALIBRATION])
+    assert (plan.recipe["model"], plan.recipe["calibration"]) == (NAME, ["self"])
     recipe = yaml.safe_load((out / "moe_fair" / "recipe.yaml").read_text())
-    assert (recipe["model"], recipe["calibration"]) == (NAME, [DEFAULT_CALIBRATION])
+    assert (recipe["model"], recipe["calibration"]) == (NAME, ["self"])
 
 
 @pytest.mark.slow
