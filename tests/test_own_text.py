@@ -154,7 +154,7 @@ def test_what_does_not_fit_reads_text_as_before() -> None:
     recipe = Recipe().with_settings({"model": str(MODEL), "max_memory": "1MB"})
     found = with_own_text(recipe, source, said.append, ALONE)
     assert found.calibration == (DEFAULT_CALIBRATION,)
-    assert said[-1].startswith("note: no calibration text is given, and the model does not fit")
+    assert said[-1].startswith("note: no calibration text is given, and the model is streamed")
     fits = with_own_text(replace(recipe, max_memory=None), source, said.append, ALONE)
     assert fits.calibration == ("self",)
 
@@ -191,7 +191,7 @@ def test_a_folder_of_that_name_is_that(tmp_path: Path, monkeypatch: pytest.Monke
         (["--self-share", "1", "-c", "x.txt"], "must be 0 or more and below 1"),
         (["--server", "http://127.0.0.1:9", "-c", str(CALIBRATION)], "--server would change"),
         (["--server", "http://127.0.0.1:9", "-c", "self"], "is it running?"),
-        (["-c", "self", "--max-memory", "1MB"], "does not fit in memory here"),
+        (["-c", "self", "--max-memory", "1MB"], "do not fit in"),
         (["-c", "self", "-c", "missing.txt"], "missing.txt does not exist"),
     ],
 )
@@ -208,7 +208,7 @@ def test_refusals_of_sample(fails: Fails, tmp_path: Path) -> None:
     there.write_text("")
     assert "is there already" in fails("sample", MODEL, "-o", there)
     small = ["--set", "max_memory=1MB"]
-    assert "does not fit" in fails("sample", MODEL, *small, "-o", tmp_path / "self.jsonl")
+    assert "do not fit in" in fails("sample", MODEL, *small, "-o", tmp_path / "self.jsonl")
     (tmp_path / "self.jsonl.partial").symlink_to(tmp_path)
     assert "in the way" in fails("sample", MODEL, "-o", tmp_path / "self.jsonl")
     assert there.read_text() == ""

@@ -1,7 +1,7 @@
 """Calibration text: where it comes from, its domains and weights, and its packing into sequences.
 
 A source is written `[domain=]WHERE[:weight]`. WHERE is a local file (see `rows`), a directory of
-such files (each its own domain), or a `datasets` id as `id[:config][@split]`. Rows of a file may
+such files (each its own domain), `self`, or a `datasets` id as `id[:config][@split]`. Rows of a file may
 name their domains themselves, in a field `domain`.
 """
 
@@ -28,6 +28,7 @@ from moe_fair.moe.left_out import LeftOut, survey
 from moe_fair.moe.row_files import SUFFIXES, files_in, kind, read_rows
 from moe_fair.moe.rows import Chat, Row
 
+OWN = "self"  # text that the model samples itself, see `self_text`
 MOST_DOMAINS = 256  # every sum is kept once for each
 LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
 
@@ -87,7 +88,7 @@ def parse_source(spec: str) -> Source:
     weight: float | None = None
     head, _, tail = rest.rpartition(":")
     if head and not os.path.exists(rest):
-        local = os.path.exists(head) or kind(Path(head)) is not None
+        local = os.path.exists(head) or kind(Path(head)) is not None or head == OWN
         if re.fullmatch(r"-?\d*\.?\d+", tail) and (local or ":" in head or "@" in head):
             rest, weight = head, float(tail)
         elif local:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
 from moe_fair.moe.calibration_text import (
+    OWN,
     CalibrationSet,
     Source,
     parse_source,
@@ -54,7 +55,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
 
 def is_own(source: Source) -> bool:
     """The model's own text is meant; a file or directory of that name is that."""
-    return source.where == "self" and not source.local
+    return source.where == OWN and not source.local
 
 
 def calibration_set(

@@ -12,13 +12,12 @@ from pathlib import Path
 from moe_fair.core.output import digest
 from moe_fair.core.recipe import DEFAULT_CALIBRATION, Recipe
 from moe_fair.engines.processes import Team
-from moe_fair.moe.calibration_text import CalibrationSet, expand, parse_source
+from moe_fair.moe.calibration_text import OWN, CalibrationSet, expand, parse_source
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.opening import calibration_set, is_own
-from moe_fair.pipelines.own_text import OwnText, Wanted, can_write, facts_of, is_of, write_own_text
+from moe_fair.pipelines.own_text import OwnText, Wanted, facts_of, is_of, streamed, write_own_text
 
-OWN = "self"
 FILE = "self.jsonl"  # beside statistics and in the folder of a result
 SELF_SHARE = 0.0  # of the samples, where other text is given
 
@@ -43,19 +42,19 @@ def with_own_text(
     if own or (given and list(recipe.calibration) == list(earlier)):
         pass
     elif not given:
-        if recipe.server is not None or can_write(recipe, source, team):
+        if recipe.server is not None or not streamed(recipe, source, team):
             say("no calibration text is given: the model samples its own (-c self)")
             return _reading(recipe, (OWN,))
         say(
-            f"note: no calibration text is given, and the model does not fit here to sample its "
-            f"own: {DEFAULT_CALIBRATION} is read"
+            "note: no calibration text is given, and the model is streamed here and samples none of "
+            f"its own: {DEFAULT_CALIBRATION} is read"
         )
     elif (share := SELF_SHARE if share is None else share) > 0:
-        if asked or recipe.server is not None or can_write(recipe, source, team):
+        if asked or recipe.server is not None or not streamed(recipe, source, team):
             weight = sum(parse_source(s).weight for s in recipe.calibration) * share / (1 - share)
             sources = (*recipe.calibration, f"{OWN}:{weight:.12g}")
             return _reading(recipe, sources)
-        say("note: no own text beside the text that is given: the model does not fit here")
+        say("note: no own text beside the text that is given: the model is streamed here")
     if recipe.server is not None and not own:
         raise ValueError(
             "--server would change nothing: no own text is sampled; add -c self, or leave it out"

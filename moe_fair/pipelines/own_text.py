@@ -125,13 +125,14 @@ class OwnText:
         """It can be written here.
 
         Raises:
-            ValueError: the model does not fit, or how it starts is not known.
+            ValueError: the model is not whole in memory, or how it starts is not known.
         """
         assert self.author
-        if self.recipe.server is None and not can_write(self.recipe, self.source, team):
+        why = "" if self.recipe.server is not None else streamed(self.recipe, self.source, team)
+        if why:
             raise ValueError(
-                f"{self.source.model} does not fit in memory here, and text is not sampled a layer "
-                "at a time: start it on a server and give --server URL, or give -c FILE"
+                f"{self.source.model}: own text is sampled by the whole model in memory, and it is "
+                f"streamed here ({why}); start it on a server and give --server URL, or give -c FILE"
             )
 
     def writer(self) -> Writer:
@@ -143,13 +144,12 @@ class OwnText:
         return ModelWriter(model, tokenizer)
 
 
-def can_write(recipe: Recipe, source: Checkpoint, team: Team = ALONE) -> bool:
-    """The model can sample text here: whole in memory, or spread by a device map."""
+def streamed(recipe: Recipe, source: Checkpoint, team: Team = ALONE) -> str:
+    """Why the model is not whole in memory here, or spread by a device map; empty where it is."""
     if recipe.device_map is not None:
-        return True
-    return (
-        team.broadcast(lambda: choose_engine(recipe, source, team.node_size)).engine == "resident"
-    )
+        return ""
+    chosen = team.broadcast(lambda: choose_engine(recipe, source, team.node_size))
+    return "" if chosen.engine == "resident" else chosen.why
 
 
 def write_own_text(text: OwnText, file: Path, say: Say, team: Team | None = None) -> None:
