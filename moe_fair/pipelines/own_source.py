@@ -39,15 +39,15 @@ def with_own_text(
     if asked and (own or not given):
         why = "-c self has a weight of its own, as self:2" if own else "no other text is given"
         raise ValueError(f"--self-share would change nothing: {why}; leave it out")
-    if own or (given and list(recipe.calibration) == list(earlier)):
+    if own or (given and not asked and list(recipe.calibration) == list(earlier)):
         pass
     elif not given:
         if recipe.server is not None or not streamed(recipe, source, team):
             say("no calibration text is given: the model samples its own (-c self)")
             return _reading(recipe, (OWN,))
         say(
-            "note: no calibration text is given, and the model is streamed here and samples none of "
-            f"its own: {DEFAULT_CALIBRATION} is read"
+            "note: no calibration text is given, and the model is streamed here, which samples "
+            f"none: {DEFAULT_CALIBRATION} is read"
         )
     elif (share := SELF_SHARE if share is None else share) > 0:
         if asked or recipe.server is not None or not streamed(recipe, source, team):

@@ -132,7 +132,7 @@ class OwnText:
         if why:
             raise ValueError(
                 f"{self.source.model}: own text is sampled by the whole model in memory, and it is "
-                f"streamed here ({why}); start it on a server and give --server URL, or give -c FILE"
+                f"streamed here ({why}); start it on a server and give --server, or give -c FILE"
             )
 
     def writer(self) -> Writer:
