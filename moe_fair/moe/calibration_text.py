@@ -1,8 +1,8 @@
 """Calibration text: where it comes from, its domains and weights, and its packing into sequences.
 
 A source is written `[domain=]WHERE[:weight]`. WHERE is a local file (see `rows`), a directory of
-such files (each its own domain), `self`, or a `datasets` id as `id[:config][@split]`. Rows of a file
-may name their domains themselves, in a field `domain`.
+such files (each its own domain), `self`, or a `datasets` id as `id[:config][@split]`. Rows of a
+file may name their domains themselves, in a field `domain`.
 """
 
 from __future__ import annotations
