@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def _checked(text: OwnText, say: Say) -> tuple[Author, Writer]:
     if author.layout is None or writes_chats(author, writer, text.wanted.length, text.wanted.seed):
         return author, writer
     say("note: own text has no chats: the model does not end what it writes in the user's place")
-    return Author(**{**vars(author), "layout": None}), writer
+    return replace(author, layout=None), writer
 
 
 def _batch_writer(text: OwnText, author: Author, writer: Writer) -> Callable[[int], Written]:
