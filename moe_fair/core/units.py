@@ -371,9 +371,14 @@ def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """
     plain = json.loads(json.dumps(header))  # as it is read again: keys are texts
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    with ThreadPoolExecutor() as pool:  # hashlib lets others run
-        for part in pool.map(_tensor_digest, sorted(tensors.items())):
-            digest.update(part)
+    named = sorted(tensors.items())
+    try:
+        with ThreadPoolExecutor() as pool:  # hashlib lets others run
+            parts = list(pool.map(_tensor_digest, named))
+    except RuntimeError:  # no thread can be started where memory is short, and none is needed
+        parts = list(map(_tensor_digest, named))
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
