@@ -36,8 +36,6 @@ VISIBLE = {
     "oracle":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --stats "
         "--output --recipe --json --debug --set",
-    "sample":
-        "MODEL --length --seed --dtype --device --output --tokens --json --debug --set",
     "eval":
         "MODEL --length --device --engine --heldout --heldout-samples --baseline --output "
         "--tasks --num-fewshot --limit --apply-chat-template --include-path --log-samples "
@@ -66,21 +64,21 @@ VISIBLE = {
 }  # fmt: skip
 # setting -> commands
 SETTINGS = {
-    "model": "calibrate prune oracle eval sample",
-    "revision": "calibrate prune oracle eval sample",
-    "trust_remote_code": "calibrate prune oracle eval sample",
-    "allow_pickle": "calibrate prune oracle eval sample",
+    "model": "calibrate prune oracle eval",
+    "revision": "calibrate prune oracle eval",
+    "trust_remote_code": "calibrate prune oracle eval",
+    "allow_pickle": "calibrate prune oracle eval",
     "calibration": "calibrate prune oracle",
     "samples": "calibrate prune oracle",
-    "length": "calibrate prune oracle eval sample",
-    "seed": "calibrate prune oracle sample",
+    "length": "calibrate prune oracle eval",
+    "seed": "calibrate prune oracle",
     "batch_size": "calibrate prune oracle eval",
-    "dtype": "calibrate prune oracle eval sample",
-    "device": "calibrate prune oracle eval sample",
+    "dtype": "calibrate prune oracle eval",
+    "device": "calibrate prune oracle eval",
     "engine": "calibrate prune eval",
     "device_map": "calibrate prune",
     "checkpointing": "calibrate prune",
-    "max_memory": "calibrate prune oracle eval sample",
+    "max_memory": "calibrate prune oracle eval",
     "save_every": "calibrate prune",
     "fresh": "calibrate prune oracle",
     "for_": "calibrate",

@@ -85,14 +85,12 @@ def start_token(tokenizer: Any, config: Any) -> int:
     Raises:
         ValueError: the model has none.
     """
-    if tokenizer.bos_token_id is not None:
-        return int(tokenizer.bos_token_id)
-    # a configuration that says nothing has its class's number, which may be any word's
-    named = getattr(config.get_text_config(), "bos_token_id", None)
-    if named in special(tokenizer):
-        return int(named)
-    for end in _ends(tokenizer, config):
-        return end
+    text = config.get_text_config()
+    ends = [tokenizer.eos_token_id, getattr(text, "eos_token_id", None)]
+    for given in (tokenizer.bos_token_id, getattr(text, "bos_token_id", None), *ends):
+        for token in given if isinstance(given, list) else [given]:
+            if token is not None:
+                return int(token)
     raise ValueError(
         "the model names neither a start nor an end of documents to sample from: its tokenizer has "
         "no bos_token and no eos_token"
@@ -112,7 +110,13 @@ def voice(tokenizer: Any, config: Any, generation: Any = None) -> Voice:
     Raises:
         ValueError: no token to begin with, or a template that does not write what it is given.
     """
-    ends = {*_ends(tokenizer, config), *_list((generation or {}).get("eos_token_id"))}
+    ends: set[int] = set()
+    for given in (
+        tokenizer.eos_token_id,
+        getattr(config.get_text_config(), "eos_token_id", None),
+        (generation or {}).get("eos_token_id"),
+    ):
+        ends.update(given if isinstance(given, list) else [] if given is None else [given])
     found = turns(tokenizer)
     if found is not None and found.after_answer.strip():
         stop = stops(tokenizer, found.after_answer)
@@ -123,22 +127,8 @@ def voice(tokenizer: Any, config: Any, generation: Any = None) -> Voice:
 def stops(tokenizer: Any, after: str) -> set[int]:
     """The special token that a template writes directly behind a message, if it is one."""
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
-    return {ids[0]} & special(tokenizer) if ids else set()
-
-
-def special(tokenizer: Any) -> set[int]:
-    """The ids that stand for no text."""
-    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-
-
-def _ends(tokenizer: Any, config: Any) -> list[int]:
-    """What ends a document: the tokenizer's, or else the configuration's."""
-    named = getattr(config.get_text_config(), "eos_token_id", None)
-    return _list(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else named)
-
-
-def _list(given: Any) -> list[int]:
-    return [int(t) for t in given] if isinstance(given, list) else [] if given is None else [given]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return {ids[0]} & special if ids else set()
 
 
 def turns(tokenizer: Any) -> Turns | None:
