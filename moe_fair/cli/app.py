@@ -48,8 +48,6 @@ from moe_fair.cli.options import (
     RepoId,
     ReportOutput,
     Revision,
-    SampleOutput,
-    SampleTokens,
     SettingName,
     StatisticsFolder,
     Tasks,
@@ -74,7 +72,7 @@ if TYPE_CHECKING:
 # what several processes do together; of other commands the first process does all
 TOGETHER = (["calibrate"], ["prune"], ["eval"])
 # what keeps its work, for the same command to go on with
-GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["sample"], ["push"], ["vision", "prune"])
+GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["push"], ["vision", "prune"])
 
 app = typer.Typer(
     name="moe-fair",
@@ -205,33 +203,6 @@ def oracle(
         print((output / "agreement.json").read_text(), end="")
     else:
         oracle_table(found, table)
-
-
-@app.command(cls=Command, epilog=FOOT)
-@takes(Recipe, "sample")
-def sample(
-    given: dict[str, Any], output: SampleOutput = None, tokens: SampleTokens = 2**17,
-    as_json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
-    """Let a model write the text that it is then calibrated on: no data set is needed."""
-    settings = _settings(given, None, "sample")
-    check_model_folder(settings)
-    from moe_fair.pipelines.default_output import model_name
-    from moe_fair.pipelines.sample import sample as write
-
-    if output is None:
-        output = Path(f"{model_name(settings)}-text.jsonl")
-        _say(f"output: {output}")
-    done = write(settings, output, tokens, say=_say)
-    if as_json:
-        print(json.dumps({**asdict(done), "output": str(output)}, indent=1))
-        return
-    name = printable(output)
-    print(
-        f"{name}: {done.tokens:,} tokens in {done.rows:,} texts, {done.chats:,} of them chats; "
-        f"{done.replaced:,} that went in circles or were empty are left out\n"
-        f"next: moe-fair prune {printable(settings.model)} --experts N -c {name}"
-    )
 
 
 @app.command(name="eval", cls=Command, epilog=FOOT)

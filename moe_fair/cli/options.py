@@ -53,17 +53,6 @@ StatisticsFolder = Annotated[
 ]
 PlanOutput = Annotated[Path | None, option("-o", "--output", text="Also write the plan here")]
 
-SampleOutput = Annotated[
-    Path | None,
-    option(
-        "-o", "--output", text="New .jsonl file  [default: MODEL-text.jsonl, in this directory]"
-    ),
-]
-SampleTokens = Annotated[
-    int,
-    option("--tokens", text="What the model writes, at the least  [default: 131072]", min=1),
-]
-
 TASKS, PUBLISH = "Benchmarks", "Card"
 
 Pruned = Annotated[Path, typer.Argument(help="Directory that `prune` wrote", show_default=False)]

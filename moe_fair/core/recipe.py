@@ -41,9 +41,7 @@ PLANS = ("plan", "prune")
 DECIDES = ("calibrate", "plan", "prune")
 GATHERS = ("calibrate", "prune")
 MEASURES = ("calibrate", "prune", "oracle")
-RUNS = ("calibrate", "prune", "oracle", "eval")
-OPENS = (*RUNS, "sample")
-DRAWS = (*MEASURES, "sample")
+OPENS = ("calibrate", "prune", "oracle", "eval")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -98,10 +96,11 @@ class Recipe:
     )
     length: int = setting(512, "Tokens in each", panel=TEXTS, commands=OPENS, shown=True, minimum=2)
     seed: int = setting(
-        0, "Decides which documents are drawn", panel=TEXTS, commands=DRAWS, shown=True, minimum=0,
+        0, "Decides which documents are drawn", panel=TEXTS, commands=MEASURES, shown=True,
+        minimum=0,
     )  # fmt: skip
     batch_size: int = setting(
-        8, "Sequences per batch", panel=RUNNING, commands=RUNS, shown=True, minimum=1
+        8, "Sequences per batch", panel=RUNNING, commands=OPENS, shown=True, minimum=1
     )
     dtype: str = setting(
         "auto", "auto, checkpoint, float32, bfloat16 or float16", panel=RUNNING, commands=OPENS,

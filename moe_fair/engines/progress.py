@@ -52,15 +52,10 @@ class Progress:
             yield batch
             if self._bar:
                 where = what if layer is None else f"{what}, layer {layer}"
-                self.advance(where, int(batch.mask.sum()))
-
-    def advance(self, what: str, tokens: int) -> None:
-        """So many more are done."""
-        if self._bar:
-            self._bar.advance(self._task, tokens)
-            speed = self._bar.tasks[0].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            self._bar.update(self._task, description=what, rate=rate, memory=memory())
+                self._bar.advance(self._task, int(batch.mask.sum()))
+                speed = self._bar.tasks[0].speed
+                rate = f"{speed:,.0f} tokens/s" if speed else ""
+                self._bar.update(self._task, description=where, rate=rate, memory=memory())
 
 
 def _bar() -> Any:
