@@ -69,6 +69,7 @@ SETTINGS = {
     "trust_remote_code": "calibrate prune oracle eval",
     "allow_pickle": "calibrate prune oracle eval",
     "calibration": "calibrate prune oracle",
+    "map": "calibrate prune oracle eval",
     "samples": "calibrate prune oracle",
     "length": "calibrate prune oracle eval",
     "seed": "calibrate prune oracle",

@@ -24,7 +24,7 @@ import torch
 
 from moe_fair.core.quote import clip, quote
 from moe_fair.engines.batch import Batch
-from moe_fair.moe.hub_rows import LOCAL_FORM, SHUFFLE_BUFFER, hub_rows
+from moe_fair.moe.hub_rows import LOCAL_FORM, hub_rows
 from moe_fair.moe.left_out import LeftOut, survey
 from moe_fair.moe.presets import is_preset, preset
 from moe_fair.moe.row_files import SUFFIXES, files_in, kind
@@ -34,7 +34,6 @@ from moe_fair.moe.shuffled_rows import rows_as_they_lie, rows_in_order
 
 MOST_DOMAINS = 256  # every sum is kept once for each
 LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
-PRESET_BUFFER = 1000  # documents; what of a preset's set is read before the first is drawn
 PADDING = 0.1  # most of a batch
 NO_TEMPLATE = "the tokenizer has no chat template: messages are written as plain text"
 
@@ -551,10 +550,9 @@ def read_parts(
     for part in parts:
         rows: Iterable[Row]
         if part.numbers is None:
-            buffer = SHUFFLE_BUFFER if part.revision is None else PRESET_BUFFER
             rows = hub_rows(
                 part.where, part.config, part.split, seed, left_out, revision=part.revision,
-                schemas=part.schemas, buffer=buffer,
+                schemas=part.schemas, little=part.revision is not None,
             )  # fmt: skip
         elif seed is None:
             rows = _local(rows_as_they_lie, part, part.numbers)

@@ -155,7 +155,7 @@ def test_the_same_through_parquet(tokenizer: Any, tmp_path: Path) -> None:
         ({"instruct": "a", "outputs": "b"}, "fields are instruct, outputs; nearest: instruction, "
          "output; say which is what: --map user=FIELD,assistant=FIELD"),
         ({"question": "a", "answer": {"x": 1}}, "\"answer\" is {'x': 1} and must be text"),
-        ({"question": "a", "answer": None}, "nearest: question, answer"),
+        ({"question": "a", "answer": None}, '"answer" has no value'),
         ({"zzzz": 1}, "its fields are zzzz; say which"),
         ({"conversations": [{"from": "humen", "value": "a"}]},
          "\"from\" is 'humen' (did you mean 'human'?)"),
