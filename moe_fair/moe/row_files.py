@@ -205,9 +205,10 @@ def _parquet(path: Path, wanted: Wanted) -> Found:
                 n = rows.start
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
                     here: Sequence[int] = range(n, n + len(batch))
+                    found = batch
                     if wanted is not None:
                         here = [i for i in here if i in wanted]
-                    found = batch.take([i - n for i in here]) if wanted else batch
+                        found = batch.take(pyarrow.array([i - n for i in here], pyarrow.int64()))
                     n += len(batch)
                     for i, row in zip(here, found.to_pylist(), strict=True):
                         yield i, f"row {i + 1}", row
