@@ -26,7 +26,7 @@ DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides the calibration text
-TEXT = ("calibration", "samples", "length", "seed")
+TEXT = ("calibration", "map", "samples", "length", "seed")
 MADE = ("stats", "plan")  # files of an earlier stage
 
 # headings of the help screens, in their order
@@ -54,6 +54,14 @@ def _weights(text: str) -> dict[str, float]:
         return {domain.strip(): float(weight) for domain, weight in pairs}
     except ValueError:
         raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
+
+
+def _fields(text: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in text.split(",")]
+    found = {role.strip(): field.strip() for role, _, field in pairs}
+    if len(found) < len(pairs) or not all(found.values()):
+        raise ValueError(f"--map {text!r}: write user=FIELD,assistant=FIELD, each role once")
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,16 @@ class Recipe:
     calibration: tuple[str, ...] = setting(
         (DEFAULT_CALIBRATION,),
         "[domain=]WHERE[:weight]; WHERE is a .txt, .jsonl, .json, .csv or .parquet file, a "
-        "directory of them, or a dataset id[:config][@split], whose first : is its config's: a "
-        "weight is id@split:2. Repeat for a mix",
+        "directory of them, a preset (chat, code, math, tools, multilingual or general), or a "
+        "dataset id[:config][@split], whose first : is its config's: a weight is id@split:2. "
+        "Repeat for a mix",
         panel=TEXTS, commands=MEASURES, shown=True, flags=("-c", "--calibration"),
+    )  # fmt: skip
+    map: Mapping[str, str] | None = setting(
+        None,
+        "What the fields of rows hold, where they are not known ones: user=FIELD,assistant=FIELD, "
+        "perhaps with system= and tools=; or text=FIELD; or messages=FIELD",
+        panel=TEXTS, commands=OPENS, parse=_fields, usual="known ones",
     )  # fmt: skip
     samples: int = setting(
         512, "Calibration sequences", panel=TEXTS, commands=MEASURES, shown=True, minimum=1

@@ -1,8 +1,8 @@
 """Calibration text: where it comes from, its domains and weights, and its packing into sequences.
 
 A source is written `[domain=]WHERE[:weight]`. WHERE is a local file (see `rows`), a directory of
-such files (each its own domain), or a `datasets` id as `id[:config][@split]`. Rows of a file may
-name their domains themselves, in a field `domain`.
+such files (each its own domain), a preset's name (see `presets`), or a `datasets` id as
+`id[:config][@split]`. Rows of a file may name their domains themselves, in a field `domain`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import json
 import os
 import random
 import re
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,16 @@ from moe_fair.core.quote import clip, quote
 from moe_fair.engines.batch import Batch
 from moe_fair.moe.hub_rows import LOCAL_FORM, hub_rows
 from moe_fair.moe.left_out import LeftOut, survey
-from moe_fair.moe.row_files import SUFFIXES, files_in, kind, read_rows
-from moe_fair.moe.rows import Chat, Row
+from moe_fair.moe.presets import is_preset, preset
+from moe_fair.moe.row_files import SUFFIXES, files_in, kind
+from moe_fair.moe.rows import Row
+from moe_fair.moe.schemas import MAPPED, SCHEMAS, Chat, Schema, mapped
+from moe_fair.moe.shuffled_rows import rows_as_they_lie, rows_in_order
 
 MOST_DOMAINS = 256  # every sum is kept once for each
 LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
+PADDING = 0.1  # most of a batch
+NO_TEMPLATE = "the tokenizer has no chat template: messages are written as plain text"
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,10 @@ class Source:
         config, split: of a data set on the Hub.
         only: of a file whose rows name their domains, those of this one.
         own: the file's own domain, where another of the directory has its name.
-        given: the directory or file that it is a part of, as it was given.
+        given: the directory, file or preset that it is a part of, as it was given.
+        revision: of a preset's data set.
+        schemas: those that its rows may be of.
+        numbers: of a file, those of its rows that can be used; `expand` fills them in.
     """
 
     where: str
@@ -54,11 +63,14 @@ class Source:
     only: str | None = None
     own: str | None = None
     given: str | None = None
+    revision: str | None = None
+    schemas: tuple[Schema, ...] = SCHEMAS
+    numbers: array[int] | None = field(default=None, compare=False, repr=False)
 
     @property
     def local(self) -> bool:
         """A file or directory on this machine."""
-        return os.path.exists(self.where)
+        return self.revision is None and os.path.exists(self.where)
 
     @property
     def own_name(self) -> str:
@@ -69,6 +81,19 @@ class Source:
     def name(self) -> str:
         """The domain's name."""
         return self.domain or self.own_name
+
+
+def parse_sources(specs: Iterable[str], fields: Mapping[str, str] | None = None) -> list[Source]:
+    """Read `[domain=]WHERE[:weight]`, of each.
+
+    Args:
+        fields: what --map says of their rows: role -> field.
+
+    Raises:
+        ValueError: see `parse_source` and `mapped`.
+    """
+    schemas = SCHEMAS if fields is None else (mapped(fields), *SCHEMAS)
+    return [replace(parse_source(s), schemas=schemas) for s in specs]
 
 
 def parse_source(spec: str) -> Source:
@@ -87,7 +112,7 @@ def parse_source(spec: str) -> Source:
     weight: float | None = None
     head, _, tail = rest.rpartition(":")
     if head and not os.path.exists(rest):
-        local = os.path.exists(head) or kind(Path(head)) is not None
+        local = os.path.exists(head) or kind(Path(head)) is not None or is_preset(head)
         if re.fullmatch(r"-?\d*\.?\d+", tail) and (local or ":" in head or "@" in head):
             rest, weight = head, float(tail)
         elif local:
@@ -127,8 +152,12 @@ def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None
         s = replace(s, given=s.given or s.where)
         own = left_out.setdefault(str(s.given), LeftOut())
         path = Path(s.where)
+        if s.local and is_preset(s.where):
+            own.said["what lies here under this name is read, not the preset"] = None
         if os.path.isdir(path):
             found += _directory(s, path, own)
+        elif not s.local and is_preset(s.where):
+            found += _preset(s, own)
         elif not s.local and kind(path) is not None:
             raise ValueError(f"calibration file {path} does not exist")
         elif not s.local:
@@ -140,7 +169,7 @@ def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None
         elif path.is_file() and not path.stat().st_size:
             raise ValueError(f"calibration file {path} is empty")
         else:
-            found += _by_domain(s, survey(path, own, domains=s.domain is None))
+            found += _by_domain(s, survey(path, own, domains=s.domain is None, schemas=s.schemas))
     if not found:
         raise ValueError(f"no calibration text given; {LOCAL_FORM}")
     names = {s.name for s in found}
@@ -159,10 +188,15 @@ def _directory(source: Source, folder: Path, left_out: LeftOut) -> list[Source]:
     left_out.others += others
     if not files:
         raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this directory")
+    texts = [f for f in files if kind(f) == ".txt"]
+    pooled = len(texts) > MOST_DOMAINS
+    if pooled:
+        left_out.said[f"{len(texts):,} .txt files are one domain, each a document of it"] = None
+        files = [folder, *(f for f in files if kind(f) != ".txt")]
     usable = {}
     for f in files:
         try:
-            usable[f] = survey(f, left_out, domains=source.domain is None)
+            usable[f] = survey(f, left_out, domains=source.domain is None, schemas=source.schemas)
         except ValueError as e:
             left_out.file(str(e))
     if not usable:
@@ -175,18 +209,44 @@ def _directory(source: Source, folder: Path, left_out: LeftOut) -> list[Source]:
     found = []
     for f, domains in usable.items():
         name = f.name.split(".")[0]
-        own = (f.parent.relative_to(folder) / name).as_posix() if len(folders[name]) > 1 else None
+        own = None
+        if f == folder:
+            own = folder.resolve().name
+        elif len(folders[name]) > 1:
+            own = (f.parent.relative_to(folder) / name).as_posix()
         part = replace(source, where=str(f), weight=source.weight / len(usable), own=own)
         found += _by_domain(part, domains)
     return found
 
 
-def _by_domain(source: Source, domains: Collection[str | None]) -> list[Source]:
+def _by_domain(source: Source, domains: Mapping[str | None, array[int]]) -> list[Source]:
     """A source, or one for every domain that its rows name."""
     if source.domain is not None or set(domains) == {None}:
-        return [source]
-    names = sorted({source.own_name if d is None else d for d in domains})
-    return [replace(source, domain=n, only=n, weight=source.weight / len(names)) for n in names]
+        return [replace(source, numbers=domains[None])]
+    named: dict[str, array[int]] = {}
+    for domain, numbers in domains.items():
+        name = source.own_name if domain is None else domain
+        named[name] = array("q", sorted([*named.get(name, ()), *numbers]))
+    weight = source.weight / len(named)
+    return [
+        replace(source, domain=n, only=n, weight=weight, numbers=named[n]) for n in sorted(named)
+    ]
+
+
+def _preset(source: Source, left_out: LeftOut) -> list[Source]:
+    """A source for each data set of a preset; all of them are one domain."""
+    sets = preset(source.where)
+    for s in sets:
+        name = s.id if s.config is None else f"{s.id}:{s.config}"
+        left_out.said[f"{name}@{s.split} of {s.revision[:12]} ({s.licence})"] = None
+    total = sum(s.share for s in sets)
+    return [
+        replace(
+            source, where=s.id, config=s.config, split=s.split, revision=s.revision,
+            domain=source.name, weight=source.weight * s.share / total, schemas=(s.schema,),
+        )
+        for s in sets
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,14 +277,36 @@ class CalibrationSet:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def batches(self, batch_size: int) -> list[Batch]:
-        """Batches of one domain each, padded on the right to their longest sequence."""
+        """Batches of one domain each, padded on the right to their longest sequence.
+
+        Sequences of unequal length are put together by length, the longest first, and a batch has
+        fewer of them where more than a tenth of it would be padding.
+        """
         batches = []
         for domain in range(len(self.domains)):
             ids = [i for i, (_, d) in enumerate(self.sequences) if d == domain]
-            for start in range(0, len(ids), batch_size):
-                chosen = ids[start : start + batch_size]
+            lengths = [len(self.sequences[i][0]) for i in ids]
+            if len(set(lengths)) > 1:
+                ids = sorted(ids, key=lambda i: (-len(self.sequences[i][0]), i))
+            for chosen in _alike(ids, [len(self.sequences[i][0]) for i in ids], batch_size):
                 batches.append(_batch([self.sequences[i][0] for i in chosen], chosen, domain))
         return batches
+
+
+def _alike(ids: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbours, at most so many, of which little would be padding; lengths do not ascend."""
+    chosen: list[int] = []
+    tokens = longest = 0
+    for i, length in zip(ids, lengths, strict=True):
+        area = longest * (len(chosen) + 1)
+        if len(chosen) == most or (chosen and area - tokens - length > PADDING * area):
+            yield chosen
+            chosen, tokens = [], 0
+        longest = length if not chosen else longest
+        chosen.append(i)
+        tokens += length
+    if chosen:
+        yield chosen
 
 
 def evenly(text: CalibrationSet, count: int) -> list[int]:
@@ -301,14 +383,13 @@ def _gather(
         counts = dict(same)
         its = left_out[str(next(iter(counts)).given)]
         for source, rows in read_parts(list(counts), seed, its):
-            made = _sequences(source, rows, tokenizer, counts[source], length, its)
+            count = counts[source]
+            made = _sequences(source, rows, tokenizer, count, length, its)
             found.append((source, made))
             if not made:
                 short.append(source.name)
-            elif len(made) < counts[source] and seed is not None:
-                notes.append(
-                    f"{source.where} holds {len(made)} samples of the {counts[source]} asked for"
-                )
+            elif len(made) < count and seed is not None:
+                notes.append(f"{source.where} holds {len(made)} samples of the {count} asked for")
     for given in dict.fromkeys(s.given for s, _ in found):
         if not any(rows for s, rows in found if s.given == given):
             raise ValueError(left_out[str(given)].nothing(str(given), length))
@@ -325,6 +406,9 @@ def _gather(
         )
     for given, its in left_out.items():
         notes += its.notes(given)
+    asked = any(s.schemas[0].said == MAPPED for s in sources)
+    if asked and not any(MAPPED in its.said for its in left_out.values()):
+        notes.append("no row has the fields of --map")
     sequences = [(row, domains.index(s.name)) for s, rows in found for row in rows]
     return CalibrationSet(domains, tuple(sequences), tuple(notes))
 
@@ -351,17 +435,25 @@ def _sequences(
     start = _start_tokens(tokenizer)
     body = length - len(start)
     pending: list[int] = []
+    template = getattr(tokenizer, "chat_template", None)
     for row in rows:
-        if isinstance(row.document, Chat):
+        document = row.document
+        if isinstance(document, Chat) and document.plain and not template:
+            left_out.said[NO_TEMPLATE] = None
+            document = document.text
+        if isinstance(document, Chat):
             try:
-                made.append(_chat(tokenizer, row.document, source, left_out)[:length])
+                chat = _chat(tokenizer, document, source, left_out)
             except _Unfit as e:
                 left_out.row(source.where, row.place, str(e))
+            else:
+                left_out.cut += len(chat) > length
+                made.append(chat[:length])
             if len(made) >= count:
                 return made[:count]
             continue
         needed = (count - len(made)) * body - len(pending)
-        pending += _encode(tokenizer, row.document, needed)
+        pending += _encode(tokenizer, document, needed)
         if tokenizer.eos_token_id is not None:
             pending.append(tokenizer.eos_token_id)
         at = 0
@@ -402,42 +494,75 @@ class _Unfit(Exception):
 def _chat(tokenizer: Any, chat: Chat, source: Source, left_out: LeftOut) -> tuple[int, ...]:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise ValueError(f"{source.where} holds chats, but the tokenizer has no chat template")
+        raise ValueError(
+            f"{source.where} holds chats, but the tokenizer has no chat template; give plain text, "
+            "or rows of one question and answer (as prompt/response), which are written as text"
+        )
     if chat.tools and "tools" not in str(template):
         left_out.fields["tools (the chat template has no place for them)"] = None
     try:
-        encoded = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, tokenize=True, return_dict=True
-        )
+        return _templated(tokenizer, chat.messages, chat.tools)
     except (
         Exception
     ) as e:  # the template is a program of the model's maker, and raises what it likes
+        other = [_other_arguments(m) for m in chat.messages]
+        if other != chat.messages:
+            try:
+                return _templated(tokenizer, other, chat.tools)
+            except Exception:  # what it said to the messages as they are is what counts
+                pass
         raise _Unfit(f"a chat does not fit the chat template: {clip(str(e), 200)}") from e
+
+
+def _templated(tokenizer: Any, messages: Any, tools: Any) -> tuple[int, ...]:
+    encoded = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)
     return tuple(encoded["input_ids"])
+
+
+def _other_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON in place of an object, or the reverse.
+
+    Templates differ in which they take: DeepSeek's adds them to a text, GLM's goes through them.
+    """
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        given = function.get("arguments")
+        if isinstance(given, str):
+            given = json.loads(given)
+        elif isinstance(given, dict):
+            given = json.dumps(given, ensure_ascii=False)
+        other = {**function, "arguments": given}
+        calls.append({**call, "function": other} if "function" in call else other)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def read_parts(
     parts: Sequence[Source], seed: int | None, left_out: LeftOut
 ) -> Iterator[tuple[Source, Iterable[Row]]]:
-    """The rows of the parts of one file, read once, or of one data set.
+    """The rows of the parts of one file, or of data sets.
 
     Args:
         parts: sources with the same `where`.
         seed: shuffles them; without one they stay in their own order.
         left_out: is told what of a data set cannot be used; of files `expand` has told it.
     """
-    if not parts[0].local:
-        for part in parts:
-            yield part, hub_rows(part.where, part.config, part.split, seed, left_out)
-        return
-    split = any(p.only is not None for p in parts)
-    found: dict[str | None, list[Row]] = {p.only: [] for p in parts}
-    for row in read_rows(Path(parts[0].where), domains=split):
-        name = (row.domain or parts[0].own_name) if split and isinstance(row, Row) else None
-        if isinstance(row, Row) and name in found:
-            found[name].append(row)
     for part in parts:
-        rows = found.pop(part.only) if part.only is not None else list(found[None])
-        if seed is not None:
-            random.Random(f"{seed} {part.name}").shuffle(rows)
+        rows: Iterable[Row]
+        if part.numbers is None:
+            rows = hub_rows(
+                part.where, part.config, part.split, seed, left_out, revision=part.revision,
+                schemas=part.schemas, little=part.revision is not None,
+            )  # fmt: skip
+        elif seed is None:
+            rows = _local(rows_as_they_lie, part, part.numbers)
+        else:
+            order = part.numbers[:]
+            random.Random(f"{seed} {part.name}").shuffle(order)
+            rows = _local(rows_in_order, part, order)
         yield part, rows
+
+
+def _local(read: Callable[..., Iterator[Row]], part: Source, numbers: array[int]) -> Iterator[Row]:
+    domains = part.only is not None
+    return read(Path(part.where), numbers, domains=domains, schemas=part.schemas)

@@ -217,7 +217,7 @@ def _repair(job: Job, c: Costs | None, load: float) -> Stage:
     seconds = blocks * (fit.at(n, 1) + epochs * c.train.at(n, steps))
     seconds += 3 * layers * c.forward.at(n, steps)  # original, cut, and repaired
     if copies:
-        batches = -(-len(text.sequences) // step_sequences(job.recipe))
+        batches = len(text.batches(step_sequences(job.recipe)))
         seconds += _through(c, text.tokens, batches, layers)
         seconds += text.tokens * c.drawn * copies / MOST + load
     return Stage("repair", n, what, seconds + load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
-from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, parse_sources, sample, windows
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.checkpoint_writer import count_path
 from moe_fair.moe.engine_choice import PACKED
@@ -48,7 +48,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
 def calibration_set(recipe: Recipe, source: Checkpoint, say: Say) -> CalibrationSet:
     """The calibration sequences of a recipe."""
     text = sample(
-        [parse_source(s) for s in recipe.calibration],
+        parse_sources(recipe.calibration, recipe.map),
         source.tokenizer(),
         samples=recipe.samples,
         length=recipe.length,
@@ -67,7 +67,7 @@ def heldout_set(
     if not recipe.heldout:
         return None
     text = windows(
-        [parse_source(s) for s in recipe.heldout],
+        parse_sources(recipe.heldout, recipe.map),
         source.tokenizer(),
         samples=recipe.heldout_samples,
         length=recipe.length,

@@ -61,7 +61,7 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
          ("calibration", "samples", "seed", "calibration_digest")),
         (not run.heldout, "there is no --heldout text", ("heldout_samples", "heldout_digest")),
         (not run.reads_text and not run.heldout, "no text is run through the model",
-         ("length", "batch_size", "dtype", "device", "engine", "max_memory")),
+         ("length", "map", "batch_size", "dtype", "device", "engine", "max_memory")),
         (not run.collects and not run.heldout, "nothing is calibrated, and no held-out loss "
          "measured", ("device_map",)),
         (recipe.engine != "auto", "--engine is given, and needs no deciding", ("max_memory",)),
@@ -118,7 +118,7 @@ def check_untargeted(settings: Mapping[str, Any]) -> None:
 # of `eval`: what only one of its two measurements uses
 OF_EVAL = {
     "--tasks": ("num_fewshot", "limit", "apply_chat_template", "include_path", "log_samples"),
-    "--agreement": ("heldout", "heldout_samples", "length", "engine", "max_memory"),
+    "--agreement": ("heldout", "heldout_samples", "length", "map", "engine", "max_memory"),
 }
 
 
