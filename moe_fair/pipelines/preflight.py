@@ -45,6 +45,7 @@ from moe_fair.pipelines.removal_costs import (
     holds_alone,
 )
 from moe_fair.pipelines.repair import repair_kind
+from moe_fair.pipelines.serving import check_served
 from moe_fair.pipelines.text_checks import (
     Earlier,
     check_digest,
@@ -157,8 +158,9 @@ def check_prune(
         if statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
             domain_weights(statistics.domains, recipe.weights)
-            # of before they said anything of heads
-            facts = {"mtp": head_facts(source), **statistics.metadata}
+            # of before they said anything of heads, or of the type
+            facts = {"mtp": head_facts(source), "model_type": source.config.model_type}
+            facts |= statistics.metadata
             statistics = replace(statistics, metadata=facts)
             measured = any(g.follows for g in statistics.groups)
             choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
@@ -219,6 +221,7 @@ def _check_plan(recipe: Recipe, ready: Plan, source: Checkpoint) -> None:
     check_heads(recipe, source, ready)
     check_all([*source.blocks, *source.heads.blocks], ready.kept)
     groups = tuple(g for g in source.groups if ready.mtp == "cut" or not g.follows)
+    check_served(recipe, ready, source.config.model_type)
     check_fits(ready, groups, source.size, size_without(source.size, ready.mtp, head_facts(source)))
 
 

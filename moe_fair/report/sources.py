@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_fair.core.engine_facts import Layout
+from moe_fair.core.layout import layout_of
 from moe_fair.core.manifest import check_result
 from moe_fair.core.plan import Plan
 from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
@@ -52,6 +54,7 @@ class Sources:
     Attributes:
         auto: name of the class of transformers whose `from_pretrained` loads the checkpoint.
         brings_code: it does so with `trust_remote_code` alone.
+        layout: what decides who serves it; None where its config does not say.
         sees: there is a processor beside the tokenizer.
     """
 
@@ -66,6 +69,7 @@ class Sources:
     agreement: Agreements | None
     benchmarks: list[Row] | None
     drafts: tuple[Drafts, Drafts] | None = None
+    layout: Layout | None = None
 
     @property
     def model(self) -> str:
@@ -101,6 +105,7 @@ def gather(output: Path) -> Sources:
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
         drafts=load_drafts(folder),
+        layout=_layout(config),
     )
 
 
@@ -112,6 +117,13 @@ def _config(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no config of a model; is the checkpoint whole?")
     return found
+
+
+def _layout(config: dict[str, Any]) -> Layout | None:
+    try:
+        return layout_of(config)
+    except ValueError:
+        return None
 
 
 def load_repairs(file: Path) -> list[LayerRepair] | None:
