@@ -33,6 +33,7 @@ RELEASED = frozenset(
         "3f2f7d5526590745d5cff264302892f16d94d334c54d6a76ad0aa1fb163c444c",
         "fb888d3c0fc387a5ffee4e61732beb7ef5dd9319e5f48594c8af6bc1a27d1a7e",
         "ca21e20a15c4d519048e8c79139328283da39292818657cef791f7bea7a2a146",
+        "1656940229fbf3e670445d8d0a94da04f3c833dcf2435ee7c01f026d8df7c8c5",
     )
 )
 # what Python or torch runs, wherever in a folder it lies

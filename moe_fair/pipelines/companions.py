@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.core.manifest import FOLDER, MANIFEST, MODEL_CARD, WRITTEN_LATER, same_bytes
+from moe_fair.core.units import RESULT_FILE, STATISTICS_FILE
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import INDEX
 from moe_fair.engines.stock import read_config
@@ -44,10 +45,10 @@ REQUIRED = (
     "processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 TOKENIZER = REQUIRED[:7]  # without which there is none
-WRITTEN = tuple(
-    f"{FOLDER}/{name}"
-    for name in ("plan.json", "recipe.yaml", "statistics.safetensors", "repair.json", "drafts.json")
-)
+OF_RESULTS = (
+    "plan.json", "recipe.yaml", RESULT_FILE, STATISTICS_FILE, "repair.json", "drafts.json",
+)  # fmt: skip
+WRITTEN = tuple(f"{FOLDER}/{name}" for name in OF_RESULTS)
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
 
 

@@ -17,7 +17,7 @@ from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import PLANNING, Recipe
-from moe_fair.core.units import STATISTICS_FILE, Statistics
+from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -109,7 +109,7 @@ class Job:
             changes |= {k: self.plan.recipe[k] for k in PLANNING if k in self.plan.recipe}
             changes["plan"] = PLAN_FILE
         elif self.statistics is not None:
-            changes["stats"] = STATISTICS_FILE
+            changes["stats"] = RESULT_FILE
             run = replace(run, measures=False)  # they hold what was measured
         if self.text is not None:
             changes["calibration_digest"] = self.text.digest

@@ -133,8 +133,8 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     yield table(Table(("layer", "experts", "kept"), tuple(rows)))
     yield (
         "Every number behind it is in `moe_fair/plan.json`; `moe_fair/report.html` draws it "
-        "(download and open). `moe_fair/statistics.safetensors` gives plans at other budgets in "
-        "milliseconds: `moe-fair plan`."
+        "(download and open). `moe_fair/statistics.tensors`, a safetensors file, gives plans at "
+        "other budgets in milliseconds: `moe-fair plan`."
     )
     yield "## The recipe"
     yield fenced(s.recipe, "yaml")

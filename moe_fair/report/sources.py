@@ -14,7 +14,7 @@ from moe_fair.core.engine_facts import Layout
 from moe_fair.core.layout import layout_of
 from moe_fair.core.manifest import check_result
 from moe_fair.core.plan import Plan
-from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
+from moe_fair.core.units import STATISTICS_FORMAT, UnitGroup, statistics_file
 from moe_fair.engines.auto import auto_name
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
@@ -99,7 +99,7 @@ def gather(output: Path) -> Sources:
         brings_code=config.get("moe_fair") is not None,
         sees=any((output / name).is_file() for name in PROCESSORS),
         recipe=recipe.read_text() if recipe.is_file() else "",
-        routing=_routing(folder / STATISTICS_FILE),
+        routing=_routing(statistics_file(folder)),
         repairs=load_repairs(folder / "repair.json"),
         heldout=load_heldout(folder),
         agreement=load_agreement(folder),
