@@ -152,7 +152,9 @@ def test_what_other_loaders_read(pruned: Any) -> None:
     published = json.loads((MODEL / "config.json").read_text())
     assert config["architectures"] == published["architectures"]
     changed = {"num_experts", "per_layer_config", "moe_fair", "auto_map"}
-    changed.add("allow_global_per_layer_attribute_access")
+    changed |= {"allow_global_per_layer_attribute_access", "model_file"}
+    assert config.get("model_file") == (None if pruned.plan.uniform else "mlx_moe_fair.py")
+    assert (pruned.output / "mlx_moe_fair.py").exists() != pruned.plan.uniform
     for key in published.keys() - changed:  # as published, not as transformers would save it
         assert json.dumps(config[key]) == json.dumps(published[key]), key
     assert config.keys() - changed == published.keys() - changed

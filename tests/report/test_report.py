@@ -141,7 +141,7 @@ def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
         "Agreement with the original", "Benchmarks", "Serving", "Recipe",
     ]  # fmt: skip
     sources = gather(pruned)
-    budget, repair, size, heldout, agreement, benchmarks, served, prints = page.tables
+    budget, repair, size, heldout, agreement, benchmarks, _, prints = page.tables
     assert [[int(x) for x in row[:4]] for row in budget[1:]] == [
         [g.layer, g.size, len(g.kept), g.size - len(g.kept)] for g in sources.plan.groups
     ]
