@@ -66,7 +66,7 @@ def test_a_result_from_statistics(tmp_path: Path) -> None:
     found = again(tmp_path / "out")
     assert found["calibration"] == [str(CALIBRATION)]
     assert (found["samples"], found["length"], found["seed"]) == (8, 64, 5)
-    assert (found["experts"], found["stats"]) == (40, "statistics.safetensors")
+    assert (found["experts"], found["stats"]) == (40, "statistics.tensors")
     shutil.rmtree(stats)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "out", moved)

@@ -31,7 +31,7 @@ SMALL = [
 ]  # fmt: skip
 LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none"]
 RESULT = (
-    "model.safetensors", "moe_fair/statistics.safetensors", "moe_fair/plan.json",
+    "model.safetensors", "moe_fair/statistics.tensors", "moe_fair/plan.json",
     "moe_fair/heldout.json", "moe_fair/repair.json",
 )  # fmt: skip
 ACCELERATE = [

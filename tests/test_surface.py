@@ -28,11 +28,11 @@ VISIBLE = {
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --engine "
         "--for --output --recipe --debug --set",
     "plan":
-        "--method --experts --total --ratio --size --tolerance STATISTICS --output --recipe "
-        "--json --debug --set",
+        "--method --experts --total --ratio --size --tolerance --serve STATISTICS --output "
+        "--recipe --json --debug --set",
     "prune":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --engine "
-        "--method --experts --total --ratio --size --tolerance --repair --heldout --stats "
+        "--method --experts --total --ratio --size --tolerance --serve --repair --heldout --stats "
         "--plan --output --recipe --dry-run --json --debug --set",
     "oracle":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --stats "
@@ -45,6 +45,8 @@ VISIBLE = {
         "OUT --output --format --debug",
     "verify":
         "OUT --against --write --revision --trust-remote-code --allow-pickle --json --debug",
+    "check":
+        "OUT --json --debug",
     "push":
         "OUT REPO --private --revision --base-model --license --dry-run --debug",
     "recipes":
@@ -104,6 +106,7 @@ SETTINGS = {
     "tolerance": "plan prune",
     "min_experts": "plan prune",
     "multiple_of": "plan prune",
+    "serve": "plan prune",
     "weights": "calibrate plan prune",
     "mtp": "calibrate plan prune",
     "reduce": "calibrate plan prune",

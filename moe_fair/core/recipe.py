@@ -242,6 +242,12 @@ class Recipe:
     multiple_of: int = setting(
         1, "Kept counts are multiples of this", panel=SCORES, commands=PLANS, minimum=1
     )
+    serve: tuple[str, ...] | None = setting(
+        None,
+        "Engines that must serve the result, as vllm,llama.cpp (`moe-fair check` lists them): a "
+        "budget that one of them cannot take is refused before anything is measured",
+        panel=TARGET, commands=PLANS, shown=True, flags=("--for", "--serve"), parse=_names,
+    )  # fmt: skip
     weights: Mapping[str, float] | None = setting(
         None, "Domain weights in the scores, 1 for those not named: python=2,rust-docs=0",
         panel=SCORES, commands=DECIDES, parse=_weights,

@@ -15,7 +15,7 @@ from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
-from moe_fair.core.units import Statistics
+from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import ALONE, Team, current_team, is_first
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
@@ -298,7 +298,7 @@ class _Pruning:
         """What explains the checkpoint, beside it."""
         notes = self.folder / FOLDER
         if statistics is not None:
-            statistics.save(notes)
+            statistics.save(notes, RESULT_FILE)
         made.save(notes / PLAN_FILE)
         (notes / "recipe.yaml").write_text(self.job.recorded(bool(repairs)))
         if repairs:

@@ -15,6 +15,8 @@ from moe_fair.core.recipe import PLANNING, TARGETS, Recipe
 from moe_fair.core.settings import flag
 
 COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
+# of a plan's settings those that a plan which is given is held against
+CHECKED = ("reduce", "serve")
 # a flag of these that is off asks for nothing
 EXTRAS = ("u_score", "gram", "alone", "checkpointing")
 
@@ -94,7 +96,7 @@ def check_used(
     plain = {**recipe.to_dict(), **recipe.planning()}
     found = unused(recipe, run)
     if not run.plans:
-        found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
+        found |= {n: "the --plan has its own" for n in PLANNING if n not in CHECKED}
     for name, why in found.items():
         nothing = (name in EXTRAS and not plain.get(name)) or plain.get(name) == ["none"]
         done = name in before and before[name] == plain.get(name)

@@ -39,6 +39,7 @@ from moe_fair.report.numbers import (
     repair_table,
     size_table,
 )
+from moe_fair.report.serving import serving
 from moe_fair.report.sources import Routing, Sources
 
 UNIT = "expert"
@@ -67,6 +68,7 @@ def document(s: Sources) -> Document:
                 *([("Multi-token prediction", _drafts(s.drafts))] if s.drafts else []),
                 ("Agreement with the original", _agreement(s)),
                 ("Benchmarks", _benchmarks(s)),
+                *([("Serving", serving(s.layout, "OUT"))] if s.layout else []),
                 ("Recipe", _recipe(s)),
             )
         ),
