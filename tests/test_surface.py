@@ -27,6 +27,8 @@ VISIBLE = {
     "calibrate":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --engine "
         "--for --output --recipe --debug --set",
+    "sample":
+        "MODEL --length --seed --tokens --server --dtype --device --output --debug --set",
     "plan":
         "--method --experts --total --ratio --size --tolerance --serve STATISTICS --output "
         "--recipe --json --debug --set",
@@ -67,22 +69,24 @@ VISIBLE = {
 }  # fmt: skip
 # setting -> commands
 SETTINGS = {
-    "model": "calibrate prune oracle eval",
-    "revision": "calibrate prune oracle eval",
-    "trust_remote_code": "calibrate prune oracle eval",
-    "allow_pickle": "calibrate prune oracle eval",
+    "model": "calibrate prune oracle eval sample",
+    "revision": "calibrate prune oracle eval sample",
+    "trust_remote_code": "calibrate prune oracle eval sample",
+    "allow_pickle": "calibrate prune oracle eval sample",
     "calibration": "calibrate prune oracle",
     "map": "calibrate prune oracle eval",
     "samples": "calibrate prune oracle",
-    "length": "calibrate prune oracle eval",
-    "seed": "calibrate prune oracle",
+    "length": "calibrate prune oracle eval sample",
+    "seed": "calibrate prune oracle sample",
+    "tokens": "sample",
+    "server": "calibrate prune sample",
     "batch_size": "calibrate prune oracle eval",
-    "dtype": "calibrate prune oracle eval",
-    "device": "calibrate prune oracle eval",
+    "dtype": "calibrate prune oracle eval sample",
+    "device": "calibrate prune oracle eval sample",
     "engine": "calibrate prune eval",
-    "device_map": "calibrate prune",
+    "device_map": "calibrate prune sample",
     "checkpointing": "calibrate prune",
-    "max_memory": "calibrate prune oracle eval",
+    "max_memory": "calibrate prune oracle eval sample",
     "save_every": "calibrate prune",
     "fresh": "calibrate prune oracle",
     "for_": "calibrate",

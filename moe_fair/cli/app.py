@@ -49,6 +49,7 @@ from moe_fair.cli.options import (
     RepoId,
     ReportOutput,
     Revision,
+    SampleOutput,
     SettingName,
     StatisticsFolder,
     Tasks,
@@ -71,9 +72,9 @@ if TYPE_CHECKING:
     from moe_fair.core.units import Statistics
 
 # what several processes do together; of other commands the first process does all
-TOGETHER = (["calibrate"], ["prune"], ["eval"])
+TOGETHER = (["calibrate"], ["prune"], ["eval"], ["sample"])
 # what keeps its work, for the same command to go on with
-GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["push"], ["vision", "prune"])
+GOING_ON = (["calibrate"], ["prune"], ["oracle"], ["push"], ["sample"], ["vision", "prune"])
 
 app = typer.Typer(
     name="moe-fair",
@@ -120,6 +121,21 @@ def calibrate(
         f"{name}: statistics of {experts} experts in {len(statistics.groups)} layers over "
         f"{int(statistics.tokens.sum()):,} tokens\nnext: moe-fair plan {name} --experts N"
     )
+
+
+@app.command(cls=Command, epilog=FOOT)
+@takes(Recipe, "sample")
+def sample(
+    given: dict[str, Any], output: SampleOutput = ..., debug: Debug = False,  # type: ignore[assignment]
+) -> None:  # fmt: skip
+    """Sample calibration text from the model itself, for -c FILE or to be looked at."""
+    settings = _settings(given, None, "sample")
+    check_model_folder(settings)
+    from moe_fair.pipelines import own_text as pipeline
+
+    pipeline.sample(settings, output, _say)
+    if processes.is_first():
+        print(f"next: moe-fair prune MODEL -c self={printable(output)} --experts N")
 
 
 @app.command(cls=Command, epilog=FOOT)

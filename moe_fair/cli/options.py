@@ -17,6 +17,9 @@ def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any
 
 
 Output = Annotated[Path, option("-o", "--output", text="New directory for the result")]
+SampleOutput = Annotated[
+    Path, option("-o", "--output", text="New file for the text, as self.jsonl")
+]
 NamedOutput = Annotated[
     Path | None,
     option(

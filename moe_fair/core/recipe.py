@@ -41,7 +41,8 @@ PLANS = ("plan", "prune")
 DECIDES = ("calibrate", "plan", "prune")
 GATHERS = ("calibrate", "prune")
 MEASURES = ("calibrate", "prune", "oracle")
-OPENS = ("calibrate", "prune", "oracle", "eval")
+RUNS = ("calibrate", "prune", "oracle", "eval")
+OPENS = (*RUNS, "sample")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -111,11 +112,20 @@ class Recipe:
     )
     length: int = setting(512, "Tokens in each", panel=TEXTS, commands=OPENS, shown=True, minimum=2)
     seed: int = setting(
-        0, "Decides which documents are drawn", panel=TEXTS, commands=MEASURES, shown=True,
-        minimum=0,
+        0, "Decides which documents are drawn", panel=TEXTS, commands=(*MEASURES, "sample"),
+        shown=True, minimum=0,
+    )  # fmt: skip
+    tokens: int | None = setting(
+        None, "Tokens of text to sample", panel=TEXTS, commands=("sample",), shown=True,
+        minimum=1, usual="512 x --length",
+    )  # fmt: skip
+    server: str | None = setting(
+        None,
+        "An OpenAI-compatible server that runs the original, and samples the model's own text",
+        panel=TEXTS, commands=(*GATHERS, "sample"), shown=("sample",),
     )  # fmt: skip
     batch_size: int = setting(
-        8, "Sequences per batch", panel=RUNNING, commands=OPENS, shown=True, minimum=1
+        8, "Sequences per batch", panel=RUNNING, commands=RUNS, shown=True, minimum=1
     )
     dtype: str = setting(
         "auto", "auto, checkpoint, float32, bfloat16 or float16", panel=RUNNING, commands=OPENS,
@@ -132,7 +142,7 @@ class Recipe:
         None,
         "auto, balanced or a file of module: device lines: spread the model of one process over "
         "several devices, main memory (cpu) and disk; for the resident engine",
-        panel=RUNNING, commands=GATHERS,
+        panel=RUNNING, commands=(*GATHERS, "sample"),
     )  # fmt: skip
     checkpointing: bool = setting(
         False,

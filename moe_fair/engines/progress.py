@@ -46,16 +46,22 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) + tokens)
 
+    def advance(self, tokens: int) -> None:
+        """So much more is done."""
+        if self._bar:
+            self._bar.advance(self._task, tokens)
+            speed = self._bar.tasks[0].speed
+            rate = f"{speed:,.0f} tokens/s" if speed else ""
+            self._bar.update(self._task, rate=rate, memory=memory())
+
     def visit(self, what: str, layer: int | None, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield the batches of one pass, showing rate, time left and memory."""
         for batch in batches:
             yield batch
             if self._bar:
                 where = what if layer is None else f"{what}, layer {layer}"
-                self._bar.advance(self._task, int(batch.mask.sum()))
-                speed = self._bar.tasks[0].speed
-                rate = f"{speed:,.0f} tokens/s" if speed else ""
-                self._bar.update(self._task, description=where, rate=rate, memory=memory())
+                self._bar.update(self._task, description=where)
+                self.advance(int(batch.mask.sum()))
 
 
 def _bar() -> Any:
