@@ -105,7 +105,7 @@ class Recipe:
         None,
         "What the fields of rows hold, where they are not known ones: user=FIELD,assistant=FIELD, "
         "perhaps with system= and tools=; or text=FIELD; or messages=FIELD",
-        panel=TEXTS, commands=OPENS, parse=_fields, usual="known ones",
+        panel=TEXTS, commands=RUNS, parse=_fields, usual="known ones",
     )  # fmt: skip
     samples: int = setting(
         512, "Calibration sequences", panel=TEXTS, commands=MEASURES, shown=True, minimum=1
