@@ -45,7 +45,8 @@ from moe_fair.pipelines.removal_costs import (
 from moe_fair.pipelines.repair import repair_model
 from moe_fair.pipelines.text_checks import check_digest, check_domains
 from moe_fair.pipelines.unused_settings import Run, check_used, unused
-from moe_fair.report.sources import FOLDER
+from moe_fair.report.sources import FOLDER, USE
+from moe_fair.report.unrouted import unrouted_line
 
 __all__ = [
     "FOLDER", "Pruned", "calibrate", "calibration_set", "heldout_set", "open_model", "oracle",
@@ -299,6 +300,9 @@ class _Pruning:
         notes = self.folder / FOLDER
         if statistics is not None:
             statistics.save(notes, RESULT_FILE)
+            use = {n: s[USE] for n, s in statistics.sums.items() if USE in s}
+            if (line := unrouted_line(made.groups, use)) is not None:
+                self.say(f"note: {line}")
         made.save(notes / PLAN_FILE)
         (notes / "recipe.yaml").write_text(self.job.recorded(bool(repairs)))
         if repairs:

@@ -41,6 +41,7 @@ from moe_fair.report.numbers import (
 )
 from moe_fair.report.serving import serving
 from moe_fair.report.sources import Routing, Sources
+from moe_fair.report.unrouted import unrouted_line
 
 UNIT = "expert"
 MOST_DOMAINS = 12  # in the routing maps
@@ -239,6 +240,8 @@ def _routing(s: Sources) -> Iterator[Block]:
         "all experts of the layer. A white dot marks the removed ones."
         + (f" {more} more domains are not drawn." if more else ""),
     )
+    if (line := unrouted_line(s.plan.groups, s.routing.use)) is not None:
+        yield Text(f"{line}.", note=True)
 
 
 def _use(routing: Routing, group: str, domain: int) -> np.ndarray:
