@@ -15,6 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -507,10 +508,9 @@ def _chat(tokenizer: Any, chat: Chat, source: Source, left_out: LeftOut) -> tupl
     ) as e:  # the template is a program of the model's maker, and raises what it likes
         other = [_other_arguments(m) for m in chat.messages]
         if other != chat.messages:
-            try:
+            # what it said to the messages as they are is what counts
+            with suppress(Exception):
                 return _templated(tokenizer, other, chat.tools)
-            except Exception:  # what it said to the messages as they are is what counts
-                pass
         raise _Unfit(f"a chat does not fit the chat template: {clip(str(e), 200)}") from e
 
 

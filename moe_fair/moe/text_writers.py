@@ -171,6 +171,8 @@ class ServerWriter:
     """
 
     def __init__(self, url: str, tokenizer: Any) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--server {url}: write it as http://HOST:PORT")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.tokenizer = tokenizer
         found = self._ask("models", None)
@@ -210,7 +212,7 @@ class ServerWriter:
             f"{self.url}/{what}", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # nosec B310: http
                 return json.load(answer)
         except urllib.error.HTTPError as e:
             said = clip(" ".join(e.read().decode(errors="replace").split()), 200)
