@@ -212,7 +212,7 @@ class ServerWriter:
             f"{self.url}/{what}", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # nosec B310: http
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # nosec B310
                 return json.load(answer)
         except urllib.error.HTTPError as e:
             said = clip(" ".join(e.read().decode(errors="replace").split()), 200)

@@ -16,7 +16,8 @@ def unrouted(groups: Sequence[GroupPlan], use: Mapping[str, Tensor]) -> dict[str
     """Layer -> ids that stay and were never used, of layers that have any.
 
     Args:
-        use: group name -> [D, N] how often each unit was used; of groups not in it nothing is known.
+        use: group name -> [D, N] how often each unit was used; of groups not in it nothing is
+            known.
     """
     found = {}
     for g in groups:
