@@ -9,15 +9,14 @@ from torch import Tensor
 from moe_fair.core.plan import GroupPlan
 from moe_fair.report.numbers import layer_label
 
-SHOWN = 8  # layers in the line
+SHOWN = 8  # layers in the line, and experts of each
 
 
 def unrouted(groups: Sequence[GroupPlan], use: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Layer -> ids that stay and were never used, of layers that have any.
 
     Args:
-        use: group name -> [D, N] how often each unit was used; of groups not in it nothing is
-            known.
+        use: group name -> [D, N] how often each unit was used; nothing is known of other groups.
     """
     found = {}
     for g in groups:
@@ -34,9 +33,14 @@ def unrouted_line(groups: Sequence[GroupPlan], use: Mapping[str, Tensor]) -> str
     if not found:
         return None
     total = sum(map(len, found.values()))
-    parts = [f"layer {n}: {', '.join(map(str, ids))}" for n, ids in found.items()]
+    parts = [f"layer {n}: {_some(ids)}" for n, ids in found.items()]
     more = f"; and {len(parts) - SHOWN} more layers" if len(parts) > SHOWN else ""
     return (
         f"{total} experts stay that no calibration token was routed to; a quantiser that "
         f"calibrates may fail on them (ids of the original: {'; '.join(parts[:SHOWN])}{more})"
     )
+
+
+def _some(ids: Sequence[int]) -> str:
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return ", ".join(map(str, ids[:SHOWN])) + more

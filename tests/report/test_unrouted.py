@@ -29,3 +29,7 @@ def test_a_line_has_an_end() -> None:
     line = unrouted_line(groups, {g.name: torch.zeros(1, 4) for g in groups})
     assert line is not None
     assert line.endswith("; and 2 more layers)")
+    many = GroupPlan("g", 3, 20, list(range(20)), None, None, None, [0.0] * 20, None)
+    line = unrouted_line([many], {"g": torch.zeros(1, 20)})
+    assert line is not None
+    assert line.endswith("layer 3: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more)")
