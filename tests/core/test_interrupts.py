@@ -15,8 +15,9 @@ from moe_fair.core.interrupts import Interrupted, closing, handled
 
 # the main thread is in C code, which never ends
 BUSY = """
-import sqlite3, sys
+import signal, sqlite3, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run
 from moe_fair.core.interrupts import handled
 from moe_fair.core.lock import take
 take(Path(sys.argv[1]), Path("out"))
@@ -40,7 +41,11 @@ def test_a_process_that_computes_in_c_code(tmp_path: Path, sent: list[signal.Sig
             assert busy.poll() is None
             busy.send_signal(number)
         started = time.monotonic()
-        assert busy.wait(timeout=30) == 128 + sent[-1]
+        try:
+            code = busy.wait(timeout=30)
+        finally:
+            busy.kill()  # else leaving waits for it for ever
+        assert code == 128 + sent[-1]
         assert time.monotonic() - started < (1 if len(sent) > 1 else interrupts.PATIENCE + 2)
         assert busy.stderr.read() == b""
     assert list(tmp_path.iterdir()) == []
