@@ -115,10 +115,15 @@ def test_the_same_bytes_killed_and_by_two(
 
 @contextmanager
 def served() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An OpenAI-compatible server around the reference model, and what it was asked."""
+    """An OpenAI-compatible server around the reference model, and what it was asked.
+
+    As vLLM has it, a request's seed is that of each of its prompts, and what a request does not say
+    is as the model's maker would have it: here the likeliest token alone.
+    """
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     asked: list[dict[str, Any]] = []
+    lock = threading.Lock()
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -127,12 +132,18 @@ def served() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
-            torch.manual_seed(body["seed"] % 2**31)
             choices = []
-            for i, prompt in enumerate(body["prompt"]):
-                made = model.generate(
-                    torch.tensor([prompt]), do_sample=True, top_k=0, max_new_tokens=8
-                )[0, len(prompt) :]
+            given = body["prompt"]
+            for i, prompt in enumerate(given if isinstance(given[0], list) else [given]):
+                with lock:
+                    torch.manual_seed(body["seed"] % 2**31)
+                    made = model.generate(
+                        torch.tensor([prompt]),
+                        do_sample=True,
+                        max_new_tokens=8,
+                        top_k=max(0, body.get("top_k", 1)),
+                        repetition_penalty=body.get("repetition_penalty", 5.0),
+                    )[0, len(prompt) :]
                 text = tokenizer.decode(made, skip_special_tokens=True)
                 choices.append({"index": i, "text": text, "finish_reason": "length"})
             self.say({"choices": choices[::-1]})
@@ -164,6 +175,8 @@ def test_from_a_server(tmp_path: Path, fails: Fails) -> None:
     assert all(a["temperature"] == 1 and a["top_p"] == 1 for a in asked)
     assert {a["model"] for a in asked} == {"reference"}
     assert all("text" in r for r in rows(out))
+    assert len(rows(out)) > 8
+    assert len({r["text"] for r in rows(out)}) > 0.9 * len(rows(out))
     gone = fails("sample", MODEL, *few, "--set", f"server={url}", "-o", tmp_path / "b.jsonl")
     assert "is it running?" in gone
     path = fails("sample", MODEL, *few, "--set", "server=file:///etc", "-o", tmp_path / "c.jsonl")
