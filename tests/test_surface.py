@@ -79,7 +79,7 @@ SETTINGS = {
     "length": "calibrate prune oracle eval sample",
     "seed": "calibrate prune oracle sample",
     "tokens": "sample",
-    "server": "calibrate prune sample",
+    "server": "sample",
     "batch_size": "calibrate prune oracle eval",
     "dtype": "calibrate prune oracle eval sample",
     "device": "calibrate prune oracle eval sample",

@@ -122,7 +122,7 @@ class Recipe:
     server: str | None = setting(
         None,
         "An OpenAI-compatible server that runs the original, and samples the model's own text",
-        panel=TEXTS, commands=(*GATHERS, "sample"), shown=("sample",),
+        panel=TEXTS, commands=("sample",), shown=True,
     )  # fmt: skip
     batch_size: int = setting(
         8, "Sequences per batch", panel=RUNNING, commands=RUNS, shown=True, minimum=1
