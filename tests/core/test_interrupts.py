@@ -15,9 +15,8 @@ from moe_fair.core.interrupts import Interrupted, closing, handled
 
 # the main thread is in C code, which never ends
 BUSY = """
-import signal, sqlite3, sys
+import sqlite3, sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run
 from moe_fair.core.interrupts import handled
 from moe_fair.core.lock import take
 take(Path(sys.argv[1]), Path("out"))
