@@ -286,9 +286,7 @@ class CalibrationSet:
         batches = []
         for domain in range(len(self.domains)):
             ids = [i for i, (_, d) in enumerate(self.sequences) if d == domain]
-            lengths = [len(self.sequences[i][0]) for i in ids]
-            if len(set(lengths)) > 1:
-                ids = sorted(ids, key=lambda i: (-len(self.sequences[i][0]), i))
+            ids.sort(key=lambda i: -len(self.sequences[i][0]))  # those of one length stay in order
             for chosen in _alike(ids, [len(self.sequences[i][0]) for i in ids], batch_size):
                 batches.append(_batch([self.sequences[i][0] for i in chosen], chosen, domain))
         return batches
