@@ -26,10 +26,10 @@ from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import Recipe, load_recipe
 from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
-from moe_fair.moe.calibration_text import Source, expand, parse_source
 from moe_fair.moe.row_files import read_rows
 from moe_fair.moe.rows import BadRow
 from moe_fair.moe.schemas import SCHEMAS, SPEAKERS, Chat
+from moe_fair.moe.text_sources import Source, expand, parse_source
 
 EXAMPLES = int(os.environ.get("MOE_FAIR_FUZZ", "60"))
 fuzz = settings(

@@ -16,9 +16,10 @@ from processes import python
 from publish.hub import Hub, serving
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import Source, expand, parse_source, sample
+from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.left_out import LeftOut
 from moe_fair.moe.presets import is_preset, preset, presets
+from moe_fair.moe.text_sources import Source, expand, parse_source
 
 NAMES = ["chat", "code", "general", "math", "multilingual", "tools"]
 ROWS = 1100  # of a shard: more than are read before the first is drawn
@@ -245,7 +246,8 @@ def stand_in(name: str) -> dict[str, bytes]:
 SCRIPT = """
 import json, sys
 from transformers import AutoTokenizer
-from moe_fair.moe.calibration_text import parse_sources, sample
+from moe_fair.moe.calibration_text import sample
+from moe_fair.moe.text_sources import parse_sources
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 found = {}
 for name in sys.argv[2:]:

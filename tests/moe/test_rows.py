@@ -16,7 +16,8 @@ import pytest
 from places import MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, Source, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
+from moe_fair.moe.text_sources import Source, parse_source
 
 WORDS = "alpha beta gamma delta " * 20
 PARTS = (

@@ -12,9 +12,10 @@ import pytest
 from places import MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, parse_sources, windows
+from moe_fair.moe.calibration_text import CalibrationSet, windows
 from moe_fair.moe.rows import BadRow, Row, parse_row
 from moe_fair.moe.schemas import SCHEMAS, Chat, mapped
+from moe_fair.moe.text_sources import parse_sources
 
 # in the manner of Qwen's and Hermes': tools in the system message, calls as JSON
 TEMPLATE = (

@@ -17,10 +17,11 @@ from places import MODEL
 from transformers import AutoTokenizer
 
 from moe_fair.moe import shuffled_rows
-from moe_fair.moe.calibration_text import expand, parse_source, read_parts, sample
+from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.left_out import LeftOut
 from moe_fair.moe.row_files import read_rows
 from moe_fair.moe.rows import Row
+from moe_fair.moe.text_sources import expand, parse_source, read_parts
 
 ROWS = [
     {"text": None if n % 7 == 3 else f"document {n}", "domain": ("a", "b", None)[n % 3]}
