@@ -48,7 +48,7 @@ CHECK
     "$command" --help >help.txt
     "$command" recipes >recipes.txt
     grep --quiet "files: $venv" recipes.txt
-    names=$(cd "$repository/recipes" && ls moe/*.yaml rivals/*.yaml vision/*.yaml | wc -l)
+    names=$(cd "$repository/recipes" && ls moe/*.yaml rivals/*.yaml vision/*.yaml calibration/*.yaml | wc -l)
     [ "$(wc -l <recipes.txt)" -eq $((names + 1)) ]
     if [ ! -d statistics ]; then
         "$command" calibrate "$repository/eval/tiny-qwen2-moe" -o statistics --length 32 \

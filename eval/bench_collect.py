@@ -25,11 +25,12 @@ from moe_fair.engines.batch import Batch, sequence_losses, token_losses
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.calibration_text import parse_source, sample
+from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
 from moe_fair.moe.statistics import collecting, unasked
+from moe_fair.moe.text_sources import parse_source
 
 
 def main() -> None:

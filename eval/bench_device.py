@@ -28,11 +28,12 @@ from bench_collect import bare, timed
 from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample
+from moe_fair.moe.calibration_text import CalibrationSet, sample
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
 from moe_fair.moe.statistics import collecting, unasked
+from moe_fair.moe.text_sources import parse_source
 
 # name -> (engine, checkpointing, backward, counterfactual; None: nobody watches)
 VARIANTS: dict[str, tuple[str, bool, bool, bool | None]] = {

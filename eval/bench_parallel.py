@@ -29,10 +29,11 @@ from moe_fair.engines import processes as distributed
 from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.moe.blocks import find_blocks
-from moe_fair.moe.calibration_text import CalibrationSet, parse_source, sample
+from moe_fair.moe.calibration_text import CalibrationSet, sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
+from moe_fair.moe.text_sources import parse_source
 
 
 def main() -> None:

@@ -10,22 +10,53 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # none of them reads a variable of ours, of huggingface_hub or of transformers
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "torch._dynamo", "scipy.stats", "matplotlib.pyplot"]
-)
+ALWAYS = ["torch", "torch.distributed.tensor", "torch._dynamo", "scipy.stats", "matplotlib.pyplot"]
+_context.set_forkserver_preload(ALWAYS)
+# these do, as they are imported: for processes whose variables of theirs are those of the tests
+THEIRS = re.compile(r"HF_|HUGGING|TRANSFORMERS_|DATASETS_|USE_|ACCELERATE_|XDG_|HOME$")
+_alike: dict[tuple[tuple[str, str], ...], forkserver.ForkServer] = {}
+LIKE_THE_TESTS = [
+    *ALWAYS, "transformers.generation.utils", "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe", "accelerate", "datasets", "pydantic",
+]  # fmt: skip
+
+
+def _theirs(env: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, v) for k, v in env.items() if THEIRS.match(k)))
+
+
+@contextmanager
+def _server_for(env: Mapping[str, str]) -> Iterator[None]:
+    """Processes started inside come from the server that has imported most of what they need."""
+    theirs = _theirs(env)
+    if theirs != _theirs(os.environ):
+        yield
+        return
+    if theirs not in _alike:
+        _alike[theirs] = forkserver.ForkServer()
+        _alike[theirs].set_forkserver_preload(LIKE_THE_TESTS)
+    usual = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _alike[theirs].connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = usual
 
 
 class Python:
@@ -46,7 +77,8 @@ class Python:
         environment = dict(os.environ if env is None else env)
         arguments = (given, stdout, stderr or stdout, environment, cwd or Path.cwd())
         self._process = _context.Process(target=_child, args=arguments)
-        self._process.start()
+        with _server_for(environment):
+            self._process.start()
 
     def poll(self) -> int | None:
         """The exit code, -9 for one killed by that signal; None while it runs."""

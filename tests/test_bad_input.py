@@ -78,7 +78,10 @@ def test_settings(fails: Callable[..., str], tmp_path: Path, given: list[str], s
     [
         ("", "is empty"),
         ("short", "too little text for one sample of 32 tokens"),
-        ('{"body": 1}\n', 'neither "text" nor "messages"; its fields are body'),
+        (
+            '{"body": 1}\n',
+            'neither "text" nor "messages" nor other known ones; its fields are body',
+        ),
         ('{"text": "a"}\n{"text": \n', "1 row skipped, the first: "),
         ('{"text": \n', "line 1: not JSON"),
         ("[1]\n", "line 1: expected an object"),

@@ -12,9 +12,10 @@ from places import ROOT
 
 from moe_fair.cli import main
 from moe_fair.core import bundled_recipes as bundled
-from moe_fair.core.bundled_recipes import EXPERTS, VISION, recipe_path
+from moe_fair.core.bundled_recipes import CALIBRATION, EXPERTS, VISION, recipe_path
 
-FILES = [p for kind in (*EXPERTS, *VISION) for p in sorted((ROOT / "recipes" / kind).glob("*"))]
+KINDS = (*EXPERTS, *VISION, *CALIBRATION)
+FILES = [p for kind in KINDS for p in sorted((ROOT / "recipes" / kind).glob("*"))]
 
 
 def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -45,8 +46,9 @@ def test_headers_stand_alone(path: Path) -> None:
     """The line that is listed is a sentence; the command below it names the recipe."""
     head = [x for x in path.read_text().splitlines() if x.startswith("#")]
     assert head[0].endswith(".")
-    [command] = [x for x in head if "moe-fair" in x and "--recipe" in x]
-    assert f"--recipe {path.stem} " in command
+    option = "-c" if path.parent.name in CALIBRATION else "--recipe"
+    [command] = [x for x in head if "moe-fair" in x and option in x.split()]
+    assert f"{option} {path.stem} " in command
 
 
 def test_a_path_a_name_and_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ def test_commands_that_need_no_transformers(statistics_folder: Path, tmp_path: P
         ([*plan, "-o", out / "moe_fair" / "plan.json"], 0),
         ([*plan, "--reduce", "merge"], 0),
         (["report", out], 0),
+        (["check", MODEL], 0),
         (["verify", tmp_path], 2),
         (["push", tmp_path, "a/b"], 2),
         (["prune", tmp_path, "--experts", "4", "-o", tmp_path / "x"], 2),

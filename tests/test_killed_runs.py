@@ -41,18 +41,29 @@ def kill_once(output: Path, engine: str, wait_for: str, command: list[str] = RUN
     child.wait()
 
 
-@pytest.mark.parametrize("engine", ["resident", "streaming"])
-def test_a_killed_run_goes_on(tmp_path: Path, engine: str) -> None:
+CALIBRATING, REPAIRING, CUTTING = (
+    [
+        "killed.calibrating/chunk-00000/*.safetensors",
+        "killed.calibrating/chunk-00003/*.safetensors",
+    ],
+    ["killed.calibrating/repair/layer-00002.safetensors"],
+    ["killed.partial/model.safetensors"],
+)
+
+
+@pytest.mark.parametrize(
+    ("engine", "moments"),
+    [
+        ("resident", [CALIBRATING[1], *CUTTING]),
+        pytest.param("resident", [*CALIBRATING, *REPAIRING, *CUTTING], marks=pytest.mark.nightly),
+        pytest.param("streaming", [CALIBRATING[1], *CUTTING], marks=pytest.mark.nightly),
+    ],
+)
+def test_a_killed_run_goes_on(tmp_path: Path, engine: str, moments: list[str]) -> None:
     finish(tmp_path / "whole", engine)
     expected = bytes_of(tmp_path / "whole")
     output = tmp_path / "killed"
-    moments = [
-        "killed.calibrating/chunk-00000/*.safetensors",
-        "killed.calibrating/chunk-00003/*.safetensors",
-        "killed.calibrating/repair/layer-00002.safetensors",
-        "killed.partial/model.safetensors",
-    ]
-    for moment in moments if engine == "resident" else moments[1::2]:
+    for moment in moments:
         kill_once(output, engine, moment)
         assert not output.exists()
     said = finish(output, engine)
@@ -61,6 +72,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, engine: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.nightly
 def test_chunks_of_other_settings_are_passed_over(tmp_path: Path) -> None:
     output = tmp_path / "out"
     kill_once(output, "resident", "out.calibrating/chunk-00001/*.safetensors", CALIBRATE)

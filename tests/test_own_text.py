@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from places import CALIBRATION, MODEL
-from processes import Python, port
 
 import moe_fair
 from moe_fair.cli import main
@@ -37,60 +31,6 @@ def run(*arguments: object) -> None:
         main([str(a) for a in arguments])
 
 
-def test_sample_writes_text_and_where_it_is_from(tmp_path: Path) -> None:
-    file = tmp_path / "self.jsonl"
-    run("sample", MODEL, "--length", "32", "--tokens", "300", "-o", file)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [list(r) for r in rows] == [["text"]] * len(rows)
-    facts = yaml.safe_load((tmp_path / "self.yaml").read_text())
-    assert facts["rows"] == len(rows)
-    assert facts["tokens"] >= 300
-    assert facts["settings"]["seed"] == 0
-    assert facts["settings"]["model"] == Checkpoint(str(MODEL)).fingerprint["model"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["self.jsonl", "self.yaml"]
-    again = tmp_path / "again.jsonl"
-    run("sample", MODEL, "--length", "32", "--tokens", "300", "-o", again)
-    assert again.read_bytes() == file.read_bytes()
-
-
-def started(tmp_path: Path, file: Path, rank: int = 0, world: int = 1, where: str = "") -> Python:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        environment |= {
-            "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": where,
-        }  # fmt: skip
-    command = ["-m", "moe_fair", *SAMPLE, "-o", str(file)]
-    return Python(command, tmp_path / f"log{rank}", env=environment)
-
-
-@pytest.mark.slow
-def test_two_processes_and_a_kill_give_the_same_bytes(tmp_path: Path) -> None:
-    one, two, killed = (tmp_path / n / "self.jsonl" for n in ("one", "two", "killed"))
-    for file in (one, two, killed):
-        file.parent.mkdir()
-    assert started(tmp_path, one).wait(timeout=400) == 0, (tmp_path / "log0").read_text()
-    where = port()
-    both = [started(tmp_path, two, rank, 2, where) for rank in range(2)]
-    assert [p.wait(timeout=400) for p in both] == [0, 0], (tmp_path / "log0").read_text()
-    first = started(tmp_path, killed)
-    give_up = time.monotonic() + 240
-    while not (killed.parent / "self.jsonl.partial" / "000000.json").exists():
-        assert time.monotonic() < give_up
-        assert first.poll() is None, (tmp_path / "log0").read_text()
-        time.sleep(0.002)
-    first.kill()
-    first.wait()
-    assert not killed.exists()
-    assert started(tmp_path, killed).wait(timeout=400) == 0
-    assert "batches of own text were done before" in (tmp_path / "log0").read_text()
-    for name in ("self.jsonl", "self.yaml"):
-        bytes_ = {f.with_name(name).read_bytes() for f in (one, two, killed)}
-        assert len(bytes_) == 1, name
-    for file in (one, two, killed):
-        assert sorted(p.name for p in file.parent.iterdir()) == ["self.jsonl", "self.yaml"]
-
-
 def test_self_alone_to_a_pruned_model_and_its_recipe_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +44,7 @@ def test_self_alone_to_a_pruned_model_and_its_recipe_again(
     run("verify", out, "--against", MODEL)
     capsys.readouterr()
     run("prune", "--recipe", out / "moe_fair" / "recipe.yaml", "-o", again)
-    for name in ("plan.json", "self.jsonl", "self.yaml", "statistics.safetensors"):
+    for name in ("plan.json", "self.jsonl", "self.yaml", "statistics.tensors"):
         kept, made = (folder / "moe_fair" / name for folder in (out, again))
         assert kept.read_bytes() == made.read_bytes(), name
 
@@ -199,100 +139,3 @@ def test_refusals_of_prune(given: list[str], said: str, fails: Fails, tmp_path: 
     line = fails("prune", MODEL, "--experts", "40", *RUN, *given, "-o", tmp_path / "out")
     assert said in line
     assert not (tmp_path / "out").exists()
-
-
-def test_refusals_of_sample(fails: Fails, tmp_path: Path) -> None:
-    assert "is written as .jsonl" in fails("sample", MODEL, "-o", tmp_path / "self.txt")
-    assert "there is no directory" in fails("sample", MODEL, "-o", tmp_path / "a" / "self.jsonl")
-    there = tmp_path / "there.jsonl"
-    there.write_text("")
-    assert "is there already" in fails("sample", MODEL, "-o", there)
-    small = ["--set", "max_memory=1MB"]
-    assert "do not fit in" in fails("sample", MODEL, *small, "-o", tmp_path / "self.jsonl")
-    (tmp_path / "self.jsonl.partial").symlink_to(tmp_path)
-    assert "in the way" in fails("sample", MODEL, "-o", tmp_path / "self.jsonl")
-    assert there.read_text() == ""
-
-
-class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server of the reference model, as far as texts are asked for."""
-
-    asked: list[dict[str, Any]]
-    model: Any
-    tokenizer: Any
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-    def do_GET(self) -> None:
-        self.answer({"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append({"path": self.path, **body})
-        torch.manual_seed(body["seed"] % 2**63)
-        ids = torch.tensor(body["prompt"])
-        rows = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-            temperature=body["temperature"], max_new_tokens=body["max_tokens"],
-        )  # fmt: skip
-        texts = self.tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True)
-        choices = [{"index": i, "text": t, "finish_reason": "length"} for i, t in enumerate(texts)]
-        self.answer({"choices": choices[::-1]})  # by their index, whatever their order
-
-    def answer(self, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    source = Checkpoint(str(MODEL))
-    parts = {"asked": [], "model": source.load("float32", "cpu"), "tokenizer": source.tokenizer()}
-    handler: Any = type("Tiny", (Server,), parts)
-    found = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=found.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{found.server_address[1]}", handler.asked
-    found.shutdown()
-    thread.join()
-    found.server_close()
-
-
-def test_a_server_writes_it(
-    server: tuple[str, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also what does not fit here; by token ids, at temperature 1, each batch by its own seed."""
-    url, asked = server
-    file = tmp_path / "self.jsonl"
-    run("sample", MODEL, "--length", "16", "--tokens", "1100", "--server", url,
-        "--set", "max_memory=1MB", "-o", file)  # fmt: skip
-    rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
-    assert len(rows) >= 64
-    assert len({*rows}) > 60
-    assert {a["path"] for a in asked} == {"/v1/completions"}
-    assert asked[0]["prompt"] == [[0]] * 64
-    assert (asked[0]["model"], asked[0]["temperature"]) == ("tiny", 1.0)
-    assert len({a["seed"] for a in asked}) == len(asked) >= 2
-    found = moe_fair.calibrate(str(MODEL), calibration="self", server=url + "/v1", **SMALL)
-    assert found.domains == ("self",)
-
-
-def test_a_server_of_another_kind(fails: Fails, tmp_path: Path) -> None:
-    class Other(Server):
-        def do_GET(self) -> None:
-            self.answer([])
-
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Other)
-    thread = threading.Thread(target=found.serve_forever)
-    thread.start()
-    url = f"http://127.0.0.1:{found.server_address[1]}"
-    line = fails("sample", MODEL, "--server", url, "-o", tmp_path / "self.jsonl")
-    found.shutdown()
-    thread.join()
-    found.server_close()
-    assert "names no model at" in line
-    assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,12 @@ def test_one_version() -> None:
     )
 
 
+def test_the_table_of_engines_is_packaged() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    assert '"moe_fair.serving": ["engines.yaml"]' in setup
+    assert (ROOT / "serving" / "engines.yaml").is_file()
+
+
 def test_every_recipe_folder_is_packaged() -> None:
     """setup.py takes folders of recipes with these kinds of files."""
     for path in (ROOT / "recipes").rglob("*"):

@@ -66,7 +66,7 @@ def test_a_result_from_statistics(tmp_path: Path) -> None:
     found = again(tmp_path / "out")
     assert found["calibration"] == [str(CALIBRATION)]
     assert (found["samples"], found["length"], found["seed"]) == (8, 64, 5)
-    assert (found["experts"], found["stats"]) == (40, "statistics.safetensors")
+    assert (found["experts"], found["stats"]) == (40, "statistics.tensors")
     shutil.rmtree(stats)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "out", moved)
@@ -88,6 +88,7 @@ def test_a_result_from_a_plan(tmp_path: Path, statistics_folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rivals_plan_and_merged_experts(tmp_path: Path) -> None:
     text = ["-c", CALIBRATION, "--samples", 64, "--length", 32]
     run("prune", MODEL, "--experts", 20, *text, "--method", "random", "--rivals",
@@ -106,6 +107,7 @@ def test_a_rivals_plan_and_merged_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_measured_costs_are_in_the_statistics(tmp_path: Path, statistics_folder: Path) -> None:
     run("prune", MODEL, "--stats", statistics_folder, "--experts", 30, "--allocate", "curves",
         "--curve-samples", 2, "--repair", "none", "-o", tmp_path / "out")  # fmt: skip

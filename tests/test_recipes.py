@@ -16,13 +16,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from moe_fair.cli import app
 from moe_fair.core.bundled_recipes import EXPERTS, recipe_path
 from moe_fair.core.recipe import load_recipe
-from moe_fair.moe.calibration_text import parse_source
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.text_sources import parse_source
 from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.moe import open_model
 
 RECIPES = sorted((ROOT / "recipes" / "moe").glob("*.yaml"))
+BY_NIGHT = ("qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b")
 # what decides the structure, from each model's own config.json
 REAL: dict[str, dict[str, Any]] = {
     "Qwen/Qwen1.5-MoE-A2.7B-Chat": {
@@ -120,10 +121,15 @@ def test_headers_say_what_to_type(path: Path) -> None:
     assert layers == real["num_hidden_layers"] - real.get("first_k_dense_replace", 0)
 
 
-# of recipes that differ in their count alone one is run
+# of recipes that differ in their count alone one is run, and the larger models' by night
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", [p for p in RECIPES if not p.stem.endswith(("-30", "-45"))], ids=lambda p: p.stem
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=pytest.mark.nightly if p.stem in BY_NIGHT else ())
+        for p in RECIPES
+        if not p.stem.endswith(("-30", "-45"))
+    ],
 )
 def test_recipes_run(path: Path, tokenizer: Any, tmp_path: Path) -> None:
     """The whole recipe, with its text and sizes replaced by what is here."""

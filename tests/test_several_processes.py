@@ -31,7 +31,7 @@ SMALL = [
 ]  # fmt: skip
 LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none"]
 RESULT = (
-    "model.safetensors", "moe_fair/statistics.safetensors", "moe_fair/plan.json",
+    "model.safetensors", "moe_fair/statistics.tensors", "moe_fair/plan.json",
     "moe_fair/heldout.json", "moe_fair/repair.json",
 )  # fmt: skip
 ACCELERATE = [
@@ -132,6 +132,7 @@ def test_three_streaming_read_the_weights_once(tmp_path: Path, alone: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_four_are_more_than_a_chunk_has_batches(tmp_path: Path, alone: Path) -> None:
     said = together(tmp_path, 4, *SMALL, "-o", str(tmp_path / "out"))
     same(tmp_path / "out", alone)
@@ -139,6 +140,7 @@ def test_four_are_more_than_a_chunk_has_batches(tmp_path: Path, alone: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_machines(tmp_path: Path, alone: Path) -> None:
     """Two launchers, two process groups; each takes itself for a machine of its own."""
     where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port()]
@@ -290,6 +292,7 @@ def test_a_signal_to_all_is_answered_once(tmp_path: Path, number: signal.Signals
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_machine_that_is_lost_ends_the_others(tmp_path: Path) -> None:
     where = ["--main_process_ip", "127.0.0.1", "--main_process_port", port()]
     launchers = []

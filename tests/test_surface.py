@@ -18,6 +18,7 @@ from places import MODEL
 from moe_fair.cli import app, main
 from moe_fair.core.recipe import TRUST, Recipe, load_recipe
 from moe_fair.core.settings import flag, key_of, settings_of
+from moe_fair.core.units import Statistics
 from moe_fair.pipelines.choices import choices
 
 Fails = Callable[..., str]
@@ -29,11 +30,11 @@ VISIBLE = {
     "sample":
         "MODEL --length --seed --tokens --server --dtype --device --output --debug --set",
     "plan":
-        "--method --experts --total --ratio --size --tolerance STATISTICS --output --recipe "
-        "--json --debug --set",
+        "--method --experts --total --ratio --size --tolerance --serve STATISTICS --output "
+        "--recipe --json --debug --set",
     "prune":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --engine "
-        "--method --experts --total --ratio --size --tolerance --repair --heldout --stats "
+        "--method --experts --total --ratio --size --tolerance --serve --repair --heldout --stats "
         "--plan --output --recipe --dry-run --json --debug --set",
     "oracle":
         "MODEL --calibration --samples --length --seed --batch-size --dtype --device --stats "
@@ -46,6 +47,8 @@ VISIBLE = {
         "OUT --output --format --debug",
     "verify":
         "OUT --against --write --revision --trust-remote-code --allow-pickle --json --debug",
+    "check":
+        "OUT --json --debug",
     "push":
         "OUT REPO --private --revision --base-model --license --dry-run --debug",
     "recipes":
@@ -71,6 +74,7 @@ SETTINGS = {
     "trust_remote_code": "calibrate prune oracle eval sample",
     "allow_pickle": "calibrate prune oracle eval sample",
     "calibration": "calibrate prune oracle",
+    "map": "calibrate prune oracle eval",
     "samples": "calibrate prune oracle",
     "length": "calibrate prune oracle eval sample",
     "seed": "calibrate prune oracle sample",
@@ -107,6 +111,7 @@ SETTINGS = {
     "tolerance": "plan prune",
     "min_experts": "plan prune",
     "multiple_of": "plan prune",
+    "serve": "plan prune",
     "weights": "calibrate plan prune",
     "mtp": "calibrate plan prune",
     "reduce": "calibrate plan prune",
@@ -119,6 +124,26 @@ SETTINGS = {
     "calibration_digest": "calibrate prune",
     "heldout_digest": "prune",
 }
+
+
+def test_what_fields_hold_is_said_by_role(
+    fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "x.jsonl"
+    text.write_text(json.dumps({"q": "why?", "a": "because"}))
+    given = ("calibrate", MODEL, "-c", text, "-o", tmp_path / "out")
+    assert "its fields are q, a; say which is what: --map user=FIELD" in fails(*given)
+    assert "'usr' (did you mean 'user'?) is none of text" in fails(*given, "--map", "usr=q")
+    assert "each role once" in fails(*given, "--map", "user=q,user=a")
+    assert "each role once" in fails(*given, "--map", "user")
+    assert "give text, or messages, or user and assistant" in fails(*given, "--map", "user=q")
+    assert "--map must map names to names" in fails(*given, "--set", "map={user: 5}")
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, given), "--map", "user=q,assistant=a", "--for", "frequency"])
+    assert not stop.value.code
+    found = Statistics.load(tmp_path / "out").metadata["calibration"]
+    assert found["map"] == {"user": "q", "assistant": "a"}
+    assert f"note: {text}: read by --map" in capsys.readouterr().err
 
 
 def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:

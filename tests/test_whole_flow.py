@@ -49,7 +49,7 @@ def test_one_go_equals_the_stages_byte_for_byte(tmp_path: Path) -> None:
             assert same, (other, name)
     assert (tmp_path / "plan.json").read_bytes() == plan
     made = (tmp_path / "stats" / "statistics.safetensors").read_bytes()
-    assert (tmp_path / "one" / "moe_fair" / "statistics.safetensors").read_bytes() == made
+    assert (tmp_path / "one" / "moe_fair" / "statistics.tensors").read_bytes() == made
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -52,7 +52,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "vllm": vllm.__version__, "family": args.folder.name, "which": args.which,
+                "engine": f"vLLM {vllm.__version__}",
+                "family": args.folder.name, "which": args.which,
                 "tensor_parallel_size": args.tensor_parallel_size,
                 "nll": -sum(found) / len(found), "transformers": expected[args.which]["nll"],
                 "greedy_equal": list(said.outputs[0].token_ids) == wanted,

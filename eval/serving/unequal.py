@@ -59,6 +59,7 @@ def main() -> None:
         model = tiny_model(name, vocab_size=len(tokenizer), **FAMILIES[name])
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+        _as_published(folder / "model" / "config.json", name)
         subprocess.run(
             [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
              folder / "pruned", "--experts", "7", "-c", ROOT / "eval/text/calibration",
@@ -71,6 +72,19 @@ def main() -> None:
         (folder / "expected.json").write_text(json.dumps(found))
         config = json.loads((folder / "pruned/config.json").read_text())
         print(name, config["per_layer_config"], flush=True)
+
+
+def _as_published(file: Path, name: str) -> None:
+    """Keys as publishers write them: transformers 5 saves others, which mlx-lm does not read."""
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters", {})
+    if rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
+        config |= {"rope_scaling": None, **{k: v for k, v in rope.items() if k != "rope_type"}}
+    elif rope:
+        config["rope_parameters"] = rope
+    if name == "qwen3_moe" and "num_experts" not in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    file.write_text(json.dumps(config, indent=2))
 
 
 def _measured(folder: Path, ids: list[int]) -> dict:

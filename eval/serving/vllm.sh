@@ -23,16 +23,7 @@ for folder in "$work"/*/; do
     [ -f "$folder/expected.json" ] || continue
     for which in model pruned; do
         "$work/venv/bin/python" "$here/check_vllm.py" "$folder" $which 2> "$folder/vllm-$which.log" |
-            grep '^{"vllm"' >> "$work/vllm.jsonl" || echo "$folder $which failed: see $folder/vllm-$which.log"
+            grep '^{"engine"' >> "$work/vllm.jsonl" || echo "$folder $which failed: see $folder/vllm-$which.log"
     done
 done
-python - "$work/vllm.jsonl" <<'PY'
-import json, sys
-
-print("| family | checkpoint | vLLM | NLL in vLLM | in transformers | difference | same greedy tokens |")
-print("|---|---|---|---|---|---|---|")
-for line in open(sys.argv[1]):
-    r = json.loads(line)
-    print(f"| {r['family']} | {r['which']} | {r['vllm']} | {r['nll']:.6f} | {r['transformers']:.6f} "
-          f"| {abs(r['nll'] - r['transformers']):.1e} | {'yes' if r['greedy_equal'] else 'no'} |")
-PY
+python "$here/table.py" "$work/vllm.jsonl"

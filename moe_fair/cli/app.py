@@ -24,6 +24,7 @@ from moe_fair.cli.options import (
     ApplyChatTemplate,
     Baseline,
     BaseModel,
+    Checkpoint,
     Debug,
     DryRun,
     EvalBatchSize,
@@ -331,6 +332,19 @@ def verify(
     else:
         verified(found)
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command(cls=Command)
+def check(out: Checkpoint, as_json: Json = False, debug: Debug = False) -> None:
+    """List which engines serve a checkpoint, and how; any folder, pruned or not."""
+    from moe_fair.cli.tables import serving_json, serving_report
+    from moe_fair.core.layout import read_layout
+
+    layout = read_layout(out)
+    if as_json:
+        print(json.dumps(serving_json(layout, str(out)), indent=1))
+    else:
+        serving_report(layout, str(out))
 
 
 @app.command(cls=Command)

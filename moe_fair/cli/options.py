@@ -59,6 +59,9 @@ PlanOutput = Annotated[Path | None, option("-o", "--output", text="Also write th
 TASKS, PUBLISH = "Benchmarks", "Card"
 
 Pruned = Annotated[Path, typer.Argument(help="Directory that `prune` wrote", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Directory of a checkpoint", show_default=False)
+]
 Baseline = Annotated[
     str | None, option("--baseline", text="The original model, run on the same items and text")
 ]

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moe_fair.cli.render import render
+from moe_fair.core.engine_facts import verdicts
+from moe_fair.core.layout import layout_of, parallel_sizes
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
 from moe_fair.report.document import Block, Code, Table, Text, screen
@@ -22,9 +24,11 @@ from moe_fair.report.numbers import (
     layer_label,
     method,
 )
+from moe_fair.report.serving import serving
 from moe_fair.report.sources import FOLDER
 
 if TYPE_CHECKING:
+    from moe_fair.core.engine_facts import Layout
     from moe_fair.core.oracle import Agreement, Oracle
     from moe_fair.core.plan import Plan
     from moe_fair.evaluate.agreement import Agreements
@@ -83,7 +87,24 @@ def pruned_summary(done: Pruned) -> None:
         Text(f'{name}: load it with {auto_name(result)}.from_pretrained("{name}"{remote})'),
         Text(f"report: {name / FOLDER / 'report.html'}"),
     ]
-    render(screen([], *losses, ending))  # below the plan, with a line between
+    served = list(serving(layout_of(result), str(name)))
+    render(screen([], *losses, served, ending))  # below the plan, with a line between
+
+
+def serving_report(layout: Layout, out: str) -> None:
+    """Which engines serve a checkpoint, and how."""
+    render(screen(list(serving(layout, out))))
+
+
+def serving_json(layout: Layout, out: str) -> dict[str, Any]:
+    """The same, for scripts."""
+    return {
+        "model_type": layout.model_type,
+        "experts": list(layout.counts),
+        "equal": layout.equal,
+        "expert_parallel": parallel_sizes(layout),
+        "engines": [asdict(v) for v in verdicts(layout, out)],
+    }
 
 
 def dry_run_report(found: DryRun) -> None:

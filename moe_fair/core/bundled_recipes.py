@@ -2,7 +2,8 @@
 
 In a checkout and an editable install they are the folder `recipes/` beside the package, in a wheel
 `moe_fair/recipes/`. A folder is a kind: `moe` for models, `rivals` for published methods, `vision`
-for image classifiers. `cluster/` holds files for launchers, no recipes.
+for image classifiers, `calibration` for calibration text (what `-c` takes the names of, no
+settings). `cluster/` holds files for launchers, no recipes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moe_fair.core.registry import nearest
 
 EXPERTS = ("moe", "rivals")
 VISION = ("vision",)
+CALIBRATION = ("calibration",)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class BundledRecipe:
     """A recipe of the package.
 
     Attributes:
-        name: what `--recipe` takes; one of its kind, two commands may each have theirs.
+        name: what `--recipe` (or `-c`) takes; one of its kind, two commands may each have theirs.
         kind: its folder.
         header: first comment line.
         path: of the file.
@@ -48,7 +50,9 @@ def recipes_folder() -> Path:
     raise ValueError(f"no recipes beside {package}; install moe_fair again, or give a path")
 
 
-def bundled_recipes(kinds: Sequence[str] = (*EXPERTS, *VISION)) -> list[BundledRecipe]:
+def bundled_recipes(
+    kinds: Sequence[str] = (*EXPERTS, *VISION, *CALIBRATION),
+) -> list[BundledRecipe]:
     """Those of these kinds, by kind and name."""
     folder = recipes_folder()
     return [

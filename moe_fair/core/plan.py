@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,49 +13,18 @@ import numpy as np
 from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
+from moe_fair.core.equal_counts import equal_count
 from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.plan_parts import GroupPlan as GroupPlan
 from moe_fair.core.plan_parts import ModelSize as ModelSize
 from moe_fair.core.plan_parts import PlanFields
-from moe_fair.core.ranking import RankedGroup, rank
+from moe_fair.core.plan_parts import Target as Target
+from moe_fair.core.ranking import RankedGroup, depths, rank
 from moe_fair.core.units import Budget, Scores, UnitGroup
 
 PLAN_FORMAT = "moe_fair.plan/1"
 TOO_LARGE = (RecursionError, OverflowError)  # lists within lists, numbers of 400 digits
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan must meet: exactly one of the fields is set.
-
-    Attributes:
-        mean_kept: units kept per group on average.
-        total: units kept over all groups.
-        ratio: share of all units that leave, 0 to 1.
-        parameters, bytes: the most that the whole model may hold afterwards.
-        tolerance: ToD's α, with no budget.
-    """
-
-    mean_kept: float | None = None
-    total: int | None = None
-    ratio: float | None = None
-    parameters: int | None = None
-    bytes: int | None = None
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        if len(given) != 1:
-            names = ", ".join(given) or "nothing"
-            raise ValueError(
-                "give exactly one target (--experts, --total, --ratio, --size or --tolerance); "
-                f"got {names}"
-            )
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise ValueError(f"--ratio {self.ratio:g} is not between 0 and 1 (the share removed)")
-        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
-            raise ValueError(f"--tolerance {self.tolerance:g} is not between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -103,6 +72,8 @@ def make_plan(
     before: ModelSize,
     min_units: int = 0,
     multiple_of: int = 1,
+    counts: Collection[int] | None = None,
+    equal: bool = False,
     costs: Mapping[str, np.ndarray] | None = None,
     rows: Mapping[str, np.ndarray] | None = None,
     grams: Mapping[str, np.ndarray] | None = None,
@@ -113,20 +84,24 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of, costs, rows, grams: see `ranking.rank`.
+        min_units, multiple_of, counts, costs, rows, grams: see `ranking.rank`.
+        equal: all groups keep the same number, whatever the allocator.
 
     Raises:
         ValueError: the target cannot be met; says why.
     """
     rule = find_allocator(allocator)
     allocated = tuple(g for g in groups if not g.follows)
+    if equal:
+        each = [depths(g, min_units, multiple_of, counts) for g in groups]
+        counts = {equal_count(groups, each, target, before)}
     ranked = rank(
-        allocated, removal, protection, min_units=min_units, multiple_of=multiple_of, costs=costs,
-        rows=rows, grams=grams,
+        allocated, removal, protection, min_units=min_units, multiple_of=multiple_of, counts=counts,
+        costs=costs, rows=rows, grams=grams,
     )  # fmt: skip
     following = rank(
         tuple(g for g in groups if g.follows), removal, protection, min_units=min_units,
-        multiple_of=multiple_of,
+        multiple_of=multiple_of, counts=counts,
     )  # fmt: skip
 
     def allocate(remove: int | None = None, tolerance: float | None = None) -> Budget:
@@ -140,7 +115,8 @@ def make_plan(
     else:
         remove = size - _total(target, allocated)
         if target.ratio is not None:  # any other target is a number that is meant exactly
-            wanted, remove = remove, nearest_total(ranked, target.ratio)
+            wanted = remove
+            remove = totals(ranked)[0] if equal else nearest_total(ranked, target.ratio)
         budget = allocate(remove)
     plan = _explain([*ranked, *following], budget, removal, protection, target, before)
     if target.ratio is not None and remove != wanted:

@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_fair.core.units import UnitGroup
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan must meet: exactly one of the fields is set.
+
+    Attributes:
+        mean_kept: units kept per group on average.
+        total: units kept over all groups.
+        ratio: share of all units that leave, 0 to 1.
+        parameters, bytes: the most that the whole model may hold afterwards.
+        tolerance: ToD's α, with no budget.
+    """
+
+    mean_kept: float | None = None
+    total: int | None = None
+    ratio: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        if len(given) != 1:
+            names = ", ".join(given) or "nothing"
+            raise ValueError(
+                "give exactly one target (--experts, --total, --ratio, --size or --tolerance); "
+                f"got {names}"
+            )
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise ValueError(f"--ratio {self.ratio:g} is not between 0 and 1 (the share removed)")
+        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
+            raise ValueError(f"--tolerance {self.tolerance:g} is not between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A *depth* is a number of removed units. Shape legend: N units, J allowed depths.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,13 @@ class RankedGroup:
 
     @property
     def step(self) -> int:
-        """Units between neighbouring depths (1 where there is but one depth)."""
+        """Units between the first two depths (1 where there is but one)."""
         return int(self.depths[1] - self.depths[0]) if len(self.depths) > 1 else 1
+
+    @property
+    def even(self) -> bool:
+        """All depths are one step from their neighbours."""
+        return bool((np.diff(self.depths) == self.step).all())
 
     def kept(self, depth: int) -> list[int]:
         """Ids that stay when `depth` units leave, rising."""
@@ -72,6 +77,7 @@ def rank(
     *,
     min_units: int = 0,
     multiple_of: int = 1,
+    counts: Collection[int] | None = None,
     costs: Mapping[str, np.ndarray] | None = None,
     rows: Mapping[str, np.ndarray] | None = None,
     grams: Mapping[str, np.ndarray] | None = None,
@@ -81,6 +87,7 @@ def rank(
     Args:
         min_units: fewest units kept in any group, on top of each group's own floor.
         multiple_of: kept counts must be a multiple of this.
+        counts: kept counts are among these; None for any.
         costs, rows, grams: of every group, see `RankedGroup`.
 
     Raises:
@@ -97,7 +104,7 @@ def rank(
                 protection=r,
                 removal_order=block_order(u, group.blocks),
                 protection_order=None if r is None else block_order(-r, group.blocks),
-                depths=depths(group, min_units, multiple_of),
+                depths=depths(group, min_units, multiple_of, counts),
                 costs=costs[group.name] if costs else None,
                 rows=rows[group.name] if rows else None,
                 gram=grams[group.name] if grams else None,
@@ -115,7 +122,12 @@ def block_order(values: np.ndarray, blocks: int = 1) -> np.ndarray:
     return np.lexsort((np.arange(n), values, rank_in_block.ravel()))
 
 
-def depths(group: UnitGroup, min_units: int = 0, multiple_of: int = 1) -> np.ndarray:
+def depths(
+    group: UnitGroup,
+    min_units: int = 0,
+    multiple_of: int = 1,
+    counts: Collection[int] | None = None,
+) -> np.ndarray:
     """[J] allowed numbers of removed units, rising.
 
     Raises:
@@ -129,4 +141,18 @@ def depths(group: UnitGroup, min_units: int = 0, multiple_of: int = 1) -> np.nda
             f"{group.name}: no allowed number of units: at least {max(group.floor, min_units)} of "
             f"{group.size} must stay, in a multiple of {step}; lower --min-experts or --multiple-of"
         )
-    return np.arange(group.size - most, group.size - least + 1, step)
+    found = np.arange(group.size - most, group.size - least + 1, step)
+    if counts is not None:
+        found = found[np.isin(group.size - found, list(counts))]
+        if not len(found):
+            raise ValueError(
+                f"{group.name}: of the counts that are allowed ({_few(counts)}) none is from "
+                f"{least} to {most} in steps of {step}"
+            )
+    return found
+
+
+def _few(counts: Collection[int]) -> str:
+    """Some of the counts, in words."""
+    first = sorted(counts)
+    return ", ".join(map(str, first)) if len(first) < 20 else f"{first[0]} to {first[-1]}"

@@ -26,7 +26,7 @@ DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides the calibration text
-TEXT = ("calibration", "samples", "length", "seed")
+TEXT = ("calibration", "map", "samples", "length", "seed")
 MADE = ("stats", "plan")  # files of an earlier stage
 
 # headings of the help screens, in their order
@@ -55,6 +55,14 @@ def _weights(text: str) -> dict[str, float]:
         return {domain.strip(): float(weight) for domain, weight in pairs}
     except ValueError:
         raise ValueError(f"--weights {text!r}: write domain=weight,domain=weight") from None
+
+
+def _fields(text: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in text.split(",")]
+    found = {role.strip(): field.strip() for role, _, field in pairs}
+    if len(found) < len(pairs) or not all(found.values()):
+        raise ValueError(f"--map {text!r}: write user=FIELD,assistant=FIELD, each role once")
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,17 @@ class Recipe:
     calibration: tuple[str, ...] = setting(
         (DEFAULT_CALIBRATION,),
         "[domain=]WHERE[:weight]; WHERE is self (text sampled from the model), a .txt, .jsonl, "
-        ".json, .csv or .parquet file, a directory of them, or a dataset id[:config][@split], "
-        "whose first : is its config's: a weight is id@split:2. Repeat for a mix",
+        ".json, .csv or .parquet file, a directory of them, a preset (chat, code, math, tools, "
+        "multilingual or general), or a dataset id[:config][@split], whose first : is its "
+        "config's: a weight is id@split:2. Repeat for a mix",
         panel=TEXTS, commands=MEASURES, shown=True, flags=("-c", "--calibration"),
         usual="self where the model fits here, else NeelNanda/pile-10k",
+    )  # fmt: skip
+    map: Mapping[str, str] | None = setting(
+        None,
+        "What the fields of rows hold, where they are not known ones: user=FIELD,assistant=FIELD, "
+        "perhaps with system= and tools=; or text=FIELD; or messages=FIELD",
+        panel=TEXTS, commands=RUNS, parse=_fields, usual="known ones",
     )  # fmt: skip
     samples: int = setting(
         512, "Calibration sequences", panel=TEXTS, commands=MEASURES, shown=True, minimum=1
@@ -243,6 +258,12 @@ class Recipe:
     multiple_of: int = setting(
         1, "Kept counts are multiples of this", panel=SCORES, commands=PLANS, minimum=1
     )
+    serve: tuple[str, ...] | None = setting(
+        None,
+        "Engines that must serve the result, as vllm,llama.cpp (`moe-fair check` lists them): a "
+        "budget that one of them cannot take is refused before anything is measured",
+        panel=TARGET, commands=PLANS, shown=True, flags=("--for", "--serve"), parse=_names,
+    )  # fmt: skip
     weights: Mapping[str, float] | None = setting(
         None, "Domain weights in the scores, 1 for those not named: python=2,rust-docs=0",
         panel=SCORES, commands=DECIDES, parse=_weights,

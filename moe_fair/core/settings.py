@@ -183,6 +183,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if all(is_number(i) for i in items):
             return tuple(float(i) for i in items)
         raise ValueError(f"{flag(name)} must be a number or a list of numbers, not {quote(value)}")
+    if kind == Mapping[str, str]:
+        return _texts(name, value)
     if typing.get_origin(kind) is not None:  # weights
         return _weights(name, value)
     if kind is str and isinstance(value, PathLike):
@@ -211,6 +213,14 @@ def is_number(value: Any) -> bool:
         and not isinstance(value, bool)
         and (math.isfinite(value) if not isinstance(value, int) else abs(value) <= LARGEST)
     )
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(text, str) and text for pair in value.items() for text in pair
+    ):
+        raise ValueError(f"{flag(name)} must map names to names, not {quote(value)}")
+    return dict(value)
 
 
 def _weights(name: str, value: Any) -> dict[str, float]:

@@ -29,6 +29,8 @@ from moe_fair.core.exact_sum import two_sum
 from moe_fair.core.sketch import Sketch
 
 STATISTICS_FILE = "statistics.safetensors"
+# beside weights: loaders take every `*.safetensors` of a model, in its folders too, for weights
+RESULT_FILE = "statistics.tensors"
 STATISTICS_FORMAT = "moe_fair.statistics/1"
 
 
@@ -235,12 +237,12 @@ class Statistics:
         }
         return replace(self, sums=sums, compensation={})
 
-    def save(self, folder: Path) -> Path:
-        """Write `statistics.safetensors` into `folder`; the same statistics give the same bytes."""
+    def save(self, folder: Path, name: str = STATISTICS_FILE) -> Path:
+        """Write them into `folder`; the same statistics give the same bytes."""
         header, tensors = self.rounded().pack()
         header["digest"] = digest_of(header, tensors)
         folder.mkdir(parents=True, exist_ok=True)
-        path, partial = folder / STATISTICS_FILE, folder / (STATISTICS_FILE + ".partial")
+        path, partial = folder / name, folder / (name + ".partial")
         # one metadata key: the writer does not keep the order of several
         save_file(tensors, partial, {"moe_fair": json.dumps(header, sort_keys=True)})
         partial.chmod(0o666 & ~_umask())  # the writer leaves it readable by its owner alone
@@ -282,7 +284,7 @@ class Statistics:
             ValueError: there is no such file, it is not a statistics file of this version, or its
                 numbers are not those that were written.
         """
-        file = path / STATISTICS_FILE if path.is_dir() else path
+        file = statistics_file(path) if path.is_dir() else path
         if not file.is_file():
             raise ValueError(
                 f"no statistics at {path}; make them with `moe-fair calibrate MODEL -o {path}`"
@@ -364,6 +366,12 @@ class Statistics:
         )
 
 
+def statistics_file(folder: Path) -> Path:
+    """Where a folder keeps statistics: `calibrate`'s, a result's, or a result's of before."""
+    file = folder / RESULT_FILE
+    return file if file.is_file() else folder / STATISTICS_FILE
+
+
 def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 of a header and of every tensor's name, type, shape and bytes.
 
@@ -371,9 +379,14 @@ def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """
     plain = json.loads(json.dumps(header))  # as it is read again: keys are texts
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    with ThreadPoolExecutor() as pool:  # hashlib lets others run
-        for part in pool.map(_tensor_digest, sorted(tensors.items())):
-            digest.update(part)
+    named = sorted(tensors.items())
+    try:
+        with ThreadPoolExecutor() as pool:  # hashlib lets others run
+            parts = list(pool.map(_tensor_digest, named))
+    except RuntimeError:  # no thread can be started where memory is short, and none is needed
+        parts = list(map(_tensor_digest, named))
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.shards import StoredTensor, stored_tensors, write_shard
@@ -40,8 +41,16 @@ class Reader:
     def ahead(self, group: int, tensors: Sequence[StoredTensor]) -> None:
         """Read bytes that `bring` will ask for next, while something else computes."""
         self._wait()
-        self._thread = threading.Thread(target=_touch, args=(tensors,), daemon=True)
-        self._thread.start()
+        self._start(_touch, tensors)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Beside what computes; not at all where memory is too short for a thread of its own."""
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # `bring` reads what has not been read ahead
+            return
+        self._thread = thread
 
     def _wait(self) -> None:
         if self._thread is not None:
@@ -82,10 +91,7 @@ class SharedReader(Reader):
         """The machine's first process copies while all compute."""
         if self.team.node_rank == 0:
             self._wait()
-            self._thread = threading.Thread(
-                target=self._try_copy, args=(group, tensors), daemon=True
-            )
-            self._thread.start()
+            self._start(self._try_copy, group, tensors)
 
     def _try_copy(self, group: int, tensors: Sequence[StoredTensor]) -> None:
         try:

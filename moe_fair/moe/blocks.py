@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_fair.core.layout import COUNTS
 from moe_fair.core.units import UnitGroup
 from moe_fair.moe.families import families
 
 # experts in the place of a block's own: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-# names under which modules keep E as a number
-COUNTERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# names under which modules keep E as a number, as configs do
+COUNTERS = COUNTS
 # of a model's config: "cut" where layers that look experts up by token id are cut like others;
 # `Checkpoint` puts it there, so that every model that is built from the config is seen alike
 HASH_LAYERS = "moe_fair_hash_layers"

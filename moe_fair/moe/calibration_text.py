@@ -1,193 +1,27 @@
-"""Calibration text: where it comes from, its domains and weights, and its packing into sequences.
-
-A source is written `[domain=]WHERE[:weight]`. WHERE is a local file (see `rows`), a directory of
-such files (each its own domain), `self`, or a `datasets` id as `id[:config][@split]`. Rows of a
-file may name their domains themselves, in a field `domain`.
-"""
+"""Calibration text: documents of its sources (`text_sources`), drawn and packed into sequences."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_fair.core.quote import clip, quote
+from moe_fair.core.quote import clip
 from moe_fair.engines.batch import Batch
-from moe_fair.moe.hub_rows import LOCAL_FORM, hub_rows
-from moe_fair.moe.left_out import LeftOut, survey
-from moe_fair.moe.row_files import SUFFIXES, files_in, kind, read_rows
-from moe_fair.moe.rows import Chat, Row
+from moe_fair.moe.left_out import LeftOut
+from moe_fair.moe.rows import Row
+from moe_fair.moe.schemas import MAPPED, Chat
+from moe_fair.moe.text_sources import Source, expand, read_parts
 
-OWN = "self"  # text that the model samples itself, see `self_text`
-MOST_DOMAINS = 256  # every sum is kept once for each
 LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
-
-
-@dataclass(frozen=True)
-class Source:
-    """One stream of documents.
-
-    Attributes:
-        where: local path or datasets id.
-        domain: name of the calibration domain; by default the file's or data set's name.
-        weight: share of the samples, relative to the other sources.
-        config, split: of a data set on the Hub.
-        only: of a file whose rows name their domains, those of this one.
-        own: the file's own domain, where another of the directory has its name.
-        given: the directory or file that it is a part of, as it was given.
-    """
-
-    where: str
-    domain: str | None = None
-    weight: float = 1.0
-    config: str | None = None
-    split: str = "train"
-    only: str | None = None
-    own: str | None = None
-    given: str | None = None
-
-    @property
-    def local(self) -> bool:
-        """A file or directory on this machine."""
-        return os.path.exists(self.where)
-
-    @property
-    def own_name(self) -> str:
-        """The domain of rows that name none."""
-        return self.own or Path(self.where).name.split(".")[0]
-
-    @property
-    def name(self) -> str:
-        """The domain's name."""
-        return self.domain or self.own_name
-
-
-def parse_source(spec: str) -> Source:
-    """Read `[domain=]WHERE[:weight]`.
-
-    What precedes the first `=` is the domain where it looks like a name, and the number behind the
-    last `:` is the weight; behind a data set's id only where a config or split stands between, for
-    the first `:` is the config's. What is there as a path is that path, whatever is in its name.
-
-    Raises:
-        ValueError: nothing left to read from, or a weight that is not positive.
-    """
-    domain, rest = "", spec
-    if not os.path.exists(spec) and (found := re.match(r"([\w.+-]+)=", spec)):
-        domain, rest = found[1], spec[found.end() :]
-    weight: float | None = None
-    head, _, tail = rest.rpartition(":")
-    if head and not os.path.exists(rest):
-        local = os.path.exists(head) or kind(Path(head)) is not None or head == OWN
-        if re.fullmatch(r"-?\d*\.?\d+", tail) and (local or ":" in head or "@" in head):
-            rest, weight = head, float(tail)
-        elif local:
-            raise ValueError(
-                f"calibration source {quote(spec)}: the weight {quote(tail)} is not a number"
-            )
-    if weight is not None and not 0 < weight <= 1e18:
-        raise ValueError(f"calibration source {quote(spec)}: the weight must be above 0")
-    config, split = None, "train"
-    if not os.path.exists(rest):
-        rest, _, given = rest.partition("@")
-        rest, _, config_name = rest.partition(":")
-        split, config = given or split, config_name or None
-    if not rest:
-        raise ValueError(
-            f"calibration source {quote(spec)} names no text; write [domain=]path[:weight]"
-        )
-    return Source(rest, domain or None, 1.0 if weight is None else weight, config, split)
-
-
-def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None) -> list[Source]:
-    """Directories become their files, each its own domain unless one was named; files are checked.
-
-    A file whose rows name domains becomes one source for each, with equal shares, unless a domain
-    was named for the whole of it. Each file is read through once.
-
-    Args:
-        left_out: is told what of each source (`given`) cannot be used.
-
-    Raises:
-        ValueError: a missing path, an unknown suffix, a file or directory without a row that can be
-            used, or too many domains.
-    """
-    left_out = {} if left_out is None else left_out
-    found: list[Source] = []
-    for s in sources:
-        s = replace(s, given=s.given or s.where)
-        own = left_out.setdefault(str(s.given), LeftOut())
-        path = Path(s.where)
-        if os.path.isdir(path):
-            found += _directory(s, path, own)
-        elif not s.local and kind(path) is not None:
-            raise ValueError(f"calibration file {path} does not exist")
-        elif not s.local:
-            found.append(s)
-        elif kind(path) is None:
-            raise ValueError(
-                f"{path}: calibration text must be one of {', '.join(SUFFIXES)}, or such with .gz"
-            )
-        elif path.is_file() and not path.stat().st_size:
-            raise ValueError(f"calibration file {path} is empty")
-        else:
-            found += _by_domain(s, survey(path, own, domains=s.domain is None))
-    if not found:
-        raise ValueError(f"no calibration text given; {LOCAL_FORM}")
-    names = {s.name for s in found}
-    if len(names) > MOST_DOMAINS:
-        most = Counter(s.given for s in found).most_common(1)[0][0]
-        raise ValueError(
-            f"{most}: {len(names):,} calibration domains, and statistics are kept for at most "
-            f"{MOST_DOMAINS}; name one for all of it: --calibration NAME={most}"
-        )
-    return found
-
-
-def _directory(source: Source, folder: Path, left_out: LeftOut) -> list[Source]:
-    """A source for each file of a directory that can be used, or for each of its domains."""
-    files, others = files_in(folder)
-    left_out.others += others
-    if not files:
-        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this directory")
-    usable = {}
-    for f in files:
-        try:
-            usable[f] = survey(f, left_out, domains=source.domain is None)
-        except ValueError as e:
-            left_out.file(str(e))
-    if not usable:
-        raise ValueError(
-            f"{folder}: none of its {len(files)} files can be used; {left_out.first_file}"
-        )
-    folders: dict[str, set[Path]] = {}
-    for f in usable:
-        folders.setdefault(f.name.split(".")[0], set()).add(f.parent)
-    found = []
-    for f, domains in usable.items():
-        name = f.name.split(".")[0]
-        own = (f.parent.relative_to(folder) / name).as_posix() if len(folders[name]) > 1 else None
-        part = replace(source, where=str(f), weight=source.weight / len(usable), own=own)
-        found += _by_domain(part, domains)
-    return found
-
-
-def _by_domain(source: Source, domains: Collection[str | None]) -> list[Source]:
-    """A source, or one for every domain that its rows name."""
-    if source.domain is not None or set(domains) == {None}:
-        return [source]
-    names = sorted({source.own_name if d is None else d for d in domains})
-    return [replace(source, domain=n, only=n, weight=source.weight / len(names)) for n in names]
+PADDING = 0.1  # most of a batch
+NO_TEMPLATE = "the tokenizer has no chat template: messages are written as plain text"
 
 
 @dataclass(frozen=True)
@@ -218,14 +52,34 @@ class CalibrationSet:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def batches(self, batch_size: int) -> list[Batch]:
-        """Batches of one domain each, padded on the right to their longest sequence."""
+        """Batches of one domain each, padded on the right to their longest sequence.
+
+        Sequences of unequal length are put together by length, the longest first, and a batch has
+        fewer of them where more than a tenth of it would be padding.
+        """
         batches = []
         for domain in range(len(self.domains)):
             ids = [i for i, (_, d) in enumerate(self.sequences) if d == domain]
-            for start in range(0, len(ids), batch_size):
-                chosen = ids[start : start + batch_size]
+            ids.sort(key=lambda i: -len(self.sequences[i][0]))  # those of one length stay in order
+            for chosen in _alike(ids, [len(self.sequences[i][0]) for i in ids], batch_size):
                 batches.append(_batch([self.sequences[i][0] for i in chosen], chosen, domain))
         return batches
+
+
+def _alike(ids: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbours, at most so many, of which little would be padding; lengths do not ascend."""
+    chosen: list[int] = []
+    tokens = longest = 0
+    for i, length in zip(ids, lengths, strict=True):
+        area = longest * (len(chosen) + 1)
+        if len(chosen) == most or (chosen and area - tokens - length > PADDING * area):
+            yield chosen
+            chosen, tokens = [], 0
+        longest = length if not chosen else longest
+        chosen.append(i)
+        tokens += length
+    if chosen:
+        yield chosen
 
 
 def evenly(text: CalibrationSet, count: int) -> list[int]:
@@ -302,14 +156,13 @@ def _gather(
         counts = dict(same)
         its = left_out[str(next(iter(counts)).given)]
         for source, rows in read_parts(list(counts), seed, its):
-            made = _sequences(source, rows, tokenizer, counts[source], length, its)
+            count = counts[source]
+            made = _sequences(source, rows, tokenizer, count, length, its)
             found.append((source, made))
             if not made:
                 short.append(source.name)
-            elif len(made) < counts[source] and seed is not None:
-                notes.append(
-                    f"{source.where} holds {len(made)} samples of the {counts[source]} asked for"
-                )
+            elif len(made) < count and seed is not None:
+                notes.append(f"{source.where} holds {len(made)} samples of the {count} asked for")
     for given in dict.fromkeys(s.given for s, _ in found):
         if not any(rows for s, rows in found if s.given == given):
             raise ValueError(left_out[str(given)].nothing(str(given), length))
@@ -326,6 +179,9 @@ def _gather(
         )
     for given, its in left_out.items():
         notes += its.notes(given)
+    asked = any(s.schemas[0].said == MAPPED for s in sources)
+    if asked and not any(MAPPED in its.said for its in left_out.values()):
+        notes.append("no row has the fields of --map")
     sequences = [(row, domains.index(s.name)) for s, rows in found for row in rows]
     return CalibrationSet(domains, tuple(sequences), tuple(notes))
 
@@ -352,17 +208,25 @@ def _sequences(
     start = _start_tokens(tokenizer)
     body = length - len(start)
     pending: list[int] = []
+    template = getattr(tokenizer, "chat_template", None)
     for row in rows:
-        if isinstance(row.document, Chat):
+        document = row.document
+        if isinstance(document, Chat) and document.plain and not template:
+            left_out.said[NO_TEMPLATE] = None
+            document = document.text
+        if isinstance(document, Chat):
             try:
-                made.append(_chat(tokenizer, row.document, source, left_out)[:length])
+                chat = _chat(tokenizer, document, source, left_out)
             except _Unfit as e:
                 left_out.row(source.where, row.place, str(e))
+            else:
+                left_out.cut += len(chat) > length
+                made.append(chat[:length])
             if len(made) >= count:
                 return made[:count]
             continue
         needed = (count - len(made)) * body - len(pending)
-        pending += _encode(tokenizer, row.document, needed)
+        pending += _encode(tokenizer, document, needed)
         if tokenizer.eos_token_id is not None:
             pending.append(tokenizer.eos_token_id)
         at = 0
@@ -403,42 +267,43 @@ class _Unfit(Exception):
 def _chat(tokenizer: Any, chat: Chat, source: Source, left_out: LeftOut) -> tuple[int, ...]:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise ValueError(f"{source.where} holds chats, but the tokenizer has no chat template")
+        raise ValueError(
+            f"{source.where} holds chats, but the tokenizer has no chat template; give plain text, "
+            "or rows of one question and answer (as prompt/response), which are written as text"
+        )
     if chat.tools and "tools" not in str(template):
         left_out.fields["tools (the chat template has no place for them)"] = None
     try:
-        encoded = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, tokenize=True, return_dict=True
-        )
+        return _templated(tokenizer, chat.messages, chat.tools)
     except (
         Exception
     ) as e:  # the template is a program of the model's maker, and raises what it likes
+        other = [_other_arguments(m) for m in chat.messages]
+        if other != chat.messages:
+            # what it said to the messages as they are is what counts
+            with suppress(Exception):
+                return _templated(tokenizer, other, chat.tools)
         raise _Unfit(f"a chat does not fit the chat template: {clip(str(e), 200)}") from e
+
+
+def _templated(tokenizer: Any, messages: Any, tools: Any) -> tuple[int, ...]:
+    encoded = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)
     return tuple(encoded["input_ids"])
 
 
-def read_parts(
-    parts: Sequence[Source], seed: int | None, left_out: LeftOut
-) -> Iterator[tuple[Source, Iterable[Row]]]:
-    """The rows of the parts of one file, read once, or of one data set.
+def _other_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON in place of an object, or the reverse.
 
-    Args:
-        parts: sources with the same `where`.
-        seed: shuffles them; without one they stay in their own order.
-        left_out: is told what of a data set cannot be used; of files `expand` has told it.
+    Templates differ in which they take: DeepSeek's adds them to a text, GLM's goes through them.
     """
-    if not parts[0].local:
-        for part in parts:
-            yield part, hub_rows(part.where, part.config, part.split, seed, left_out)
-        return
-    split = any(p.only is not None for p in parts)
-    found: dict[str | None, list[Row]] = {p.only: [] for p in parts}
-    for row in read_rows(Path(parts[0].where), domains=split):
-        name = (row.domain or parts[0].own_name) if split and isinstance(row, Row) else None
-        if isinstance(row, Row) and name in found:
-            found[name].append(row)
-    for part in parts:
-        rows = found.pop(part.only) if part.only is not None else list(found[None])
-        if seed is not None:
-            random.Random(f"{seed} {part.name}").shuffle(rows)
-        yield part, rows
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        given = function.get("arguments")
+        if isinstance(given, str):
+            given = json.loads(given)
+        elif isinstance(given, dict):
+            given = json.dumps(given, ensure_ascii=False)
+        other = {**function, "arguments": given}
+        calls.append({**call, "function": other} if "function" in call else other)
+    return {**message, "tool_calls": calls} if calls else message

@@ -29,12 +29,16 @@ from moe_fair.moe.surgery import check_all
 from moe_fair.moe.table_surgery import new_tables, with_tables
 from moe_fair.moe.tensor_slicing import cut_tensors
 from moe_fair.moe.trusted_code import (
+    MLX_FILE,
+    MLX_TEMPLATE,
     MODELING_CLASS,
     MODELING_FILE,
     REFERENCE,
     modeling_source,
     naming_file,
 )
+
+LAYERS = "per_layer_config"
 
 
 def write_model(
@@ -130,8 +134,13 @@ def _write_config(
         **config.get("auto_map", {}), auto_class(source.config).__name__: REFERENCE
     }  # fmt: skip
     config["moe_fair"] = _unequal_settings(source, counts, heads)
-    _save(_with_layers(config, source, counts), folder)
+    layered = _with_layers(config, source, counts)
+    if LAYERS in layered:  # of a text model; mlx-lm reads its counts there
+        shutil.copyfile(MLX_TEMPLATE, folder / MLX_FILE)
+        layered["model_file"] = MLX_FILE
+    _save(layered, folder)
     if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
+        (folder / MLX_FILE).unlink(missing_ok=True)
         _save(config, folder)
         wrong = _misfit(folder, shapes)
         if wrong:
@@ -187,14 +196,15 @@ def _own_config(source: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[s
         readers = {k: v for k, v in (named or {}).items() if k in READER_CLASSES}
         if readers:
             part["auto_map"] = readers
+    config.pop("model_file", None)  # code for mlx-lm
     config["model_type"] = stock_type(config)
     config["architectures"] = config.get("architectures") or [_stock_class(source).__name__]
     if config["architectures"] == [MODELING_CLASS]:  # as an earlier version wrote it
         config["architectures"] = [_stock_class(source).__name__]
     if config.pop("moe_fair", None) is not None and all(
-        layer.keys() == {key} for layer in home.get("per_layer_config", {}).values()
+        layer.keys() == {key} for layer in home.get(LAYERS, {}).values()
     ):
-        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+        for name in (LAYERS, "allow_global_per_layer_attribute_access"):
             home.pop(name, None)
     return renumbered(config, source.parts, source.blocks, kept)
 
@@ -256,12 +266,12 @@ def _with_layers(
     config: dict[str, Any], source: Checkpoint, counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """The config with `per_layer_config` as well, where the family has none of its own."""
-    if _home(config).get("per_layer_config"):
+    if _home(config).get(LAYERS):
         return config
     key = count_path(source.config)[-1]
     layers = {layer_index(name): n for name, n in counts.items()}
     extra = {
-        "per_layer_config": {str(i): {key: n} for i, n in sorted(layers.items())},
+        LAYERS: {str(i): {key: n} for i, n in sorted(layers.items())},
         # the stock class still reads the model-wide number while it is built
         "allow_global_per_layer_attribute_access": True,
     }

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import Qwen2MoeForCausalLM as StockModel
 
+# names under which configs say how many routed experts there are
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def _cut(module, name, dim, old, new):
     t = getattr(module, name).detach()
@@ -37,6 +40,17 @@ def _pad(index, width):
         return (*output[:index], padded, *output[index + 1 :])
 
     return hook
+
+
+def _own_config(config, own):
+    """The model's config with a layer's own numbers; all else is shared, also what is set later."""
+    kind = type(config.__class__.__name__, (type(config),), {})
+    for name, value in own.items():
+        setattr(kind, name, property(lambda self, value=value: value))
+    kind.__reduce_ex__ = lambda self, protocol: (_own_config, (config, own))
+    made = object.__new__(kind)
+    object.__setattr__(made, "__dict__", vars(config))
+    return made
 
 
 class MoeFairForCausalLM(StockModel):
@@ -74,6 +88,17 @@ class MoeFairForCausalLM(StockModel):
         for module, name in numbers:
             if module is not None:
                 setattr(module, name, new)
+                self._tell(module, old, new)
+        self._pad_recorded(block, old)
+
+    def _tell(self, module, old, new):
+        """The module's config has its own number: quantisers and others build from it."""
+        config = getattr(module, "config", None)
+        own = {n: new for n in COUNTS if getattr(config, n, None) == old}
+        if own:
+            module.config = _own_config(config, own)
+
+    def _pad_recorded(self, block, old):
         recorders = (self._can_record_outputs or {}).get("router_logits", ())
         for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
             kind = getattr(recorder, "target_class", None)

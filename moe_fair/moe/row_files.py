@@ -6,7 +6,8 @@
     .csv        a header, then a row a line
     .parquet    a table of rows
 
-All but .parquet are also read with .gz behind it. Text is UTF-8, with or without a byte order mark.
+A directory of many .txt files is read like one file, a row a file. All but .parquet are also read
+with .gz behind it. Text is UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TextIO
 
 from moe_fair.core.quote import clip
-from moe_fair.moe.rows import BadRow, Row, parse_json, parse_row
+from moe_fair.moe.rows import BadRow, Row, parse_row
+from moe_fair.moe.schemas import SCHEMAS, Schema, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
@@ -70,21 +72,38 @@ def files_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(found), left
 
 
-def read_rows(path: Path, *, domains: bool = True) -> Iterator[Row | BadRow]:
-    """The rows of a file, in its order.
+def document_files(folder: Path) -> list[Path]:
+    """The .txt files of a directory, in the order of their rows where it is read like one file."""
+    return [f for f in files_in(folder)[0] if kind(f) == ".txt"]
+
+
+def read_rows(
+    path: Path,
+    *,
+    domains: bool = True,
+    schemas: Sequence[Schema] = SCHEMAS,
+    wanted: Set[int] | None = None,
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of a file (or of a directory of .txt files) and their numbers, in its order.
 
     Args:
         domains: rows may name their domain; otherwise the field is not looked at.
+        schemas: those that its rows may be of.
+        wanted: numbers of the only rows that are read; the others are passed over.
 
     Raises:
         ValueError: the file is damaged; says how.
         OSError: the system does not give it.
     """
     name = kind(path)
-    assert name is not None, path
+    reader = _documents if path.is_dir() else _READERS[str(name)]
+    left = -1 if wanted is None else len(wanted)
     try:
-        for place, found in _READERS[name](path):
-            yield parse_row(found, place, domains=domains)
+        for n, place, found in reader(path, wanted):
+            yield n, parse_row(found, place, domains=domains, schemas=schemas)
+            left -= 1
+            if not left:
+                return
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(f"{path}: cannot be read as calibration text: {e}") from e
 
@@ -95,74 +114,104 @@ def _open(path: Path, newline: str | None = None) -> TextIO:
     return gzip.open(path, "rt", **given) if path.suffix.lower() == ".gz" else path.open(**given)
 
 
-# what a file holds: the place and the content of every row, or the error that it is
-Found = Iterator[tuple[str, Any]]
+Wanted = Set[int] | None
+# what a file holds: the number, place and content of every row, or the error that it is
+Found = Iterator[tuple[int, str, Any]]
 
 
-def _text(path: Path) -> Found:
+def _text(path: Path, wanted: Wanted) -> Found:
     with _open(path) as f:
-        yield "", f.read()
+        yield 0, "", f.read()
 
 
-def _lines(path: Path) -> Found:
+def _documents(folder: Path, wanted: Wanted) -> Found:
+    for n, path in enumerate(document_files(folder)):
+        if wanted is not None and n not in wanted:
+            continue
+        try:
+            with _open(path) as f:
+                found: Any = f.read()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            found = ValueError(f"cannot be read as calibration text: {e}")
+        yield n, path.relative_to(folder).as_posix(), found
+
+
+def _lines(path: Path, wanted: Wanted) -> Found:
     with _open(path) as f:
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                yield f"line {n}", _fields(line)
+        for n, line in enumerate(f):
+            if (wanted is None or n in wanted) and line.strip():
+                yield n, f"line {n + 1}", _fields(line)
 
 
-def _array(path: Path) -> Found:
+def _array(path: Path, wanted: Wanted) -> Found:
     with _open(path) as f:
         text = f.read()
     found = _fields(text, within=True)
     if not isinstance(found, list):
-        yield "", found
+        yield 0, "", found
         return
-    for n, value in enumerate(found, 1):
-        yield f"row {n}", value if isinstance(value, Mapping) else None
+    for n, value in enumerate(found):
+        if wanted is None or n in wanted:
+            yield n, f"row {n + 1}", value if isinstance(value, Mapping) else None
 
 
-def _table(path: Path) -> Found:
+def _table(path: Path, wanted: Wanted) -> Found:
     """Empty cells are no values; a row must have as many fields as the header."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with _open(path, newline="") as f:
             reader = csv.reader(f, strict=True)
             header: list[str] | None = None
+            n = 0
             while True:
                 place = f"line {reader.line_num + 1}"
                 try:
-                    cells = next(reader)
+                    cells: Any = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as e:
-                    yield place, ValueError(f"not CSV: {e}")
-                    continue
-                if header is None and cells:
-                    header = cells
-                elif cells and header is not None:
-                    yield place, _cells(header, cells)
+                    cells = ValueError(f"not CSV: {e}")
+                if header is None and isinstance(cells, list):
+                    header = cells or None
+                elif cells:
+                    if wanted is None or n in wanted:
+                        yield n, place, _cells(header, cells)
+                    n += 1
     finally:
         csv.field_size_limit(limit)
 
 
-def _cells(header: list[str], cells: list[str]) -> Any:
+def _cells(header: list[str] | None, cells: Any) -> Any:
+    if header is None or not isinstance(cells, list):
+        return cells
     if len(cells) != len(header):
         return ValueError(f"{len(cells)} fields, and the header has {len(header)}")
     return {k: v or None for k, v in zip(header, cells, strict=True)}
 
 
-def _parquet(path: Path) -> Found:
+def _parquet(path: Path, wanted: Wanted) -> Found:
+    """Row groups of which nothing is wanted are not read."""
     import pyarrow
     import pyarrow.parquet
 
-    n = 0
+    first = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for found in batch.to_pylist():
-                    n += 1
-                    yield f"row {n}", found
+            for group in range(file.metadata.num_row_groups):
+                rows = range(first, first + file.metadata.row_group(group).num_rows)
+                first = rows.stop
+                if wanted is not None and wanted.isdisjoint(rows):
+                    continue
+                n = rows.start
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+                    here: Sequence[int] = range(n, n + len(batch))
+                    found = batch
+                    if wanted is not None:
+                        here = [i for i in here if i in wanted]
+                        found = batch.take(pyarrow.array([i - n for i in here], pyarrow.int64()))
+                    n += len(batch)
+                    for i, row in zip(here, found.to_pylist(), strict=True):
+                        yield i, f"row {i + 1}", row
     except (pyarrow.ArrowException, OSError) as e:
         if getattr(e, "errno", None):  # of the system; of damage there is none
             raise
@@ -178,6 +227,6 @@ def _fields(text: str, within: bool = False) -> Any:
     return found if isinstance(found, (dict, list) if within else dict) else None
 
 
-_READERS: dict[str, Callable[[Path], Found]] = {
+_READERS: dict[str, Callable[[Path, Wanted], Found]] = {
     ".txt": _text, ".jsonl": _lines, ".json": _array, ".csv": _table, ".parquet": _parquet,
 }  # fmt: skip

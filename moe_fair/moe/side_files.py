@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from moe_fair.core.manifest import FOLDER
 from moe_fair.moe.blocks import COUNTERS
-from moe_fair.moe.trusted_code import MODELING_FILE
+from moe_fair.moe.trusted_code import OUR_FILES
 
 # in any format; the patterns hold for a file's name, in whatever folder it lies
 WEIGHTS = (
@@ -40,7 +40,7 @@ OTHERS = (
 )  # fmt: skip
 QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 SHOWN = 3  # names of one reason in the line that tells what was left
-WRITTEN = ("config.json", MODELING_FILE)
+WRITTEN = ("config.json", *OUR_FILES)
 # that name code: file -> auto classes whose code is needed to read what the model is given
 READERS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
            "video_preprocessor_config.json")  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,13 @@ from moe_fair.core.quote import clip
 from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.moe.chat_layout import End
 
-TIMEOUT = 3600.0  # seconds that a server may take for one batch
+TIMEOUT = 3600.0  # seconds that a server may take for one text
+# the whole distribution: else vLLM and SGLang take what generation_config.json says, and llama.cpp
+# its own defaults, under these names; who does not know one passes over it
+WHOLE = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,8 @@ class ServerWriter:
     """
 
     def __init__(self, url: str, tokenizer: Any) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--server {url}: write it as http://HOST:PORT")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.tokenizer = tokenizer
         found = self._ask("models", None)
@@ -183,26 +192,33 @@ class ServerWriter:
         self, prompts: Sequence[Sequence[int]], most: int, ends: Sequence[End], seed: int,
         forbidden: Sequence[int],
     ) -> list[Continuation]:  # fmt: skip
-        """See `Writer`. A server draws special tokens as well, and does not show them."""
-        answer = self._ask(
-            "completions",
-            {
-                "model": self.name, "prompt": [list(p) for p in prompts], "max_tokens": most,
-                "temperature": 1.0, "top_p": 1.0, "seed": seed,
-                "stop": sorted({e.text for e in ends})[:4],
-            },
-        )  # fmt: skip
+        """See `Writer`. A server draws special tokens as well, and does not show them.
+
+        A request for each prompt, all at once: of several prompts in one request engines give all
+        the same seed, and so the same text to the same start.
+        """
+        said = {
+            "model": self.name, "max_tokens": most, "stop": sorted({e.text for e in ends})[:4],
+            "stop_token_ids": sorted({e.token for e in ends if e.token is not None}), **WHOLE,
+        }  # fmt: skip
+        bodies = [
+            {**said, "prompt": list(prompt), "seed": (seed + i) % 2**31}
+            for i, prompt in enumerate(prompts)
+        ]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            return list(pool.map(self._complete, bodies))
+
+    def _complete(self, body: dict[str, Any]) -> Continuation:
+        answer = self._ask("completions", body)
         try:
-            choices = sorted(answer["choices"], key=lambda c: c.get("index", 0))
-            found = [(str(c["text"]), c.get("finish_reason") == "stop") for c in choices]
-        except (KeyError, TypeError, AttributeError):
-            found = []
-        if len(found) != len(prompts):
+            [choice] = answer["choices"]
+            text, ended = str(choice["text"]), choice.get("finish_reason") == "stop"
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(
-                f"--server {self.url}: gave {len(found)} texts for {len(prompts)} prompts of token "
-                "ids; is it an OpenAI-compatible server with /v1/completions?"
-            )
-        return [Continuation(tuple(encode(self.tokenizer, t)), t, end) for t, end in found]
+                f"--server {self.url}: gave no text for a prompt of token ids; is it an "
+                "OpenAI-compatible server with /v1/completions?"
+            ) from None
+        return Continuation(tuple(encode(self.tokenizer, text)), text, ended)
 
     def _ask(self, what: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -210,7 +226,7 @@ class ServerWriter:
             f"{self.url}/{what}", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # nosec B310
                 return json.load(answer)
         except urllib.error.HTTPError as e:
             said = clip(" ".join(e.read().decode(errors="replace").split()), 200)

@@ -20,6 +20,10 @@ TEMPLATE = Path(__file__).with_name("modeling_pruned.py")
 MODELING_FILE = "modeling_moe_fair.py"
 MODELING_CLASS = "MoeFairForCausalLM"
 REFERENCE = f"{MODELING_FILE[:-3]}.{MODELING_CLASS}"  # as `auto_map` writes it
+# the same for mlx-lm, which `model_file` of the config names and mlx-lm alone runs
+MLX_TEMPLATE = Path(__file__).with_name("mlx_unequal.py")
+MLX_FILE = "mlx_moe_fair.py"
+OUR_FILES = (MODELING_FILE, MLX_FILE)
 # from transformers' own modules alone: `transformers_modules` is where it keeps others' code
 STOCK_IMPORT = re.compile(
     r"^from transformers(?:\.\w+)* import \w+ as StockModel$", re.MULTILINE | re.ASCII
@@ -33,8 +37,11 @@ RELEASED = frozenset(
         "3f2f7d5526590745d5cff264302892f16d94d334c54d6a76ad0aa1fb163c444c",
         "fb888d3c0fc387a5ffee4e61732beb7ef5dd9319e5f48594c8af6bc1a27d1a7e",
         "ca21e20a15c4d519048e8c79139328283da39292818657cef791f7bea7a2a146",
+        "1656940229fbf3e670445d8d0a94da04f3c833dcf2435ee7c01f026d8df7c8c5",
     )
 )
+# the same of every file for mlx-lm
+RELEASED_MLX = frozenset(("ca3551247960d28a676ea613c445a5ea8cf996c63d06e62425733978f78a6bdb",))
 # what Python or torch runs, wherever in a folder it lies
 CODE = (
     ".py", ".pyc", ".pyo", ".pyw", ".so", ".pyd", ".dll", ".dylib",
@@ -91,13 +98,14 @@ def not_ours(folder: Path) -> str:
     have none, nor have those that transformers has saved again.
     """
     try:
-        brought = json.loads((folder / "config.json").read_bytes())["auto_map"]
-        if not set(brought.values()) <= {REFERENCE}:
+        config = json.loads((folder / "config.json").read_bytes())
+        named = {*config["auto_map"].values()} <= {REFERENCE}
+        if not named or config.get("model_file", MLX_FILE) != MLX_FILE:
             return "config.json names code that is not moe_fair's"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "config.json names no code of moe_fair's"
     try:
-        others = [name for name in code_files(folder) if name != MODELING_FILE]
+        others = [name for name in code_files(folder) if name not in OUR_FILES]
     except ValueError as e:
         return str(e)
     if others:
@@ -110,19 +118,31 @@ def not_ours(folder: Path) -> str:
 
 
 def changed(folder: Path) -> str:
-    """What is wrong with the modeling file itself, in a line; empty where it is a released one."""
+    """What is wrong with our own files themselves, in a line; empty where they are released ones.
+
+    That for mlx-lm may be missing: earlier results have none.
+    """
     file = folder / MODELING_FILE
+    brought = [n for n in OUR_FILES if n == MODELING_FILE or (folder / n).exists()]
     try:
-        if template_digest(file.read_bytes().decode("utf-8")) not in RELEASED:
-            return f"{MODELING_FILE} is not as any version of moe_fair writes it"
+        for name in brought:
+            if not _released(name, (folder / name).read_bytes()):
+                return f"{name} is not as any version of moe_fair writes it"
         listed = listed_files(folder) if (folder / MANIFEST).exists() else None
     except (OSError, ValueError) as e:
         return str(e) if file.is_file() else f"{MODELING_FILE} is missing"
-    if listed is not None and (
-        MODELING_FILE not in listed or listed[MODELING_FILE]["sha256"] != sha256(file)
-    ):
-        return f"{MODELING_FILE} is not the one that {MANIFEST} lists"
+    for name in brought:
+        if listed is None:
+            break
+        if name not in listed or listed[name]["sha256"] != sha256(folder / name):
+            return f"{name} is not the one that {MANIFEST} lists"
     return ""
+
+
+def _released(name: str, content: bytes) -> bool:
+    if name == MLX_FILE:
+        return hashlib.sha256(content).hexdigest() in RELEASED_MLX
+    return template_digest(content.decode("utf-8")) in RELEASED
 
 
 def naming_file(folder: Path) -> str:

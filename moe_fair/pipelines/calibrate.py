@@ -183,13 +183,15 @@ def _kind(collected: Collected) -> str:
 
 def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str, object]:
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
-    run = {
+    run: dict[str, object] = {
         "model": recipe.model, "revision": recipe.revision, "calibration": list(recipe.calibration),
         "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed,
         "batch_size": recipe.batch_size, "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
+    if recipe.map is not None:
+        run["map"] = dict(recipe.map)
     if recipe.for_ is not None:
         run["for_"] = list(recipe.for_)
     if source.hash_layers != "keep":

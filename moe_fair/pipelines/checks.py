@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moe_fair.engines.processes import processes
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.device_map import check_map, read_map
 from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
+from moe_fair.pipelines.serving import allocator_for, refusal, wanted_by
 
 if TYPE_CHECKING:  # a plan is made without transformers
     from moe_fair.moe.calibration_text import CalibrationSet
@@ -61,6 +62,7 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     else:
         pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
         raise AssertionError
+    rule = allocator_for(recipe, rule)
     paired = allocator(rule).needs_protection or wanted or name in PAIRS
     return criterion(removal), criterion(wanted or "taylor") if paired else None, rule
 
@@ -152,20 +154,49 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
     placeholder = Scores(
         "placeholder", {g.name: torch.arange(g.size, dtype=torch.float64) for g in groups}
     )
-    trial = make_plan(
+    return planned(
+        recipe,
+        source.config.model_type,
         groups,
         placeholder,
         placeholder,
-        target=target(recipe),
         allocator=rule_name,
         before=before,
-        min_units=recipe.min_experts,
-        multiple_of=recipe.multiple_of,
         costs={g.name: np.zeros(g.size + 1) for g in groups},
         rows={g.name: np.zeros((1, g.size)) for g in groups},
         grams={g.name: np.zeros((g.size, g.size)) for g in groups},
     )
-    return trial
+
+
+def planned(
+    recipe: Recipe,
+    model_type: str | None,
+    groups: tuple[UnitGroup, ...],
+    removal: Scores,
+    protection: Scores | None,
+    /,
+    **known: Any,
+) -> Plan:
+    """`make_plan` with the target and the limits of a recipe.
+
+    Raises:
+        ValueError: the target cannot be met, or the engines of --for serve no such plan.
+    """
+    held = wanted_by(recipe, model_type, groups)
+    try:
+        return make_plan(
+            groups,
+            removal,
+            protection,
+            target=target(recipe),
+            min_units=recipe.min_experts,
+            multiple_of=recipe.multiple_of,
+            counts=held.counts,
+            equal=held.equal,
+            **known,
+        )
+    except ValueError as e:
+        raise refusal(recipe, e) from e
 
 
 def check_device_map(recipe: Recipe, source: Checkpoint) -> None:

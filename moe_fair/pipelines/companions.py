@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.core.manifest import FOLDER, MANIFEST, MODEL_CARD, WRITTEN_LATER, same_bytes
+from moe_fair.core.units import RESULT_FILE, STATISTICS_FILE
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import INDEX
 from moe_fair.engines.stock import read_config
@@ -23,8 +24,10 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.expert_lists import REPEATED
 from moe_fair.moe.side_files import READER_CLASSES, reader_code
 from moe_fair.moe.trusted_code import (
+    MLX_FILE,
     MODELING_CLASS,
     MODELING_FILE,
+    OUR_FILES,
     REFERENCE,
     changed,
     code_files,
@@ -44,13 +47,11 @@ REQUIRED = (
     "processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 TOKENIZER = REQUIRED[:7]  # without which there is none
-WRITTEN = tuple(
-    f"{FOLDER}/{name}"
-    for name in (
-        "plan.json", "recipe.yaml", "statistics.safetensors", "repair.json", "drafts.json",
-        "self.jsonl", "self.yaml",
-    )
+OF_RESULTS = (
+    "plan.json", "recipe.yaml", RESULT_FILE, STATISTICS_FILE, "repair.json", "drafts.json",
+    "self.jsonl", "self.yaml",
 )  # fmt: skip
+WRITTEN = tuple(f"{FOLDER}/{name}" for name in OF_RESULTS)
 DOWNLOADED = (".gitattributes", ".cache/huggingface/*")  # by the Hub and its client
 
 
@@ -64,7 +65,7 @@ def check_code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
     """
     config = read_config(output)
     readers = reader_code(output)
-    others = [name for name in code_files(output) if name != MODELING_FILE]
+    others = [name for name in code_files(output) if name not in OUR_FILES]
     for name in others:
         theirs = original.home / name if original is not None else None
         known = theirs is not None and theirs.is_file() and same_bytes(output / name, theirs)
@@ -100,6 +101,8 @@ def check_config(
     """
     old, new = (read_config(folder) for folder in (original.home, output))
     _check_code(old, new, original)
+    old.pop("model_file", None)
+    _same("model_file", new.pop("model_file", None), _mlx_file(output))
     own = new.pop("moe_fair", None)
     again = old.pop("moe_fair", None) is not None  # the original was pruned before
     if own is not None:
@@ -122,7 +125,7 @@ def check_files_beside(output: Path, original: Checkpoint, found: Checkpoint) ->
     Returns, raises: as `check_config`.
     """
     weights = {*(p.name for p in found.shards), INDEX}
-    ours = {"config.json", MODELING_FILE, MODEL_CARD, MANIFEST, *WRITTEN, *weights}
+    ours = {"config.json", *OUR_FILES, MODEL_CARD, MANIFEST, *WRITTEN, *weights}
     same, strange = 0, []
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
@@ -176,6 +179,11 @@ def _check_code(old: dict[str, Any], new: dict[str, Any], original: Checkpoint) 
     built = next(c.__name__ for c in classes if c.__name__ != MODELING_CLASS)
     if kinds != stock or MODELING_CLASS in (kinds or ()):
         _same("architectures", kinds, [built])
+
+
+def _mlx_file(output: Path) -> str | None:
+    """What `model_file` of the config is to name; results of before have no file for mlx-lm."""
+    return MLX_FILE if (output / MLX_FILE).is_file() else None
 
 
 def _told(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_fair.core.cost_curves import depths_to_measure
+from moe_fair.core.engine_facts import Layout, verdicts
 from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import TARGETS, Recipe
@@ -27,10 +28,12 @@ from moe_fair.moe.routed_output import KEPT_BYTES
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
+from moe_fair.pipelines.mtp_heads import UNIFORM
 from moe_fair.pipelines.plan_selection import rivals
 from moe_fair.pipelines.preflight import Job, check_prune
 from moe_fair.pipelines.removal_costs import share
 from moe_fair.pipelines.repair import copies_of, step_sequences
+from moe_fair.pipelines.serving import planned_layout
 
 RECOMPUTED = 2  # what features cost that are computed again instead of kept
 
@@ -226,7 +229,7 @@ def _repair(job: Job, c: Costs | None, load: float) -> Stage:
     seconds = blocks * (fit.at(n, 1) + epochs * c.train.at(n, steps))
     seconds += 3 * layers * c.forward.at(n, steps)  # original, cut, and repaired
     if copies:
-        batches = -(-len(text.sequences) // step_sequences(job.recipe))
+        batches = len(text.batches(step_sequences(job.recipe)))
         seconds += _through(c, text.tokens, batches, layers)
         seconds += text.tokens * c.drawn * copies / MOST + load
     return Stage("repair", n, what, seconds + load)
@@ -261,6 +264,7 @@ def _checks(job: Job, output: Path) -> dict[str, str]:
         f"{wanted}about {kept} of {sum(g.size for g in groups)} experts kept, "
         f"{source.size.parameters:,} -> {job.after.parameters:,} parameters"
     )
+    found["served by"] = _served(job, rule)
     found["repair"] = job.repair or "none"
     for name, text in (("calibration text", job.text), ("held-out text", job.heldout)):
         if text is not None:
@@ -268,6 +272,15 @@ def _checks(job: Job, output: Path) -> dict[str, str]:
             if text is job.text and job.sampled is not None:
                 found[name] = _text(text).rpartition(", ")[0] + ", sampled when it runs"
     return found
+
+
+def _served(job: Job, rule: str) -> str:
+    """What every engine does with the result, as far as the allocator says which it will be."""
+    kind = job.source.config.model_type
+    layout = Layout(kind, (), equal=rule in UNIFORM)
+    if job.plan is not None:
+        layout = planned_layout(job.plan, kind)
+    return ", ".join(f"{v.title}: {v.serves}" for v in verdicts(layout, "OUT"))
 
 
 def _target(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
-from moe_fair.core.units import Statistics
+from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import ALONE, Team, current_team
 from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
@@ -46,7 +46,8 @@ from moe_fair.pipelines.removal_costs import (
 from moe_fair.pipelines.repair import repair_model
 from moe_fair.pipelines.text_checks import check_digest, check_domains
 from moe_fair.pipelines.unused_settings import Run, check_used, unused
-from moe_fair.report.sources import FOLDER
+from moe_fair.report.sources import FOLDER, USE
+from moe_fair.report.unrouted import unrouted_line
 
 __all__ = [
     "FOLDER", "Pruned", "calibrate", "calibration_set", "heldout_set", "open_model", "oracle",
@@ -306,7 +307,10 @@ class _Pruning:
         """What explains the checkpoint, beside it."""
         notes = self.folder / FOLDER
         if statistics is not None:
-            statistics.save(notes)
+            statistics.save(notes, RESULT_FILE)
+            use = {n: s[USE] for n, s in statistics.sums.items() if USE in s}
+            if (line := unrouted_line(made.groups, use)) is not None:
+                self.say(f"note: {line}")
         made.save(notes / PLAN_FILE)
         for name, content in self.job.own.items():
             (notes / name).write_bytes(content)

@@ -6,18 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
-from moe_fair.moe.calibration_text import (
-    OWN,
-    CalibrationSet,
-    Source,
-    parse_source,
-    sample,
-    windows,
-)
+from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.checkpoint_writer import count_path
 from moe_fair.moe.engine_choice import PACKED
 from moe_fair.moe.table_surgery import check_tables
+from moe_fair.moe.text_sources import OWN, Source, parse_sources
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import check_device_map, check_embedding, check_tokens
 from moe_fair.pipelines.early_checks import given_model
@@ -66,7 +60,7 @@ def calibration_set(
     Args:
         own: the file that `self` stands for.
     """
-    sources = [parse_source(s) for s in recipe.calibration]
+    sources = parse_sources(recipe.calibration, recipe.map)
     if own is not None:
         sources = [replace(s, where=str(own)) if is_own(s) else s for s in sources]
     text = sample(
@@ -89,7 +83,7 @@ def heldout_set(
     if not recipe.heldout:
         return None
     text = windows(
-        [parse_source(s) for s in recipe.heldout],
+        parse_sources(recipe.heldout, recipe.map),
         source.tokenizer(),
         samples=recipe.heldout_samples,
         length=recipe.length,

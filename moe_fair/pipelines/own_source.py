@@ -12,8 +12,9 @@ from pathlib import Path
 from moe_fair.core.output import digest
 from moe_fair.core.recipe import DEFAULT_CALIBRATION, Recipe
 from moe_fair.engines.processes import Team
-from moe_fair.moe.calibration_text import OWN, CalibrationSet, expand, parse_source
+from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.text_sources import OWN, expand, parse_source, parse_sources
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.opening import calibration_set, is_own
 from moe_fair.pipelines.own_text import OwnText, Wanted, facts_of, is_of, streamed, write_own_text
@@ -104,7 +105,7 @@ def own_file(
         return
     text.check(team)
     if team.first and len(recipe.calibration) > 1:  # before it takes long
-        expand(s for s in map(parse_source, recipe.calibration) if not is_own(s))
+        expand(s for s in parse_sources(recipe.calibration, recipe.map) if not is_own(s))
     if folder is not None:
         write_own_text(text, folder / FILE, say, team)
         yield folder / FILE

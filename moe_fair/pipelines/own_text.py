@@ -38,7 +38,7 @@ from moe_fair.moe.text_writers import ModelWriter, ServerWriter, Writer
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.opening import open_model
 
-FORM = 1  # of what is sampled; another number wherever the same settings give another text
+FORM = 2  # of what is sampled; another number wherever the same settings give another text
 SUFFIXES = (".jsonl",)
 LONG = 60.0  # seconds; how long it takes is said where it takes longer
 

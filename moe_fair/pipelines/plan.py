@@ -6,10 +6,10 @@ import torch
 
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.cost_curves import curves
-from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
-from moe_fair.pipelines.checks import check_hash_layers, check_target, method, target
+from moe_fair.pipelines.checks import check_hash_layers, check_target, method, planned
 from moe_fair.pipelines.collection import check_held
 from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
 
@@ -36,15 +36,14 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     if needs(allocator(rule), "gram"):
         views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
         grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
-    made = make_plan(
+    made = planned(
+        recipe,
+        statistics.metadata.get("model_type"),
         statistics.groups,
         scores,
         head_scores(protection, statistics, recipe.weights)[0] if protection else None,
-        target=target(recipe),
         allocator=rule,
         before=size_without(size, choice, facts),
-        min_units=recipe.min_experts,
-        multiple_of=recipe.multiple_of,
         costs=costs,
         rows=rows,
         grams=grams,

@@ -17,7 +17,7 @@ from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import PLANNING, Recipe
-from moe_fair.core.units import STATISTICS_FILE, Statistics
+from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -47,6 +47,7 @@ from moe_fair.pipelines.removal_costs import (
     holds_alone,
 )
 from moe_fair.pipelines.repair import repair_kind
+from moe_fair.pipelines.serving import check_served
 from moe_fair.pipelines.text_checks import (
     Earlier,
     check_digest,
@@ -114,7 +115,7 @@ class Job:
             changes |= {k: self.plan.recipe[k] for k in PLANNING if k in self.plan.recipe}
             changes["plan"] = PLAN_FILE
         elif self.statistics is not None:
-            changes["stats"] = STATISTICS_FILE
+            changes["stats"] = RESULT_FILE
             run = replace(run, measures=False)  # they hold what was measured
         if self.text is not None:
             changes["calibration_digest"] = self.text.digest
@@ -166,8 +167,9 @@ def check_prune(
         if statistics is not None:
             check_same_model(statistics.fingerprint, source, "statistics were")
             domain_weights(statistics.domains, recipe.weights)
-            # of before they said anything of heads
-            facts = {"mtp": head_facts(source), **statistics.metadata}
+            # of before they said anything of heads, or of the type
+            facts = {"mtp": head_facts(source), "model_type": source.config.model_type}
+            facts |= statistics.metadata
             statistics = replace(statistics, metadata=facts)
             measured = any(g.follows for g in statistics.groups)
             choose_heads(recipe, facts["mtp"], method(recipe)[2], measured=measured)
@@ -239,6 +241,7 @@ def _check_plan(recipe: Recipe, ready: Plan, source: Checkpoint) -> None:
     check_heads(recipe, source, ready)
     check_all([*source.blocks, *source.heads.blocks], ready.kept)
     groups = tuple(g for g in source.groups if ready.mtp == "cut" or not g.follows)
+    check_served(recipe, ready, source.config.model_type)
     check_fits(ready, groups, source.size, size_without(source.size, ready.mtp, head_facts(source)))
 
 

@@ -18,7 +18,7 @@ from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.removal import RemovalLosses
 
 Sets = dict[str, list[list[int]]]
-LAYOUT = "batches"  # of the numbers in a layer's file
+LAYOUT = "batches by length"  # of the numbers in a layer's file
 
 
 class Removals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_fair.core.engine_facts import equal_only
 from moe_fair.core.method import parse_method
 from moe_fair.core.recipe import Recipe
 
@@ -17,7 +18,8 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     if recipe.rivals is not None:
         names = () if recipe.rivals == ("none",) else recipe.rivals
     elif _usual(recipe):
-        names = RIVALS
+        alike = bool(equal_only(recipe.serve or ()))
+        names = tuple(n for n in RIVALS if not alike or n.endswith("/uniform"))
     why = "plans are tried before any repair; name none here"
     return {name: with_method(recipe, name, "--rivals", why) for name in names}
 

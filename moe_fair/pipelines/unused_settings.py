@@ -15,6 +15,8 @@ from moe_fair.core.recipe import PLANNING, TARGETS, Recipe
 from moe_fair.core.settings import flag
 
 COLLECTED = ("taylor", "counterfactual", "u_score", "gram")
+# of a plan's settings those that a plan which is given is held against
+CHECKED = ("reduce", "serve")
 # a flag of these that is off asks for nothing
 EXTRAS = ("u_score", "gram", "alone", "checkpointing")
 
@@ -61,7 +63,7 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
          ("calibration", "samples", "seed", "calibration_digest", "self_share", "server")),
         (not run.heldout, "there is no --heldout text", ("heldout_samples", "heldout_digest")),
         (not run.reads_text and not run.heldout, "no text is run through the model",
-         ("length", "batch_size", "dtype", "device", "engine", "max_memory")),
+         ("length", "map", "batch_size", "dtype", "device", "engine", "max_memory")),
         (not run.collects and not run.heldout, "nothing is calibrated, and no held-out loss "
          "measured", ("device_map",)),
         (recipe.engine != "auto", "--engine is given, and needs no deciding", ("max_memory",)),
@@ -94,7 +96,7 @@ def check_used(
     plain = {**recipe.to_dict(), **recipe.planning()}
     found = unused(recipe, run)
     if not run.plans:
-        found |= {n: "the --plan has its own" for n in PLANNING if n != "reduce"}
+        found |= {n: "the --plan has its own" for n in PLANNING if n not in CHECKED}
     for name, why in found.items():
         nothing = (name in EXTRAS and not plain.get(name)) or plain.get(name) == ["none"]
         done = name in before and before[name] == plain.get(name)
@@ -118,7 +120,7 @@ def check_untargeted(settings: Mapping[str, Any]) -> None:
 # of `eval`: what only one of its two measurements uses
 OF_EVAL = {
     "--tasks": ("num_fewshot", "limit", "apply_chat_template", "include_path", "log_samples"),
-    "--agreement": ("heldout", "heldout_samples", "length", "engine", "max_memory"),
+    "--agreement": ("heldout", "heldout_samples", "length", "map", "engine", "max_memory"),
 }
 
 

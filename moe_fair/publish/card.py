@@ -12,7 +12,7 @@ import yaml
 from moe_fair.core.output import write_whole
 from moe_fair.core.yaml_file import ERRORS, WithoutAliases
 from moe_fair.engines.auto import NAMES
-from moe_fair.report.document import Table
+from moe_fair.report.document import Block, Table
 from moe_fair.report.markdown import fenced, plain, table
 from moe_fair.report.numbers import (
     PAIRED_NOTE,
@@ -23,6 +23,7 @@ from moe_fair.report.numbers import (
     heldout_table,
     layer_label,
 )
+from moe_fair.report.serving import serving
 from moe_fair.report.sources import Sources, gather
 
 CARD = "README.md"
@@ -132,8 +133,8 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
     yield table(Table(("layer", "experts", "kept"), tuple(rows)))
     yield (
         "Every number behind it is in `moe_fair/plan.json`; `moe_fair/report.html` draws it "
-        "(download and open). `moe_fair/statistics.safetensors` gives plans at other budgets in "
-        "milliseconds: `moe-fair plan`."
+        "(download and open). `moe_fair/statistics.tensors`, a safetensors file, gives plans at "
+        "other budgets in milliseconds: `moe-fair plan`."
     )
     yield "## The recipe"
     yield fenced(s.recipe, "yaml")
@@ -163,21 +164,26 @@ def _loading(s: Sources, repo_id: str) -> Iterator[str]:
     )
     yield fenced("\n".join(lines), "python")
     if not s.brings_code:
-        yield "All layers keep the same number of experts, so this is the stock format. vLLM:"
-        yield fenced(f"vllm serve {repo_id}", "sh")
+        yield "All layers keep the same number of experts, so this is the stock format."
     else:
         yield (
             "Layers keep different numbers of experts. The short file `modeling_moe_fair.py` in "
             "this repository builds the stock model with those numbers; it is what "
-            "`trust_remote_code` allows. vLLM loads equal counts only "
-            "(`moe-fair prune --allocate uniform`)."
+            "`trust_remote_code` allows."
         )
+    if s.layout is not None:
+        yield "Who serves it, as far as that was tried:"
+        yield from map(_block, serving(s.layout, repo_id))
     if s.auto != NAMES[0]:
         return  # lm-eval's `hf` takes a multimodal model for a causal one
     yield "lm-evaluation-harness:"
     trust = ",trust_remote_code=True" if s.brings_code else ""
     arguments = f"--model hf --model_args pretrained={repo_id}{trust}"
     yield fenced(f"lm_eval {arguments} --tasks arc_challenge,hellaswag", "sh")
+
+
+def _block(block: Block) -> str:
+    return table(block) if isinstance(block, Table) else plain(getattr(block, "text", ""))
 
 
 def _numbers(s: Sources) -> Iterator[str]:

@@ -39,7 +39,9 @@ from moe_fair.report.numbers import (
     repair_table,
     size_table,
 )
+from moe_fair.report.serving import serving
 from moe_fair.report.sources import Routing, Sources
+from moe_fair.report.unrouted import unrouted_line
 
 UNIT = "expert"
 MOST_DOMAINS = 12  # in the routing maps
@@ -67,6 +69,7 @@ def document(s: Sources) -> Document:
                 *([("Multi-token prediction", _drafts(s.drafts))] if s.drafts else []),
                 ("Agreement with the original", _agreement(s)),
                 ("Benchmarks", _benchmarks(s)),
+                *([("Serving", serving(s.layout, "OUT"))] if s.layout else []),
                 ("Recipe", _recipe(s)),
             )
         ),
@@ -237,6 +240,8 @@ def _routing(s: Sources) -> Iterator[Block]:
         "all experts of the layer. A white dot marks the removed ones."
         + (f" {more} more domains are not drawn." if more else ""),
     )
+    if (line := unrouted_line(s.plan.groups, s.routing.use)) is not None:
+        yield Text(f"{line}.", note=True)
 
 
 def _use(routing: Routing, group: str, domain: int) -> np.ndarray:

@@ -10,9 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_fair.core.engine_facts import Layout
+from moe_fair.core.layout import layout_of
 from moe_fair.core.manifest import check_result
 from moe_fair.core.plan import Plan
-from moe_fair.core.units import STATISTICS_FILE, STATISTICS_FORMAT, UnitGroup
+from moe_fair.core.units import STATISTICS_FORMAT, UnitGroup, statistics_file
 from moe_fair.engines.auto import auto_name
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
@@ -52,6 +54,7 @@ class Sources:
     Attributes:
         auto: name of the class of transformers whose `from_pretrained` loads the checkpoint.
         brings_code: it does so with `trust_remote_code` alone.
+        layout: what decides who serves it; None where its config does not say.
         sees: there is a processor beside the tokenizer.
     """
 
@@ -66,6 +69,7 @@ class Sources:
     agreement: Agreements | None
     benchmarks: list[Row] | None
     drafts: tuple[Drafts, Drafts] | None = None
+    layout: Layout | None = None
 
     @property
     def model(self) -> str:
@@ -95,12 +99,13 @@ def gather(output: Path) -> Sources:
         brings_code=config.get("moe_fair") is not None,
         sees=any((output / name).is_file() for name in PROCESSORS),
         recipe=recipe.read_text() if recipe.is_file() else "",
-        routing=_routing(folder / STATISTICS_FILE),
+        routing=_routing(statistics_file(folder)),
         repairs=load_repairs(folder / "repair.json"),
         heldout=load_heldout(folder),
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
         drafts=load_drafts(folder),
+        layout=_layout(config),
     )
 
 
@@ -112,6 +117,13 @@ def _config(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no config of a model; is the checkpoint whole?")
     return found
+
+
+def _layout(config: dict[str, Any]) -> Layout | None:
+    try:
+        return layout_of(config)
+    except ValueError:
+        return None
 
 
 def load_repairs(file: Path) -> list[LayerRepair] | None:

@@ -40,7 +40,11 @@ def test_a_process_that_computes_in_c_code(tmp_path: Path, sent: list[signal.Sig
             assert busy.poll() is None
             busy.send_signal(number)
         started = time.monotonic()
-        assert busy.wait(timeout=30) == 128 + sent[-1]
+        try:
+            code = busy.wait(timeout=30)
+        finally:
+            busy.kill()  # else leaving waits for it for ever
+        assert code == 128 + sent[-1]
         assert time.monotonic() - started < (1 if len(sent) > 1 else interrupts.PATIENCE + 2)
         assert busy.stderr.read() == b""
     assert list(tmp_path.iterdir()) == []

@@ -26,9 +26,10 @@ from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import Recipe, load_recipe
 from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
-from moe_fair.moe.calibration_text import Source, expand, parse_source
 from moe_fair.moe.row_files import read_rows
-from moe_fair.moe.rows import BadRow, Chat
+from moe_fair.moe.rows import BadRow
+from moe_fair.moe.schemas import SCHEMAS, SPEAKERS, Chat
+from moe_fair.moe.text_sources import Source, expand, parse_source
 
 EXAMPLES = int(os.environ.get("MOE_FAIR_FUZZ", "60"))
 fuzz = settings(
@@ -251,10 +252,22 @@ messages = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "tool"]) | anything, "content": st.lists(parts) | anything},
     optional={"tool_calls": anything, "name": anything},
 )
+shared = st.fixed_dictionaries(
+    {"from": st.sampled_from([*SPEAKERS, "x"]) | anything, "value": st.text() | anything}
+)
+call = st.fixed_dictionaries({"name": st.text() | anything}, optional={"arguments": anything})
+contents = st.lists(messages | shared, max_size=2) | st.lists(call, max_size=2)
+contents |= contents.map(json.dumps) | st.text() | anything
+FIELDS = sorted({f for s in SCHEMAS for f in s.needs} | {"input", "context", "system", "other"})
 rows = anything | st.fixed_dictionaries(
     {},
     optional={"text": st.text() | anything, "messages": st.lists(messages, max_size=2) | anything,
               "tools": anything, "domain": st.text(max_size=4) | anything, "other": anything},
+) | st.sampled_from(SCHEMAS).flatmap(
+    lambda s: st.fixed_dictionaries(
+        dict.fromkeys(s.needs, contents),
+        optional=dict.fromkeys([f for f in [*FIELDS, "tools"] if f not in s.needs], contents),
+    )
 )  # fmt: skip
 WRITERS: dict[str, Callable[[list[Any]], str]] = {
     ".txt": str,
@@ -286,7 +299,7 @@ def test_calibration_rows(folder: Path, data: st.DataObject, found: list[Any], s
     path.write_bytes(content)
 
     def read() -> None:
-        for row in read_rows(path):
+        for _, row in read_rows(path):
             if isinstance(row, BadRow):
                 assert row.why
                 assert len(row.why) < 300

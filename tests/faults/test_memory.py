@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,9 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.oom import out_of_memory
+from moe_fair.engines.processes import ALONE
+from moe_fair.engines.reading import Reader, SharedReader
+from moe_fair.engines.shards import stored_tensors
 from moe_fair.moe import collector as collecting
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.pipelines import moe as pipeline
@@ -325,3 +329,29 @@ def test_one_process_of_two_makes_do_for_itself(
     assert "again with 2 sequences" in lines[1]
     assert all("(process 1 of 2)" in x for x in lines)
     close(undisturbed, Statistics.load(tmp_path / "out"), FLOAT32)
+
+
+@pytest.fixture
+def no_threads() -> Iterator[None]:
+    """Stacks that no machine has: whoever starts a thread fails as where memory is short."""
+    before = threading.stack_size(2**46)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threading.Thread(target=print).start()
+    yield
+    threading.stack_size(before)
+
+
+def test_statistics_are_saved_where_no_thread_can_be_started(
+    tmp_path: Path, undisturbed: Statistics, no_threads: None
+) -> None:
+    undisturbed.save(tmp_path / "out")
+    assert same(Statistics.load(tmp_path / "out"), undisturbed)
+
+
+@pytest.mark.parametrize("reads", [Reader(), SharedReader(ALONE)])
+def test_layers_are_read_where_no_thread_can_be_started(reads: Reader, no_threads: None) -> None:
+    tensors = stored_tensors(MODEL / "model.safetensors")
+    for group, wanted in enumerate((tensors[:2], tensors[2:3])):
+        reads.ahead(group, wanted)
+        brought = reads.bring(group, wanted)
+        assert [(t.name, t.bytes) for t in brought] == [(t.name, t.bytes) for t in wanted]

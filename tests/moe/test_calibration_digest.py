@@ -5,7 +5,8 @@ from __future__ import annotations
 from places import CALIBRATION, HELDOUT, MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import parse_source, sample, windows
+from moe_fair.moe.calibration_text import sample, windows
+from moe_fair.moe.text_sources import parse_source
 
 
 def test_the_reference_texts_give_the_same_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from places import CALIBRATION, MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, Source, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
+from moe_fair.moe.text_sources import Source, parse_source
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +135,12 @@ def test_chats_go_through_the_template(tokenizer: Any, tmp_path: Path) -> None:
     rendered = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats]
     want = [tuple(tokenizer(r)["input_ids"])[:40] for r in rendered]
     assert [ids for ids, _ in text.sequences] == want
-    [batch] = text.batches(3)
-    assert batch.mask.sum(1).tolist() == [len(w) for w in want]
-    assert batch.padded
+    batches = text.batches(3)
+    assert {
+        i: n
+        for b in batches
+        for i, n in zip(b.sequence_ids.tolist(), b.mask.sum(1).tolist(), strict=True)
+    } == {i: len(w) for i, w in enumerate(want)}
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
@@ -154,6 +159,54 @@ def test_too_little_for_all_samples_is_said(tokenizer: Any, tmp_path: Path) -> N
     (tmp_path / "t.txt").write_text("word " * 40)
     text = draw([str(tmp_path / "t.txt")], tokenizer, samples=99)
     assert "of the 99 asked for" in text.notes[0]
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    """However the lengths are spread; every sequence is in one batch, as it is."""
+    draw = random.Random(0)
+    spread = {
+        "even": [draw.randint(4, 512) for _ in range(300)],
+        "long tail": [min(16384, int(20 * draw.paretovariate(0.7))) for _ in range(300)],
+        "two": [3] * 50 + [400] * 50,
+        "few": [1, 2, 500],
+    }
+    for lengths in spread.values():
+        rows = tuple((tuple(range(n)), i % 2) for i, n in enumerate(lengths))
+        batches = CalibrationSet(("a", "b"), rows).batches(8)
+        seen = sorted(i for b in batches for i in b.sequence_ids.tolist())
+        assert seen == list(range(len(rows)))
+        for b in batches:
+            assert len(b.mask) <= 8
+            assert b.mask.float().mean() >= 0.9
+            for i, ids, mask in zip(b.sequence_ids.tolist(), b.input_ids, b.mask, strict=True):
+                assert tuple(ids[mask.bool()].tolist()) == rows[i][0]
+                assert rows[i][1] == b.domain
+    # one after another they would be mostly padding
+    lengths = spread["even"]
+    naive = [lengths[i : i + 8] for i in range(0, 300, 8)]
+    assert sum(lengths) / sum(8 * max(n) for n in naive) < 0.7
+
+
+def test_sequences_of_one_length_are_batched_in_their_order() -> None:
+    rows = tuple(((i, i), i % 3 % 2) for i in range(30))
+    batches = CalibrationSet(("a", "b"), rows).batches(4)
+    for domain in (0, 1):
+        ids = [i for i in range(30) if rows[i][1] == domain]
+        want = [ids[i : i + 4] for i in range(0, len(ids), 4)]
+        assert [b.sequence_ids.tolist() for b in batches if b.domain == domain] == want
+
+
+def test_samples_of_16k_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    """A chat stays whole, documents are packed; a chat that is longer is cut, which is said."""
+    chats = [[{"role": "user", "content": "hello " * n}] for n in (3_000, 5_000, 30_000)]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": c}) for c in chats))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "one two three " * 6_000}))
+    text = windows([Source(str(tmp_path / f"{n}.jsonl")) for n in "ct"], tokenizer, samples=6,
+                   length=16384)  # fmt: skip
+    lengths = [len(ids) for ids, _ in text.sequences]
+    assert lengths[2:] == [16384] * len(lengths[2:])
+    assert 3_000 < lengths[0] < lengths[1] < 16384
+    assert any("1 chat cut to --length" in n for n in text.notes)
 
 
 def test_batches_hold_one_domain_each(tokenizer: Any) -> None:

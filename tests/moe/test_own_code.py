@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,11 @@ import moe_fair
 from moe_fair.core.manifest import MANIFEST, write_manifest
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.trusted_code import (
+    MLX_FILE,
+    MLX_TEMPLATE,
     MODELING_FILE,
     RELEASED,
+    RELEASED_MLX,
     TEMPLATE,
     modeling_source,
     not_ours,
@@ -46,7 +50,7 @@ def test_the_present_template_is_a_released_one() -> None:
     """Who changes it adds its digest to the list; none is ever taken out."""
     assert template_digest(TEMPLATE.read_text()) in RELEASED
     assert template_digest(modeling_source(Qwen2MoeForCausalLM)) in RELEASED
-    assert len(RELEASED) >= 5
+    assert len(RELEASED) >= 6
 
 
 @pytest.mark.slow
@@ -120,6 +124,8 @@ def imported(module: str) -> Callable[[Path], None]:
         (lambda o: (o / "special_tokens_map.json").write_text("[" * 100_000), "cannot be read"),
         (lambda o: (o / MODELING_FILE).unlink(), "is missing"),
         (lambda o: (o / MODELING_FILE).write_bytes(b"\xff"), "decode"),
+        (lambda o: (o / MLX_FILE).write_text("x = 1"), "mlx_moe_fair.py is not as any version"),
+        (edit("config.json", model_file="other.py"), "not moe_fair's"),
     ],
 )  # fmt: skip
 def test_other_code_makes_it_somebody_elses(
@@ -128,6 +134,28 @@ def test_other_code_makes_it_somebody_elses(
     spoil(out)
     write_manifest(out)
     assert said in not_ours(out)
+
+
+def test_the_file_for_mlx(out: Path, tmp_path: Path) -> None:
+    """The present one is released, results of before have none, and the result verifies."""
+    assert (out / MLX_FILE).read_bytes() == MLX_TEMPLATE.read_bytes()
+    assert hashlib.sha256(MLX_TEMPLATE.read_bytes()).hexdigest() in RELEASED_MLX
+    original = Checkpoint(str(MODEL))
+    assert verify(out, original).ok
+    listed = json.loads((out / MANIFEST).read_text())
+    del listed["files"][MLX_FILE]
+    (out / MANIFEST).write_text(json.dumps(listed))
+    assert "mlx_moe_fair.py is not the one that" in not_ours(out)
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("model_file") == MLX_FILE
+    (out / MLX_FILE).unlink()
+    write_manifest(out)
+    found = {c.name: c.detail for c in verify(out, original).checks}
+    assert """model_file is "mlx_moe_fair.py", not null""" in found["config"]
+    (out / "config.json").write_text(json.dumps(config))
+    write_manifest(out)
+    assert not not_ours(out)
+    assert verify(out, original).ok
 
 
 def test_the_manifest_must_list_it_where_there_is_one(out: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fair
 from moe_fair.core.plan import Plan
-from moe_fair.moe.checkpoint_writer import modeling_source
+from moe_fair.core.units import Statistics
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import modeling_source, write_model
 from moe_fair.moe.trusted_code import not_ours
 
 STRANGER = """
@@ -129,7 +133,7 @@ def test_sizes_in_the_plan_are_those_on_disk(pruned: Any) -> None:
 def test_what_lies_beside_the_weights(pruned: Any) -> None:
     inside = {p.name for p in (pruned.output / "moe_fair").iterdir()}
     assert inside == {
-        "plan.json", "statistics.safetensors", "recipe.yaml", "report.html", "manifest.json",
+        "plan.json", "statistics.tensors", "recipe.yaml", "report.html", "manifest.json",
     }  # fmt: skip
     assert Plan.load(pruned.output / "moe_fair" / "plan.json") == pruned.plan
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
@@ -140,6 +144,66 @@ def test_what_lies_beside_the_weights(pruned: Any) -> None:
         kept = {str(g.layer): {"num_experts": len(g.kept)} for g in pruned.plan.groups}
         assert config["per_layer_config"] == kept
     AutoTokenizer.from_pretrained(pruned.output)
+
+
+def test_what_other_loaders_read(pruned: Any) -> None:
+    """Engines look the stock class up, and download `*.safetensors` from every folder."""
+    config = json.loads((pruned.output / "config.json").read_text())
+    published = json.loads((MODEL / "config.json").read_text())
+    assert config["architectures"] == published["architectures"]
+    changed = {"num_experts", "per_layer_config", "moe_fair", "auto_map"}
+    changed |= {"allow_global_per_layer_attribute_access", "model_file"}
+    assert config.get("model_file") == (None if pruned.plan.uniform else "mlx_moe_fair.py")
+    assert (pruned.output / "mlx_moe_fair.py").exists() != pruned.plan.uniform
+    for key in published.keys() - changed:  # as published, not as transformers would save it
+        assert json.dumps(config[key]) == json.dumps(published[key]), key
+    assert config.keys() - changed == published.keys() - changed
+    weights = {p.name for p in pruned.output.glob("*.safetensors")}
+    assert {p.name for p in pruned.output.rglob("*.safetensors")} == weights
+
+
+@pytest.mark.parametrize("fewest", [20, 40], ids=["unequal", "equal"])
+def test_published_keys_survive_as_they_were_written(tmp_path: Path, fewest: int) -> None:
+    """Also those that transformers reads in its own way and would save under other names."""
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    del config["rope_parameters"]
+    old = {"rope_theta": 1000000.0, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    config |= {**old, "rms_norm_eps": 1e-06, "transformers_version": "4.39.0", "some_key": [1.0, 2]}
+    (model / "config.json").write_text(json.dumps(config))
+    source = Checkpoint(str(model))
+    kept = {b.name: list(range(40)) for b in source.blocks}
+    kept[source.blocks[0].name] = list(range(fewest))
+    write_model(source, kept, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key in config.keys() - {"num_experts"}:
+        assert json.dumps(written[key]) == json.dumps(config[key]), key
+    assert "rope_parameters" not in written
+
+
+def test_every_layer_says_its_own_number(pruned: Any) -> None:
+    """In the config of its experts, which quantisers read; all else is the model's config."""
+    unequal = not pruned.plan.uniform
+    model = AutoModelForCausalLM.from_pretrained(pruned.output, trust_remote_code=unequal)
+    for module in (model, copy.deepcopy(model)):
+        for g in pruned.plan.groups:
+            experts = module.get_submodule(g.name).experts
+            assert experts.config.num_experts == len(experts.gate_up_proj) == len(g.kept)
+            assert isinstance(experts.config, type(module.config))
+            fresh = type(experts)(experts.config)  # as who packs experts anew makes it
+            assert fresh.down_proj.shape == experts.down_proj.shape
+        module.set_experts_implementation("eager")  # reaches every layer
+        layers = [module.get_submodule(g.name).experts.config for g in pruned.plan.groups]
+        assert {c._experts_implementation for c in layers} == {"eager"}
+        assert module.config.num_experts == (60 if unequal else 40)
+
+
+def test_results_of_before_are_read(pruned: Any, tmp_path: Path) -> None:
+    """Their statistics had the name that loaders take for weights."""
+    notes = Path(shutil.copytree(pruned.output / "moe_fair", tmp_path / "moe_fair"))
+    now = Statistics.load(notes)
+    (notes / "statistics.tensors").rename(notes / "statistics.safetensors")
+    assert Statistics.load(notes).digest == now.digest
 
 
 def test_only_our_own_code_runs_unasked(pruned: Any, tmp_path: Path) -> None:

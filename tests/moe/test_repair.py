@@ -21,13 +21,14 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.calibration_text import expand, parse_source, sample
+from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.repair import LayerRepair, Repairer
 from moe_fair.moe.repairs import refit, repair, repairs
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut
+from moe_fair.moe.text_sources import expand, parse_source
 
 # per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
 # the choice; a multiplier on the residual branch

@@ -16,7 +16,8 @@ import pytest
 from places import MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, Source, parse_source, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
+from moe_fair.moe.text_sources import Source, parse_source
 
 WORDS = "alpha beta gamma delta " * 20
 PARTS = (
@@ -139,7 +140,7 @@ def test_parts_are_what_a_template_of_parts_makes_of_them(tmp_path: Path) -> Non
         ({"messages": "hello"}, '"messages" must be a list of messages'),
         ({"text": "\ud800"}, "half a surrogate pair"),
         (chat("\ud800"), "half a surrogate pair"),
-        ({"text": 5, "a" * 500: 1}, 'neither "text" nor "messages"; its fields are text, aaa'),
+        ({"text": 5, "a" * 500: 1}, '"messages" nor other known ones; its fields are text, aaa'),
         ("{", "not JSON"), ("[" * 9999, "not JSON"), ("7", "expected an object"),
         ('"text"', "expected an object"), ("[]", "expected an object"),
         ({"text": "a", "domain": 5}, '"domain" is 5 and must be a name'),
@@ -388,11 +389,12 @@ def test_data_sets_of_the_hub_are_read_alike(tmp_path: Path) -> None:
     assert [r.document for r in rows] == ["a", "a"]
     assert left.notes("x") == [
         f"x: 1 row skipped; the first: {tmp_path}, row 2: "
-        'neither "text" nor "messages"; its fields are text, meta, messages',
+        'neither "text" nor "messages" nor other known ones; its fields are text, meta, messages; '
+        "say which is what: --map user=FIELD,assistant=FIELD",
         "x: fields not used: meta",
     ]
     lines(tmp_path / "x.jsonl", *[{"question": "a"}] * (PATIENCE + 50))
-    with pytest.raises(ValueError, match="fields are question; nor can the next 999 rows be used"):
+    with pytest.raises(ValueError, match=r"are question; nearest: .*; nor can the next 999 rows"):
         list(hub_rows(str(tmp_path), None, "train", None, LeftOut()))
 
 

@@ -51,32 +51,6 @@ def test_the_texts_follow_the_seed_alone(author: Author, writer: ModelWriter) ->
     assert write_batch(author, writer, index=0, documents=3, length=24, seed=1) != one
 
 
-def test_nothing_is_cut_off_the_distribution() -> None:
-    """Whatever the checkpoint says of temperature, top-k and penalties; against softmax itself."""
-    tokenizer = Checkpoint(str(MODEL)).tokenizer()
-    model: Any = tiny_model("qwen2_moe", num_hidden_layers=1, hidden_size=16)
-    model.generation_config.update(
-        temperature=0.1, top_k=1, repetition_penalty=3.0, do_sample=False, suppress_tokens=[7]
-    )
-    writer = ModelWriter(model, tokenizer)
-    count, prompt = 4000, [5, 9]
-    found = writer.write([prompt] * count, 1, [End("", 2)], 0, [3])
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, -1].double()
-    logits[3] = -torch.inf
-    p = logits.softmax(-1)
-    seen = torch.zeros(len(p), dtype=torch.float64)
-    for c in found:
-        seen[c.ids[0] if c.ids else 2] += 1
-    assert seen[3] == 0
-    keep = p > 0
-    chi = ((seen - count * p)[keep] ** 2 / (count * p)[keep]).sum()
-    degrees = int(keep.sum()) - 1
-    assert chi < degrees + 4 * (2 * degrees) ** 0.5
-    entropy = -(p[keep] * p[keep].log()).sum()
-    torch.testing.assert_close(torch.tensor(found[0].entropy).double(), entropy, rtol=1e-5, atol=0)
-
-
 def test_saved_text_is_read_nearly_as_it_was_drawn(author: Author, writer: ModelWriter) -> None:
     found = writer.write([[author.start]] * 6, 64, author.ends, 0, ())
     same = total = 0

@@ -73,6 +73,7 @@ def test_the_reference_model(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_else_is_said(hub: Hub, tmp_path: Path) -> None:
     """All defaults, on a model so narrow that they take a minute."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

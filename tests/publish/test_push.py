@@ -192,7 +192,7 @@ def interrupted(hub: Hub, out: Path, how: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unequal"], indirect=True)
-@pytest.mark.parametrize("how", ["hang", "drop"])
+@pytest.mark.parametrize("how", ["hang", pytest.param("drop", marks=pytest.mark.nightly)])
 def test_interrupted_in_the_middle(hub: Hub, out: Path, kind: str, how: str) -> None:
     """The process is killed, or the network fails; the same command finishes with the rest."""
     large = {p.relative_to(out).as_posix(): p for p in out.rglob("*.safetensors")}

@@ -172,7 +172,7 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check_side_files(layout: Layout, folder: Path, out: Path, stock: bool) -> None:
     """Exactly what should go along did, byte for byte."""
-    code = {"modeling_moe_fair.py"} if not stock else set()
+    code = {"modeling_moe_fair.py", "mlx_moe_fair.py"} if not stock else set()
     weights = {p.name for p in out.glob("model*.safetensors*")}
     there = {
         p.relative_to(out).as_posix()

@@ -138,10 +138,10 @@ def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
     assert page.headings == [
         "In short", "Experts kept per layer", "Tolerance of Difference", "Scores",
         "Which domain uses which experts", "Repair", "Size", "Held-out loss",
-        "Agreement with the original", "Benchmarks", "Recipe",
+        "Agreement with the original", "Benchmarks", "Serving", "Recipe",
     ]  # fmt: skip
     sources = gather(pruned)
-    budget, repair, size, heldout, agreement, benchmarks, prints = page.tables
+    budget, repair, size, heldout, agreement, benchmarks, _, prints = page.tables
     assert [[int(x) for x in row[:4]] for row in budget[1:]] == [
         [g.layer, g.size, len(g.kept), g.size - len(g.kept)] for g in sources.plan.groups
     ]
@@ -287,7 +287,7 @@ def test_markdown(out: Path) -> None:
 @pytest.mark.slow
 def test_plans_without_what_pictures_need(out: Path) -> None:
     """No statistics beside the plan, no protection scores, other code's fields in the JSON."""
-    (out / "moe_fair" / "statistics.safetensors").unlink()
+    (out / "moe_fair" / "statistics.tensors").unlink()
     page = written(out)
     assert "The statistics are not in this folder" in page.text
     assert len(page.images) == 4  # the plan itself has scores and curves
@@ -309,7 +309,7 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
 def test_methods_without_protection_scores(out: Path, statistics_folder: Path, method: str) -> None:
     """No ToD to draw, and the page says so and what to run; counts per layer as planned."""
     # of the same model and text, and of more than what `fair` needs
-    shutil.copy(statistics_folder / "statistics.safetensors", out / "moe_fair")
+    shutil.copy(statistics_folder / "statistics.safetensors", out / "moe_fair/statistics.tensors")
     statistics = moe_fair.Statistics.load(out / "moe_fair")
     plan = moe_fair.plan(statistics, experts=40, method=method)
     plan.save(out / "moe_fair" / "plan.json")
@@ -346,7 +346,7 @@ def test_ids_that_do_not_follow_from_the_scores(out: Path) -> None:
         ("agreement.json", "{}", "is not a table of ours"),
         ("heldout.json", '{"original": 1}', "is not a table of ours"),
         ("repair.json", '[{"name": 1}]', "is not a table of repairs"),
-        ("statistics.safetensors", "x", "cannot be read as a statistics file"),
+        ("statistics.tensors", "x", "cannot be read as a statistics file"),
     ],
 )
 def test_broken_files(

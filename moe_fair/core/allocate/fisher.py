@@ -17,12 +17,11 @@ Shape legend: S sequences, N units of a group.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from moe_fair.core.allocate.climb import feasible_total, reaches, steps_left
+from moe_fair.core.allocate.climb import Room, feasible_total
 from moe_fair.core.ranking import RankedGroup
 from moe_fair.core.units import Budget
 
@@ -51,17 +50,12 @@ def allocate(
     for g in groups:
         if count := int(g.ranked.depths[0]):
             total = g.take(g.next(total, count)[1], total)
-    left, room = remove - sum(len(g.removed) for g in groups), steps_left(ranked)
-    while left:
-        offers = [
-            (*g.next(total, g.ranked.step), g)
-            for g in groups
-            if len(g.removed) < g.ranked.depths[-1]
-            and reaches(left - g.ranked.step, room - Counter({g.ranked.step: 1}))
-        ]
-        _, units, group = min(offers, key=lambda o: o[0] / len(o[1]))
-        total = group.take(units, total)
-        left, room = left - len(units), room - Counter({len(units): 1})
+    room = Room(ranked, remove)
+    while room.left:
+        offers = [(*g.next(total, room.step(i)), i) for i, g in enumerate(groups) if room.allows(i)]
+        _, units, chosen = min(offers, key=lambda o: o[0] / len(o[1]))
+        total = groups[chosen].take(units, total)
+        room.take(chosen)
     return Budget(
         {g.ranked.group.name: g.ranked.group.size - len(g.removed) for g in groups},
         name,

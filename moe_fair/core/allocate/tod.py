@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_fair.core.allocate.climb import climb, feasible_total
+from moe_fair.core.allocate.climb import climb, feasible_total, meets
 from moe_fair.core.ranking import RankedGroup
 from moe_fair.core.units import Budget
 
@@ -100,6 +100,9 @@ def by_tolerance(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if total(at(alphas[middle])) <= remove else (low, middle)
+    # between steps of different sizes the rest may be out of reach from there
+    while low >= 0 and not meets(ranked, remove, at(alphas[low])):
+        low -= 1
     start = at(alphas[low]) if low >= 0 else [0] * len(ranked)
     tie = [ties(r) for r in ranked]
 

@@ -35,5 +35,7 @@ def allocate(
 def _next_cost(r: RankedGroup) -> np.ndarray:
     """[N + 1] what the step that reaches each depth costs per unit."""
     assert r.costs is not None
-    before = np.concatenate([np.full(r.step, r.costs[0]), r.costs[: -r.step]])
-    return (r.costs - before) / r.step
+    steps = np.full(len(r.costs), r.step)
+    steps[r.depths[1:]] = np.diff(r.depths)
+    before = r.costs[np.maximum(np.arange(len(r.costs)) - steps, 0)]
+    return (r.costs - before) / steps
