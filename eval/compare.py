@@ -11,7 +11,12 @@ A method is one of
 - `criterion/evoesap`: its order, with the budget that `eval/evoesap.py` finds on the calibration
   text in `--evaluations`;
 - a recipe's file, called by its name: `recipes/rivals/reap.yaml` is `reap`;
-- `default`: what the command does when it is told nothing.
+- `default`: what the command does when it is told nothing, but for the text.
+
+With `@self` behind it a method is calibrated on text that the model samples itself, with `@half` on
+as much of that as of what is given (`default@self`); own text is kept beside the output file.
+`--unseen DIRECTORY` judges every result on domains that calibration text does not hold, too
+(`eval/unseen_text.py` makes them).
 
 Every (model, method, ratio, seed) is one line of the output file; a run that is started again does
 what is missing, each (model, seed) in a process of its own. A model that was made by
@@ -48,11 +53,13 @@ if TYPE_CHECKING:
     from moe_fair.core.plan import Plan
     from moe_fair.core.recipe import Recipe
     from moe_fair.core.units import Statistics
+    from moe_fair.evaluate import HeldoutLoss
     from moe_fair.moe.calibration_text import CalibrationSet
     from moe_fair.moe.checkpoint_source import Checkpoint
 
 METHODS = ["random/uniform", "frequency/uniform", "reap/uniform", "fair/uniform", "fair/tod"]
 SEARCH = "evoesap"
+TEXTS = ("given", "self", "half")
 Row = dict[str, Any]
 Key = tuple[str, str, float, int]
 Cells = dict[tuple[str, str, float], list[Row]]
@@ -78,6 +85,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     names = [called(m) for m in args.methods]
     if twice := {n for n in names if names.count(n) > 1}:
         sys.exit(f"compare: error: two methods are called {sorted(twice)[0]!r}; rename a recipe")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     done = {_key(r) for r in read(args.output)}
     jobs = []
     for seed in range(args.seeds):
@@ -88,8 +96,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 for m in args.methods
                 if (Path(model).name, called(m), r, seed) not in done
             ]
-            if wanted:
-                jobs.append((args, model, seed, wanted))
+            for text in dict.fromkeys(text_of(m) for m, _ in wanted):
+                jobs.append((args, model, seed, [w for w in wanted if text_of(w[0]) == text]))
     # weights and thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
@@ -109,7 +117,16 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def called(method: str) -> str:
     """A method's name in the tables."""
-    return Path(method).stem if method.endswith(".yaml") else method
+    rule, at, text = method.partition("@")
+    return (Path(rule).stem if rule.endswith(".yaml") else rule) + at + text
+
+
+def text_of(method: str) -> str:
+    """What a method is calibrated on: `given`, `self` or `half`."""
+    text = method.partition("@")[2] or "given"
+    if text not in TEXTS:
+        sys.exit(f"compare: error: {method}: text is one of {', '.join(TEXTS)}")
+    return text
 
 
 def read(path: Path) -> list[Row]:
@@ -119,23 +136,26 @@ def read(path: Path) -> list[Row]:
 
 def _job(job: tuple[argparse.Namespace, str, int, list[tuple[str, float]]]) -> None:
     args, model, seed, wanted = job
-    for row in Subject(args, model, seed).rows(wanted):
+    for row in Subject(args, model, seed, text_of(wanted[0][0])).rows(wanted):
         with args.output.open("a") as f:  # one short write a line: processes do not mix them
             f.write(json.dumps(row) + "\n")
 
 
 class Subject:
-    """One model with the calibration text of one seed: calibrated once, for every method."""
+    """One model with one text of one seed: calibrated once, for every method."""
 
-    def __init__(self, args: argparse.Namespace, model: str, seed: int) -> None:
+    def __init__(self, args: argparse.Namespace, model: str, seed: int, text: str) -> None:
         from moe_fair.core.recipe import Recipe
+        from moe_fair.engines.processes import ALONE
         from moe_fair.pipelines import moe as pipeline
+        from moe_fair.pipelines.own_source import calibration_text
 
         own = Path(model) / "text"
+        given = str(own / "calibration") if own.exists() else args.calibration
         self.args, self.name, self.seed = args, Path(model).name, seed
         self.recipe = Recipe(
             model=model,
-            calibration=(str(own / "calibration") if own.exists() else args.calibration,),
+            calibration={"given": (given,), "self": ("self",), "half": (given, "self")}[text],
             heldout=(str(own / "heldout") if own.exists() else args.heldout,),
             samples=args.samples,
             length=args.length,
@@ -145,8 +165,17 @@ class Subject:
             device=args.device,
         )
         self.source: Checkpoint = pipeline.open_model(self.recipe)
-        self.text: CalibrationSet = pipeline.calibration_set(self.recipe, self.source, _quiet)
+        folder = args.output.parent / "own" / f"{self.name}-{seed}-{text}"
+        if text != "given":
+            folder.mkdir(parents=True, exist_ok=True)
+        self.text: CalibrationSet = calibration_text(
+            self.recipe, self.source, folder, _quiet, ALONE
+        )[0]
         self.heldout = _windows(self.recipe, self.source)
+        self.unseen: CalibrationSet | None = None
+        if args.unseen is not None:
+            elsewhere = replace(self.recipe, heldout=(str(args.unseen),))
+            self.unseen = _windows(elsewhere, self.source)
         self._partial: Statistics | None = None  # of the text without what plans are tried on
         self.model: nn.Module = self.source.load(self.recipe.dtype, self.recipe.device).eval()
 
@@ -154,7 +183,7 @@ class Subject:
         """Plan, cut, repair and measure each wanted (method, ratio)."""
         from moe_fair.evaluate.agreement import agreement
 
-        base = self.loss(self.model)
+        base, apart = self.loss(self.model, self.heldout), self.loss(self.model, self.unseen)
         few = _windows(
             replace(self.recipe, heldout_samples=self.args.agreement_samples), self.source
         )
@@ -174,13 +203,16 @@ class Subject:
             planned = time.perf_counter() - started
             pruned = self.cut(plan, chosen)
             seconds = time.perf_counter() - started
-            after = self.loss(pruned)
+            after, elsewhere = self.loss(pruned, self.heldout), self.loss(pruned, self.unseen)
+            increase = after.mean - base.mean
             near = agreement(_engine(self.model), _engine(pruned), batches, few.domains).mean
-            print(f"{self.name} seed {self.seed} {ratio:g} {called(method)}: {after - base:+.4f}",
+            print(f"{self.name} seed {self.seed} {ratio:g} {called(method)}: {increase:+.4f}",
                   flush=True)  # fmt: skip
             yield {
                 "model": self.name, "method": called(method), "ratio": ratio, "seed": self.seed,
-                "loss": after, "increase": after - base, "base": base, "kl": near.kl,
+                "loss": after.mean, "increase": increase, "base": base.mean, "kl": near.kl,
+                "domains": {d: v - base.domains[d] for d, v in after.domains.items()},
+                "unseen": {d: v - apart.domains[d] for d, v in elsewhere.domains.items()},
                 "acceptance": near.acceptance, "top1": near.top1,
                 "predicted": plan.explanation.get("predicted_change"), "tokens": self.text.tokens,
                 "heldout_tokens": self.heldout.tokens, "agreement_tokens": near.tokens,
@@ -189,12 +221,13 @@ class Subject:
                 "planning_seconds": round(planned, 1), "seconds": round(seconds, 1),
             }  # fmt: skip
 
-    def loss(self, model: nn.Module) -> float:
-        """Mean held-out loss in nats."""
-        from moe_fair.evaluate import heldout_loss
+    def loss(self, model: nn.Module, text: CalibrationSet | None) -> HeldoutLoss:
+        """Loss in nats of all of a text and of each domain; of no domain where there is no text."""
+        from moe_fair.evaluate import HeldoutLoss, heldout_loss
 
-        batches = self.heldout.batches(self.recipe.batch_size)
-        return heldout_loss(_engine(model), batches, self.heldout.domains).mean
+        if text is None:
+            return HeldoutLoss(0.0, {}, 0)
+        return heldout_loss(_engine(model), text.batches(self.recipe.batch_size), text.domains)
 
     def _tries(self, method: str) -> bool:
         """The method tries its plan against others'."""
@@ -311,7 +344,8 @@ def _quiet(_: str) -> None:
 
 
 def settings(method: str) -> Row:
-    """A method as settings of a recipe."""
+    """A method as settings of a recipe, but for its text."""
+    method = method.partition("@")[0]
     if method == "default":
         return {}
     if method.endswith(".yaml"):
@@ -466,6 +500,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", default=["eval/tiny-qwen2-moe"])
     made.add_argument("--calibration", default="eval/text/calibration")
     made.add_argument("--heldout", default="eval/text/heldout")
+    made.add_argument("--unseen", type=Path, help="held-out text of other domains")
     made.add_argument("--samples", type=int, default=256)
     made.add_argument("--length", type=int, default=256)
     made.add_argument("--heldout-samples", type=int, default=400)

@@ -7,7 +7,13 @@
 `eval/compare.py` with this grid and the verdict that follows from it: the default's increase of the
 held-out loss over that of the best peer without repair, of the best peer with the default's repair,
 and of REAP, each with a uniform budget. `--repaired` measures the peers with repair too, which
-takes hours. All other options are those of `eval/compare.py`; the findings are in `eval/LAB.md`.
+takes hours. With `--unseen` the second table sets the texts that methods are calibrated on side by
+side, on domains that the given text holds and on others:
+
+    python eval/unseen_text.py -o lab/unseen
+    python eval/lab.py --unseen lab/unseen --methods default default@self default@half
+
+All other options are those of `eval/compare.py`; the findings are in `eval/LAB.md`.
 """
 
 from __future__ import annotations
@@ -38,6 +44,8 @@ def main() -> None:
     rows = compare.measure(args)
     text = compare.tables(rows, args.methods, args.ratios, args.reference)
     text += "\n\n" + verdict(rows)
+    if any(r.get("unseen") for r in rows):
+        text += "\n\n" + texts(rows)
     print(text)
     if args.table:
         args.table.write_text(text + "\n")
@@ -89,6 +97,50 @@ def verdict(rows: list[compare.Row]) -> str:
         b, p, r = (f"{pick(v):.3f}" if v else "-" for v in shares.values())
         lines.append(f"| {label} | | | | {b} | | {p} | {r} | |")
     return "\n".join(lines)
+
+
+def texts(rows: list[compare.Row]) -> str:
+    """Mean increase over domains of a kind by the text that was calibrated on, and the worst.
+
+    Each over what the same method comes to with the given text, on the seeds that both were
+    measured with.
+    """
+    cells = compare.cells_of(rows)
+    lines = [
+        "### The text that is calibrated on", "",
+        "| model | removed | method | domains of the given text | other domains | the worst | all "
+        "| all / given text | seeds |",
+        "|---" * 9 + "|",
+    ]  # fmt: skip
+    shares: dict[str, list[float]] = {}
+    for (model, method, ratio), found in cells.items():
+        given = {r["seed"]: r for r in cells.get((model, method.partition("@")[0], ratio), [])}
+        both = [r for r in found if r.get("unseen") and r["seed"] in given]
+        if not both:
+            continue
+        mine, theirs = (_by_kind(v) for v in (both, [given[r["seed"]] for r in both]))
+        shown = "-"
+        if "@" in method and theirs[3] > 0 < mine[3]:
+            shares.setdefault(method, []).append(mine[3] / theirs[3])
+            shown = f"{mine[3] / theirs[3]:.3f}"
+        values = " | ".join(f"{v:.4f}" for v in mine)
+        lines.append(
+            f"| {model} | {100 * ratio:.3g} % | {method} | {values} | {shown} | {len(both)} |"
+        )
+    for method, found_shares in shares.items():
+        lines.append(f"| geometric mean | | {method} | | | | | {_geometric(found_shares):.3f} | |")
+    return "\n".join(lines)
+
+
+def _by_kind(rows: list[compare.Row]) -> tuple[float, float, float, float]:
+    """Means over seeds: of the given text's domains, of others, of the worst of all, of all."""
+    seen = [list(r["domains"].values()) for r in rows]
+    other = [list(r["unseen"].values()) for r in rows]
+    both = [a + b for a, b in zip(seen, other, strict=True)]
+    return (
+        stats.mean(map(stats.mean, seen)), stats.mean(map(stats.mean, other)),
+        stats.mean(map(max, both)), stats.mean(map(stats.mean, both)),
+    )  # fmt: skip
 
 
 def _common(found: list[dict[int, float]]) -> list[int]:

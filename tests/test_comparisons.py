@@ -65,15 +65,31 @@ def test_the_verdict_names_the_best_peer_and_the_worst_cell() -> None:
     assert "| worst | | | | 0.900 | | - | 0.450 | |" in text
 
 
+def test_texts_are_set_side_by_side_on_the_seeds_of_both() -> None:
+    rows = []
+    for seed, own in ((0, 0.1), (1, 0.2), (2, 9.0)):  # seed 2: not with the given text
+        rows.append(row("default@self", 0.5, seed, 0.0))
+        rows[-1] |= {"domains": {"a": own}, "unseen": {"b": own, "c": own + 0.3}}
+        if seed < 2:
+            rows.append(row("default", 0.5, seed, 0.0))
+            rows[-1] |= {"domains": {"a": 0.1}, "unseen": {"b": 0.5, "c": 0.9}}
+    rows.append(row("other", 0.5, 0, 0.0))  # measured without other domains
+    lines = lab.texts(rows).splitlines()
+    mine, given, together = lines[-3:]
+    assert mine == "| m | 50 % | default@self | 0.1500 | 0.3000 | 0.4500 | 0.2500 | 0.500 | 2 |"
+    assert given == "| m | 50 % | default | 0.1000 | 0.7000 | 0.9000 | 0.5000 | - | 2 |"
+    assert together == "| geometric mean | | default@self | | | | | 0.500 | |"
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_rows_tables_and_plot(tmp_path: Path) -> None:
     methods = ["mone/uniform+scale", "reap/uniform", str(RIVALS[0]), "frequency/evoesap",
-               "frequency/uniform+merge", "taylor-sq/curves"]  # fmt: skip
+               "frequency/uniform+merge", "taylor-sq/curves", "reap/uniform@self"]  # fmt: skip
     out = tmp_path / "rows.jsonl"
     given = [
         "--models", str(MODEL), "--calibration", str(CALIBRATION),
-        "--heldout", str(HELDOUT), "--samples", "8", "--length", "48",
+        "--heldout", str(HELDOUT), "--unseen", str(CALIBRATION), "--samples", "8", "--length", "48",
         "--heldout-samples", "8", "--agreement-samples", "4", "--ratios", "0.5",
         "--evaluations", "2", "-o", str(out), "--csv", str(tmp_path / "t.csv"),
         "--table", str(tmp_path / "t.md"), "--plot", str(tmp_path / "p.png"),
@@ -88,6 +104,9 @@ def test_rows_tables_and_plot(tmp_path: Path) -> None:
     by = {r["method"]: r for r in rows}
     assert by["reap/uniform"]["kept"] == [30] * 6 == by["frequency/uniform+merge"]["kept"]
     assert by["taylor-sq/curves"]["predicted"] is not None
+    assert {*by["reap/uniform"]["unseen"]} == {p.stem for p in CALIBRATION.glob("*.jsonl")}
+    assert by["reap/uniform@self"]["unseen"] != by["reap/uniform"]["unseen"]
+    assert by["reap/uniform@self"]["base"] == by["reap/uniform"]["base"]
     before, rival = out.read_text(), RIVALS[0].stem
     again = compare.main([*given, "--seeds", "2", "--methods", *methods[1:3]])
     assert out.read_text().startswith(before)  # nothing is measured twice
