@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import torch
 
 from moe_fair.core.allocate import allocator, needs
@@ -9,6 +11,7 @@ from moe_fair.core.cost_curves import curves
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
+from moe_fair.moe.coverage import coverage
 from moe_fair.pipelines.checks import check_hash_layers, check_target, method, planned
 from moe_fair.pipelines.collection import check_held
 from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
@@ -51,6 +54,9 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         recipe={**statistics.metadata["calibration"], **recipe.planning()},
     )
     made = with_heads(made, size, choice, facts, scored, recipe.mtp)
+    found = coverage(made.groups, statistics, removal, recipe.weights)
+    if found is not None:
+        made = replace(made, explanation={**made.explanation, "coverage": asdict(found)})
     if recipe.reduce != "merge":
         return made
     from moe_fair.moe.merge import merging

@@ -1,0 +1,147 @@
+"""How far calibration text carries a plan: what every domain loses, and how firm the choice is.
+
+For a plan that removes the set R_l of layer l, with G_d[e] the sum of the router's weights of
+expert e in domain d, and R_l(c, T) the |R_l| experts that a criterion c ranks lowest on text T,
+
+    routed     Σ_l Σ_{e ∈ R_l} G_d[e] / Σ_l Σ_e G_d[e]
+    without    Σ_l |R_l(c, T) ∩ R_l(c, T without d)| / Σ_l |R_l|
+    halves     Σ_l |R_l(t, half of T) ∩ R_l(t, the other half)| / Σ_l |R_l|
+
+with c the plan's removal criterion and t `taylor-sq`, whose values are kept for every sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_fair.core.criterion import Criterion, round_significant
+from moe_fair.core.plan import GroupPlan
+from moe_fair.core.ranking import rank
+from moe_fair.core.units import Scores, Statistics, UnitGroup
+from moe_fair.moe.criteria import criteria
+
+MASS, HALVES = "gate", "taylor-sq"
+MOST = 16  # domains
+DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """See the module; shares of 1, and None or nothing where statistics do not tell.
+
+    Attributes:
+        routed, without: by domain.
+        chance: what `halves` would be if text told nothing.
+    """
+
+    routed: dict[str, float]
+    without: dict[str, float]
+    halves: float | None
+    chance: float | None
+
+
+def coverage(
+    groups: Sequence[GroupPlan],
+    statistics: Statistics,
+    rule: Criterion,
+    weights: Mapping[str, float] | None,
+) -> Coverage | None:
+    """What is known; None of a plan that removes nothing, or rests on no text.
+
+    Args:
+        rule: the plan's removal criterion.
+        weights: its domain weights.
+    """
+    mine = {g.name: g for g in groups if g.depth and not g.follows}
+    statistics = replace(statistics, groups=tuple(g for g in statistics.groups if g.name in mine))
+    if not mine or not any(rule.needs) or not statistics.tokens.any():
+        return None
+    removed = {n: sorted({*range(g.size)} - {*g.kept}) for n, g in mine.items()}
+    halves, chance = _halves(statistics, removed, weights)
+    return Coverage(
+        _routed(statistics, removed), _without(statistics, removed, rule, weights), halves, chance
+    )
+
+
+def _routed(statistics: Statistics, removed: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    parts = {n: s[MASS] for n, s in statistics.sums.items() if n in removed and MASS in s}
+    if not parts:
+        return {}
+    gone = sum(v[:, list(removed[n])].sum(1) for n, v in parts.items())
+    every = sum(v.sum(1) for v in parts.values())
+    assert isinstance(gone, Tensor)
+    assert isinstance(every, Tensor)
+    share = round_significant(gone / every.clamp(min=1e-300), DIGITS).tolist()
+    return {d: s for d, s, e in zip(statistics.domains, share, every, strict=True) if e > 0}
+
+
+def _without(
+    statistics: Statistics, removed: Mapping[str, Sequence[int]], rule: Criterion,
+    weights: Mapping[str, float] | None,
+) -> dict[str, float]:  # fmt: skip
+    counted = [d for d in statistics.domains if (weights or {}).get(d, 1.0) > 0]
+    if not 2 <= len(counted) <= MOST:
+        return {}
+    needed = {
+        n: {k: v for k, v in s.items() if k in rule.needs} for n, s in statistics.sums.items()
+    }
+    statistics = replace(statistics, sums=needed)
+    every = _lowest(rule(statistics, weights), statistics.groups, removed)
+    found = {}
+    for domain in counted:
+        fewer = rule(statistics, {**(weights or {}), domain: 0.0})
+        found[domain] = _overlap(every, _lowest(fewer, statistics.groups, removed))
+    return found
+
+
+def _halves(
+    statistics: Statistics, removed: Mapping[str, Sequence[int]],
+    weights: Mapping[str, float] | None,
+) -> tuple[float | None, float | None]:  # fmt: skip
+    rule = criteria()[HALVES]
+    views = {g: statistics.view(g, weights) for g in statistics.groups}
+    if not views or any(len(v.rows) < 2 for v in views.values()):
+        return None, None
+    first = torch.tensor(_every_other(statistics))
+    sides = []
+    for chosen in (first, ~first):
+        halved = {g: replace(v, row_weights=v.row_weights * chosen) for g, v in views.items()}
+        if not all(float(v.row_weights.sum()) for v in halved.values()):
+            return None, None
+        scores = {g.name: round_significant(rule.score(v)) for g, v in halved.items()}
+        sides.append(_lowest(Scores(HALVES, scores), statistics.groups, removed))
+    sizes = {g.name: g.size for g in statistics.groups}
+    total = sum(map(len, removed.values()))
+    chance = sum(len(r) ** 2 / sizes[n] for n, r in removed.items()) / total
+    return _overlap(*sides), round(chance, DIGITS)
+
+
+def _every_other(statistics: Statistics) -> list[bool]:
+    """[S] whether a sequence belongs to the first half, half of every domain's each."""
+    seen: dict[int, int] = {}
+    found = {}
+    order = sorted(range(len(statistics.sequence_ids)), key=lambda i: statistics.sequence_ids[i])
+    for i in order:
+        domain = int(statistics.sequence_domains[i])
+        seen[domain] = seen.get(domain, 0) + 1
+        found[i] = seen[domain] % 2 == 1
+    return [found[i] for i in range(len(order))]
+
+
+def _lowest(
+    scores: Scores, groups: tuple[UnitGroup, ...], removed: Mapping[str, Sequence[int]]
+) -> dict[str, set[int]]:
+    """As many units of each group as are removed, the lowest that routing allows to leave."""
+    return {
+        r.group.name: {*range(r.group.size)} - {*r.kept(len(removed[r.group.name]))}
+        for r in rank(groups, scores, None)
+    }
+
+
+def _overlap(a: Mapping[str, set[int]], b: Mapping[str, set[int]]) -> float:
+    both = sum(len(ids & b[n]) for n, ids in a.items())
+    return round(both / sum(map(len, a.values())), DIGITS)
