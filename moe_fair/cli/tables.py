@@ -11,6 +11,7 @@ from moe_fair.core.engine_facts import verdicts
 from moe_fair.core.layout import layout_of, parallel_sizes
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
+from moe_fair.report.coverage import coverage_lines
 from moe_fair.report.document import Block, Code, Table, Text, screen
 from moe_fair.report.numbers import (
     PAIRED_NOTE,
@@ -58,6 +59,7 @@ def plan_table(plan: Plan) -> None:
         below.append(Text(f"{what}: {sizes} ({change(before, after)})"))
     if plan.expert_parallel:
         below.append(Text(f"expert parallel: {_sizes(plan.expert_parallel)}"))
+    below += coverage_lines(plan)
     below += [Text(note, note=True) for note in plan.notes]
     render(screen([Table(header, rows, words=(len(header) - 1,))], below))
 

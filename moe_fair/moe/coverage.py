@@ -84,7 +84,8 @@ def _without(
     weights: Mapping[str, float] | None,
 ) -> dict[str, float]:  # fmt: skip
     counted = [d for d in statistics.domains if (weights or {}).get(d, 1.0) > 0]
-    if not 2 <= len(counted) <= MOST:
+    constant = [n in c for c in statistics.constants.values() for n in rule.needs]
+    if not 2 <= len(counted) <= MOST or (constant and all(constant)):
         return {}
     needed = {
         n: {k: v for k, v in s.items() if k in rule.needs} for n, s in statistics.sums.items()
@@ -93,7 +94,10 @@ def _without(
     every = _lowest(rule(statistics, weights), statistics.groups, removed)
     found = {}
     for domain in counted:
-        fewer = rule(statistics, {**(weights or {}), domain: 0.0})
+        try:
+            fewer = rule(statistics, {**(weights or {}), domain: 0.0})
+        except ValueError:  # a rule that compares domains, of which too few are left
+            return {}
         found[domain] = _overlap(every, _lowest(fewer, statistics.groups, removed))
     return found
 

@@ -14,6 +14,7 @@ from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.evaluate.drafts import Drafts
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.report import figures
+from moe_fair.report.coverage import coverage_blocks
 from moe_fair.report.document import (
     Block,
     Code,
@@ -240,6 +241,7 @@ def _routing(s: Sources) -> Iterator[Block]:
         "all experts of the layer. A white dot marks the removed ones."
         + (f" {more} more domains are not drawn." if more else ""),
     )
+    yield from coverage_blocks(s.plan)
     if (line := unrouted_line(s.plan.groups, s.routing.use)) is not None:
         yield Text(f"{line}.", note=True)
 

@@ -141,10 +141,12 @@ def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
         "Agreement with the original", "Benchmarks", "Serving", "Recipe",
     ]  # fmt: skip
     sources = gather(pruned)
-    budget, repair, size, heldout, agreement, benchmarks, _, prints = page.tables
+    budget, covered, repair, size, heldout, agreement, benchmarks, _, prints = page.tables
     assert [[int(x) for x in row[:4]] for row in budget[1:]] == [
         [g.layer, g.size, len(g.kept), g.size - len(g.kept)] for g in sources.plan.groups
     ]
+    shares = sources.plan.explanation["coverage"]["routed"]
+    assert [r[:2] for r in covered[1:]] == [[d, f"{v:.1%}"] for d, v in shares.items()]
     assert sources.repairs is not None
     assert repair[0] == ["layer", "repair", "expert error before", "fitted"]
     assert [r[0] for r in repair[1:]] == [g.name for g in sources.plan.groups]
