@@ -14,6 +14,7 @@ from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.equal_counts import equal_count
+from moe_fair.core.made_files import find_plan
 from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.plan_parts import GroupPlan as GroupPlan
@@ -46,10 +47,9 @@ class Plan(PlanFields):
         Raises:
             ValueError: no such file, not a plan, or ids that cannot be.
         """
-        if not path.is_file():
-            raise ValueError(f"no plan at {path}: `moe-fair plan STATISTICS -o {path}` makes one")
+        file = find_plan(path)
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(file.read_text())
             if raw.pop("format") != PLAN_FORMAT:
                 raise ValueError("another format version")
             groups = [GroupPlan(**g) for g in raw.pop("groups")]

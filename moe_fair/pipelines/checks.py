@@ -11,13 +11,14 @@ import torch
 
 from moe_fair.core.allocate import allocator, allocators
 from moe_fair.core.criterion import Criterion
-from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
-from moe_fair.core.recipe import Recipe, parse_size
+from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.registry import pick
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.engines.processes import processes
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.device_map import check_map, read_map
+from moe_fair.pipelines.early_checks import target
 from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
 from moe_fair.pipelines.serving import allocator_for, refusal, wanted_by
 
@@ -74,18 +75,6 @@ def method_name(recipe: Recipe) -> str:
     if recipe.tolerance is not None:
         return "fair"
     return "frequency" if recipe.reduce == "merge" else "second-order"
-
-
-def target(recipe: Recipe) -> Target:
-    """The recipe's one target."""
-    size = dict([parse_size(recipe.size)]) if recipe.size else {}
-    return Target(
-        mean_kept=recipe.experts,
-        total=recipe.total,
-        ratio=recipe.ratio,
-        tolerance=recipe.tolerance,
-        **size,
-    )
 
 
 def check_target(recipe: Recipe, every: tuple[UnitGroup, ...], before: ModelSize) -> None:
