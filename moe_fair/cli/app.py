@@ -71,7 +71,6 @@ from moe_fair.pipelines.early_checks import (
     check_local,
     check_made,
     check_model_folder,
-    check_names,
     check_texts,
     target,
 )
@@ -115,10 +114,11 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(given, recipe, "calibrate")
-    check_model_folder(settings)
+    check_model_folder(settings.model)
     check_texts(settings.calibration)
     with uncollected():
-        check_names(settings)
+        from moe_fair.pipelines.methods import check_names
+    check_names(settings)
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -142,7 +142,7 @@ def sample(
 ) -> None:  # fmt: skip
     """Sample calibration text from the model itself, for -c FILE or to be looked at."""
     settings = _settings(given, None, "sample")
-    check_model_folder(settings)
+    check_model_folder(settings.model)
     from moe_fair.pipelines import own_text as pipeline
 
     pipeline.sample(settings, output, _say)
@@ -185,14 +185,15 @@ def prune(
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
     settings = _settings(given, recipe, "prune")
-    check_model_folder(settings)
-    check_made(settings)
+    check_model_folder(settings.model)
+    check_made(settings.stats, settings.plan)
     if settings.plan is None:
         target(settings)
     anew = settings.stats is None and settings.plan is None
     check_texts((*settings.heldout, *(settings.calibration if anew else ())))
     with uncollected():
-        check_names(settings, repairs=True)
+        from moe_fair.pipelines.methods import check_names
+    check_names(settings, repairs=True)
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
@@ -232,8 +233,8 @@ def oracle(
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
     settings = _settings(given, recipe, "oracle")
-    check_model_folder(settings)
-    check_made(settings)
+    check_model_folder(settings.model)
+    check_made(settings.stats, settings.plan)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 

@@ -11,15 +11,15 @@ from moe_fair.core.recipe import Recipe, parse_size
 from moe_fair.moe.folder_kind import check_folder, local_folder
 
 
-def given_model(recipe: Recipe) -> str:
+def given_model(model: str | None) -> str:
     """The model that a recipe names.
 
     Raises:
         ValueError: it names none.
     """
-    if recipe.model is None:
+    if model is None:
         raise ValueError("no model given: name a local directory or a Hub id")
-    return recipe.model
+    return model
 
 
 def target(recipe: Recipe) -> Target:
@@ -38,13 +38,13 @@ def target(recipe: Recipe) -> Target:
     )
 
 
-def check_model_folder(recipe: Recipe) -> None:
+def check_model_folder(model: str | None) -> None:
     """A model that is a directory may be one; what is on the Hub is not asked for here.
 
     Raises:
         ValueError: it is no model's directory, or none is named.
     """
-    check_local(given_model(recipe))
+    check_local(given_model(model))
 
 
 def check_local(model: str) -> None:
@@ -61,16 +61,16 @@ def check_local(model: str) -> None:
         raise ValueError(f"{model}: {e}") from e
 
 
-def check_made(recipe: Recipe) -> None:
-    """The files of an earlier stage that a recipe names are there.
+def check_made(stats: str | None, plan: str | None) -> None:
+    """The files of an earlier stage that are named are there.
 
     Raises:
         ValueError: one is not.
     """
-    if recipe.stats is not None:
-        find_statistics(Path(recipe.stats))
-    if recipe.plan is not None:
-        find_plan(Path(recipe.plan))
+    if stats is not None:
+        find_statistics(Path(stats))
+    if plan is not None:
+        find_plan(Path(plan))
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -86,24 +86,3 @@ def check_texts(texts: Sequence[str]) -> None:
 
     for text in texts:
         check_there(parse_source(text))
-
-
-def check_names(recipe: Recipe, repairs: bool = False) -> None:
-    """The rules that a recipe names are there.
-
-    Args:
-        repairs: the repair's name counts as well.
-
-    Raises:
-        ValueError: one is not; names the nearest.
-    """
-    from moe_fair.moe.criteria import criterion  # all of these import torch
-    from moe_fair.moe.repairs import repair
-    from moe_fair.pipelines.checks import method
-
-    method(recipe)
-    if recipe.curves is not None:
-        criterion(recipe.curves)
-    wanted = recipe.parts["repair"]
-    if repairs and wanted not in (None, "none"):
-        repair(wanted)
