@@ -75,8 +75,7 @@ def make_plan(
     counts: Collection[int] | None = None,
     equal: bool = False,
     costs: Mapping[str, np.ndarray] | None = None,
-    rows: Mapping[str, np.ndarray] | None = None,
-    grams: Mapping[str, np.ndarray] | None = None,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -84,7 +83,7 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of, counts, costs, rows, grams: see `ranking.rank`.
+        min_units, multiple_of, counts, costs, inputs: see `ranking.rank`.
         equal: all groups keep the same number, whatever the allocator.
 
     Raises:
@@ -97,7 +96,7 @@ def make_plan(
         counts = {equal_count(groups, each, target, before)}
     ranked = rank(
         allocated, removal, protection, min_units=min_units, multiple_of=multiple_of, counts=counts,
-        costs=costs, rows=rows, grams=grams,
+        costs=costs, inputs=inputs,
     )  # fmt: skip
     following = rank(
         tuple(g for g in groups if g.follows), removal, protection, min_units=min_units,

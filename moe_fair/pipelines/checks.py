@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_fair.core.allocate import allocator, inputs_of
 from moe_fair.core.plan import ModelSize, Plan, make_plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.engines.processes import processes
 from moe_fair.moe.device_map import check_map, read_map
+from moe_fair.moe.statistics import zeros
 from moe_fair.pipelines.early_checks import target
 from moe_fair.pipelines.methods import method as method
 from moe_fair.pipelines.methods import method_name as method_name
@@ -82,6 +84,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
     rule_name = method(recipe)[2]
+    rule = allocator(rule_name)
     facts = head_facts(source)
     choice = choose_heads(recipe, facts, rule_name)
     groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
@@ -100,8 +103,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         allocator=rule_name,
         before=before,
         costs={g.name: np.zeros(g.size + 1) for g in groups},
-        rows={g.name: np.zeros((1, g.size)) for g in groups},
-        grams={g.name: np.zeros((g.size, g.size)) for g in groups},
+        inputs=inputs_of(rule, (zeros(g, getattr(rule, "needs", ())) for g in groups)),
     )
 
 
