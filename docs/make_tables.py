@@ -45,9 +45,7 @@ def tables() -> Iterator[tuple[str, str, str]]:
     ]
     yield "choosing.md", "criteria", _table(header, rows)
     header = ("`--allocate`", "budget", "needs")
-    rows = [
-        (f"`{name}`", first(a), _joined(_needed(name, a))) for name, a in allocators().items()
-    ]
+    rows = [(f"`{name}`", first(a), _joined(_needed(name, a))) for name, a in allocators().items()]
     yield "choosing.md", "allocators", _table(header, rows)
     header = ("`--repair`", "what is fitted, and folded into tensors that are there")
     rows = [("`none`", "Nothing."), *((f"`{name}`", first(r)) for name, r in repairs().items())]
