@@ -21,16 +21,13 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.settings import key_of, settings_of
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.repairs import repairs
+from moe_fair.moe.statistics import unasked
 
 DOCS = Path(__file__).parent
-# statistics that are collected where something asks for them
-ASKED_FOR = {"sketch", "gated_gram", "alone_change"}
-# what an allocator may need -> what gives it
+# what an allocator may need beside statistics -> what gives it
 GIVEN_BY = {
     "protection": "protection scores, `--protection`",
     "costs": "measured cost curves, `--curves`",
-    "rows": "Taylor rows, which are collected unasked",
-    "gram": "`calibrate --for naee`",
 }
 
 
@@ -41,17 +38,14 @@ def tables() -> Iterator[tuple[str, str, str]]:
         (
             f"`{name}`",
             first(c.score),
-            f"`--for {name}`" if ASKED_FOR & set(c.needs) else "",
+            f"`--for {name}`" if _asked_for(c) else "",
             c.source,
         )
         for name, c in criteria().items()
     ]
     yield "choosing.md", "criteria", _table(header, rows)
     header = ("`--allocate`", "budget", "needs")
-    rows = [
-        (f"`{name}`", first(a), _joined(text for n, text in GIVEN_BY.items() if needs(a, n)))
-        for name, a in allocators().items()
-    ]
+    rows = [(f"`{name}`", first(a), _joined(_needed(name, a))) for name, a in allocators().items()]
     yield "choosing.md", "allocators", _table(header, rows)
     header = ("`--repair`", "what is fitted, and folded into tensors that are there")
     rows = [("`none`", "Nothing."), *((f"`{name}`", first(r)) for name, r in repairs().items())]
@@ -62,6 +56,22 @@ def tables() -> Iterator[tuple[str, str, str]]:
         for s in settings_of(Recipe).values()
     ]
     yield "settings.md", "settings", _table(header, rows)
+
+
+def _asked_for(rule: Any) -> bool:
+    """It needs a statistic that is not collected unasked."""
+    return not unasked("always", "usual").issuperset(getattr(rule, "needs", ()))
+
+
+def _needed(name: str, rule: Any) -> Iterator[str]:
+    """What an allocator needs, and what gives it."""
+    yield from (text for n, text in GIVEN_BY.items() if needs(rule, n))
+    if _asked_for(rule):
+        # with the criterion of its name, or the score that it stands for
+        score = name if name in criteria() else f"{getattr(rule, 'removal', 'CRITERION')}/{name}"
+        yield f"`calibrate --for {score}`"
+    elif getattr(rule, "inputs", {}):
+        yield f"{_joined(f'`{n}`' for n in rule.needs)}, collected unasked"
 
 
 def first(rule: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -97,46 +98,106 @@ def test_heavy_packages_load_late(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-# what takes seconds to import, and the commands that do without it
-HEAVY = ("transformers", "datasets", "lm_eval", "accelerate")
+# what takes a second or more to import, and the commands that do without it
+HEAVY = (
+    "torch", "transformers", "datasets", "lm_eval", "accelerate", "scipy", "matplotlib", "sklearn",
+    "pandas", "pyarrow", "huggingface_hub", "torch_pruning",
+)  # fmt: skip
 RUNS = """
-import sys
+import json, sys
 from moe_fair.cli import main
 for arguments in {commands!r}:
     try:
         main(arguments)
     except SystemExit as stop:
-        print(arguments, stop.code, file=sys.stderr)
-print(sorted(set({heavy!r}) & set(sys.modules)))
+        code = stop.code
+    print("loaded", json.dumps([code, sorted(set({heavy!r}) & set(sys.modules))]), file=sys.stderr)
 """
 
 
-def test_commands_that_need_no_transformers(statistics_folder: Path, tmp_path: Path) -> None:
-    """They plan, report, list and refuse."""
-    out = tmp_path / "out"
-    (out / "moe_fair").mkdir(parents=True)
-    shutil.copy(MODEL / "config.json", out)
-    plan = ["plan", statistics_folder, "--experts", "40"]
-    commands = [
-        (["--help"], 0),
-        (["prune", "--help"], 0),
-        (["settings"], 0),
-        (["settings", "method"], 0),
-        ([*plan, "-o", out / "moe_fair" / "plan.json"], 0),
-        ([*plan, "--reduce", "merge"], 0),
-        (["report", out], 0),
-        (["check", MODEL], 0),
-        (["verify", tmp_path], 2),
-        (["push", tmp_path, "a/b"], 2),
-        (["prune", tmp_path, "--experts", "4", "-o", tmp_path / "x"], 2),
-        (["prune", MODEL, "--experts", "4", "--method", "raep", "-o", tmp_path / "x"], 2),
-        (["calibrate", MODEL, "--samples", "0", "-o", tmp_path / "x"], 2),
-        (["eval", MODEL], 2),
-    ]
+def loaded(commands: list[tuple[list[object], int]]) -> list[set[str]]:
+    """Which of HEAVY are there after each command, of several in one process, one after another.
+
+    Args:
+        commands: their arguments, and the exit code that each should have.
+    """
     asked = [[str(a) for a in arguments] for arguments, _ in commands]
     code = RUNS.format(commands=asked, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [x for x in done.stderr.splitlines() if x.startswith("[")]
-    assert lines == [f"{a} {code}" for a, (_, code) in zip(asked, commands, strict=True)]
-    assert done.stdout.splitlines()[-1] == "[]"
+    lines = [x.removeprefix("loaded ") for x in done.stderr.splitlines() if x[:7] == "loaded "]
+    found = [json.loads(x) for x in lines]
+    got = [(a, code) for a, (code, _) in zip(asked, found, strict=True)]
+    assert got == [(a, code) for a, (_, code) in zip(asked, commands, strict=True)], done.stderr
+    return [set(names) for _, names in found]
+
+
+def test_commands_that_need_nothing_heavy(statistics_folder: Path, tmp_path: Path) -> None:
+    """They list, look into a config, and refuse."""
+    none, new, full = tmp_path / "none", tmp_path / "new", tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    (full / "moe_fair").mkdir()
+    (full / "moe_fair" / "plan.json").touch()
+    prune = ["prune", MODEL, "--experts", "40", "-o", new]
+    commands: list[tuple[list[object], int]] = [
+        (["--help"], 0),
+        (["prune", "--help"], 0),
+        (["settings"], 0),
+        (["settings", "batch_size"], 0),
+        (["settings", "of-nothing"], 2),
+        (["recipes"], 0),
+        (["check", MODEL], 0),
+        (["check", none], 2),
+        (["report", none], 2),
+        (["verify", none], 2),
+        (["verify", full, "--against", none], 2),
+        (["push", none, "a/b"], 2),
+        (["plan", none, "--experts", "40"], 2),
+        (["plan", statistics_folder, "--experts", "x"], 2),
+        (["oracle", none, "-o", new], 2),
+        (["eval", MODEL], 2),
+        (["eval", none, "--tasks", "x"], 2),
+        (["eval", MODEL, "--agreement", "--baseline", none], 2),
+        (["sample", none, "-o", new], 2),
+        (["calibrate", MODEL, "--samples", "0", "-o", new], 2),
+        (["calibrate", MODEL, "-c", none, "-o", new], 2),
+        (["calibrate", none, "-o", new], 2),
+        (["prune", none, "--experts", "4", "-o", new], 2),
+        ([*prune, "-c", tmp_path / "none.jsonl"], 2),
+        ([*prune, "--heldout", none], 2),
+        ([*prune, "--stats", none], 2),
+        (["prune", MODEL, "--plan", none, "-o", new], 2),
+        ([*prune, "--stats", none, "--plan", none], 2),
+        ([*prune, "--recipe", none], 2),
+        ([*prune, "--set", "nothing=3"], 2),
+        (["prune", MODEL, "--ratio", "3", "-o", new], 2),
+        (["vision", "prune", "x", "--data", "digits", "--ratio", "3", "-o", new], 2),
+        (["vision", "sparsify", "x", "--data", "digits", "--sparsity", "3", "-o", new], 2),
+    ]
+    for (arguments, _), names in zip(commands, loaded(commands), strict=True):
+        assert not names, arguments
+
+
+def test_commands_that_need_no_transformers(statistics_folder: Path, tmp_path: Path) -> None:
+    """Plans, reports and names of methods take torch and numpy; drawing takes matplotlib."""
+    out = tmp_path / "out"
+    (out / "moe_fair").mkdir(parents=True)
+    shutil.copy(MODEL / "config.json", out)
+    (out / "theirs.py").touch()
+    plan = ["plan", statistics_folder, "--experts", "40"]
+    commands: list[tuple[list[object], int]] = [
+        ([*plan, "-o", out / "moe_fair" / "plan.json"], 0),
+        ([*plan, "--experts", "400"], 2),
+        ([*plan, "--method", "raep"], 2),
+        (["settings", "method"], 0),
+        (["prune", MODEL, "--experts", "4", "--method", "raep", "-o", tmp_path / "x"], 2),
+        (["verify", out], 1),  # code that is not ours
+        ([*plan, "--reduce", "merge"], 0),
+        (["report", out], 0),
+    ]
+    *others, merged, drawn = loaded(commands)
+    for (arguments, _), names in zip(commands, others, strict=False):
+        assert names == {"torch"}, arguments
+    assert merged == {"torch", "scipy"}  # its clustering
+    assert drawn == {"torch", "scipy", "matplotlib"}
     assert (out / "moe_fair" / "report.html").is_file()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_fair.cli import terminal
+from moe_fair.cli.garbage import end_uncollected, uncollected
 from moe_fair.cli.options import (
     Against,
     AllowPickle,
@@ -61,11 +62,18 @@ from moe_fair.cli.recipes import recipes
 from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
 from moe_fair.core import interrupts
+from moe_fair.core.made_files import find_statistics
 from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable
 from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
-from moe_fair.pipelines.early_checks import check_model_folder, check_names
+from moe_fair.pipelines.early_checks import (
+    check_local,
+    check_made,
+    check_model_folder,
+    check_texts,
+    target,
+)
 from moe_fair.version import __version__
 
 if TYPE_CHECKING:
@@ -106,7 +114,11 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Gather statistics of every routed expert from calibration text."""
     settings = _settings(given, recipe, "calibrate")
-    _check_early(settings)
+    check_model_folder(settings.model)
+    check_texts(settings.calibration)
+    with uncollected():
+        from moe_fair.pipelines.methods import check_names
+    check_names(settings)
     from moe_fair.pipelines import moe as pipeline
     from moe_fair.pipelines.default_output import statistics_output
 
@@ -130,7 +142,7 @@ def sample(
 ) -> None:  # fmt: skip
     """Sample calibration text from the model itself, for -c FILE or to be looked at."""
     settings = _settings(given, None, "sample")
-    check_model_folder(settings)
+    check_model_folder(settings.model)
     from moe_fair.pipelines import own_text as pipeline
 
     pipeline.sample(settings, output, _say)
@@ -146,9 +158,12 @@ def plan(
 ) -> None:  # fmt: skip
     """Decide which experts stay: a budget per layer, in milliseconds."""
     settings = _settings(given, recipe, "plan")
-    from moe_fair.cli.tables import plan_table
-    from moe_fair.pipelines.plan import plan as make
-    from moe_fair.pipelines.rivals import rivals
+    find_statistics(statistics)
+    target(settings)
+    with uncollected():
+        from moe_fair.cli.tables import plan_table
+        from moe_fair.pipelines.plan import plan as make
+        from moe_fair.pipelines.rivals import rivals
 
     gathered = _statistics(statistics)
     made = make(gathered, settings)
@@ -170,7 +185,15 @@ def prune(
 ) -> None:  # fmt: skip
     """Calibrate, plan and cut: a smaller checkpoint that loads with transformers."""
     settings = _settings(given, recipe, "prune")
-    _check_early(settings, repairs=True)
+    check_model_folder(settings.model)
+    check_made(settings.stats, settings.plan)
+    if settings.plan is None:
+        target(settings)
+    anew = settings.stats is None and settings.plan is None
+    check_texts((*settings.heldout, *(settings.calibration if anew else ())))
+    with uncollected():
+        from moe_fair.pipelines.methods import check_names
+    check_names(settings, repairs=True)
     from moe_fair.cli.tables import plan_table, pruned_json, pruned_summary
     from moe_fair.core.plan import Plan
     from moe_fair.pipelines import moe as pipeline
@@ -210,7 +233,8 @@ def oracle(
 ) -> None:  # fmt: skip
     """Measure the loss change of each expert removed alone; compare every criterion with it."""
     settings = _settings(given, recipe, "oracle")
-    check_model_folder(settings)
+    check_model_folder(settings.model)
+    check_made(settings.stats, settings.plan)
     from moe_fair.cli.tables import oracle_table
     from moe_fair.pipelines import moe as pipeline
 
@@ -250,6 +274,10 @@ def evaluate(
     if batch_size is not None and batch_size.isdigit():
         given["batch_size"] = int(batch_size)
     settings = _settings(given, None, "eval")
+    check_local(model)
+    if baseline is not None:
+        check_local(baseline)
+    check_texts(settings.heldout)
     from moe_fair.cli.tables import evaluation, evaluation_json
     from moe_fair.moe.checkpoint_source import Checkpoint
     from moe_fair.pipelines import evaluate as evaluating
@@ -314,6 +342,8 @@ def verify(
     if write and against is None:
         raise ValueError("--write lists what was compared: name the original with --against")
     check_result(out)
+    if against is not None:
+        check_local(against)
     from moe_fair.cli.tables import verified, verified_json
     from moe_fair.pipelines.verify import list_files
     from moe_fair.pipelines.verify import verify as check
@@ -384,12 +414,6 @@ def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
     return base.with_settings(given)
 
 
-def _check_early(settings: Recipe, repairs: bool = False) -> None:
-    """Refuse what can be refused before heavy packages are imported."""
-    check_model_folder(settings)
-    check_names(settings, repairs)
-
-
 def _statistics(path: Path) -> Statistics:
     from moe_fair.core.units import Statistics
 
@@ -423,7 +447,9 @@ def _say(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and one line for bad input, a traceback with --debug."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        end_uncollected()
     if arguments[:1] not in TOGETHER:
         if not processes.is_first():
             sys.exit(0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_fair.cli.render import render
 from moe_fair.core.engine_facts import verdicts
 from moe_fair.core.layout import layout_of, parallel_sizes
+from moe_fair.core.manifest import FOLDER
 from moe_fair.engines.auto import auto_name
 from moe_fair.engines.stock import read_config
 from moe_fair.report.coverage import coverage_lines
@@ -26,7 +27,6 @@ from moe_fair.report.numbers import (
     method,
 )
 from moe_fair.report.serving import serving
-from moe_fair.report.sources import FOLDER
 
 if TYPE_CHECKING:
     from moe_fair.core.engine_facts import Layout

@@ -14,6 +14,7 @@ from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.equal_counts import equal_count
+from moe_fair.core.made_files import find_plan
 from moe_fair.core.output import write_named
 from moe_fair.core.plan_checks import check_plan, common_divisors
 from moe_fair.core.plan_parts import GroupPlan as GroupPlan
@@ -46,10 +47,9 @@ class Plan(PlanFields):
         Raises:
             ValueError: no such file, not a plan, or ids that cannot be.
         """
-        if not path.is_file():
-            raise ValueError(f"no plan at {path}: `moe-fair plan STATISTICS -o {path}` makes one")
+        file = find_plan(path)
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(file.read_text())
             if raw.pop("format") != PLAN_FORMAT:
                 raise ValueError("another format version")
             groups = [GroupPlan(**g) for g in raw.pop("groups")]
@@ -75,8 +75,7 @@ def make_plan(
     counts: Collection[int] | None = None,
     equal: bool = False,
     costs: Mapping[str, np.ndarray] | None = None,
-    rows: Mapping[str, np.ndarray] | None = None,
-    grams: Mapping[str, np.ndarray] | None = None,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
     fingerprint: Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -84,7 +83,7 @@ def make_plan(
 
     Args:
         before: size of the whole model, from which the size afterwards follows.
-        min_units, multiple_of, counts, costs, rows, grams: see `ranking.rank`.
+        min_units, multiple_of, counts, costs, inputs: see `ranking.rank`.
         equal: all groups keep the same number, whatever the allocator.
 
     Raises:
@@ -97,7 +96,7 @@ def make_plan(
         counts = {equal_count(groups, each, target, before)}
     ranked = rank(
         allocated, removal, protection, min_units=min_units, multiple_of=multiple_of, counts=counts,
-        costs=costs, rows=rows, grams=grams,
+        costs=costs, inputs=inputs,
     )  # fmt: skip
     following = rank(
         tuple(g for g in groups if g.follows), removal, protection, min_units=min_units,

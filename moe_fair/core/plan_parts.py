@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_fair.core.units import UnitGroup
+if TYPE_CHECKING:  # imports torch
+    from moe_fair.core.units import UnitGroup
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,7 @@ class RankedGroup:
         depths: [J] allowed numbers of removed units, rising; the first is 0 unless a multiple
             forces more.
         costs: [N + 1] measured cost of every depth, or None (see `cost_curves`).
-        rows: [S, N] Taylor values per sequence, scaled so that sums of products over the sequences
-            are (weighted) means, or None.
-        gram: [N, N] sums over tokens of products of what two units add to the output, or None.
+        inputs: what else an allocator asks for, by the names in its `inputs`.
     """
 
     group: UnitGroup
@@ -41,8 +40,7 @@ class RankedGroup:
     protection_order: np.ndarray | None
     depths: np.ndarray
     costs: np.ndarray | None = None
-    rows: np.ndarray | None = None
-    gram: np.ndarray | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -79,8 +77,7 @@ def rank(
     multiple_of: int = 1,
     counts: Collection[int] | None = None,
     costs: Mapping[str, np.ndarray] | None = None,
-    rows: Mapping[str, np.ndarray] | None = None,
-    grams: Mapping[str, np.ndarray] | None = None,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[RankedGroup]:
     """Order every group's units and list its allowed depths.
 
@@ -88,7 +85,7 @@ def rank(
         min_units: fewest units kept in any group, on top of each group's own floor.
         multiple_of: kept counts must be a multiple of this.
         counts: kept counts are among these; None for any.
-        costs, rows, grams: of every group, see `RankedGroup`.
+        costs, inputs: of every group, see `RankedGroup`.
 
     Raises:
         ValueError: a group has no allowed depth.
@@ -106,8 +103,7 @@ def rank(
                 protection_order=None if r is None else block_order(-r, group.blocks),
                 depths=depths(group, min_units, multiple_of, counts),
                 costs=costs[group.name] if costs else None,
-                rows=rows[group.name] if rows else None,
-                gram=grams[group.name] if grams else None,
+                inputs=inputs[group.name] if inputs else {},
             )
         )
     return ranked

@@ -220,9 +220,8 @@ class Recipe:
     )  # fmt: skip
     allocate: str | None = setting(
         None,
-        "The ALLOCATOR of --method in its older form: tod, uniform, global, global-normalised, "
-        "curves (measured costs), tod-curves, fisher (all layers together, by Taylor rows) or naee "
-        "(sets by reconstruction error)",
+        "The ALLOCATOR of --method in its older form: tod, uniform, global, or another that "
+        "`moe-fair settings allocate` lists",
         panel=SCORES, commands=DECIDES, choices="allocators",
     )  # fmt: skip
     rivals: tuple[str, ...] | None = setting(
@@ -289,8 +288,8 @@ class Recipe:
     )  # fmt: skip
     repair: str | None = setting(
         None,
-        "Fit the remaining experts to the original model, layer by layer: none, scale, channel, "
-        "variance, matrix, refit, distill or novice",
+        "Fit the remaining experts to the original model, layer by layer: none, refit, distill, or "
+        "another that `moe-fair settings repair` lists",
         panel=SCORES, commands=("prune",), shown=True, choices="repairs",
         usual="distill where the model's experts allow it",
     )  # fmt: skip

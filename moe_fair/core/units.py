@@ -26,11 +26,12 @@ from torch import Tensor
 
 from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.exact_sum import two_sum
+from moe_fair.core.made_files import RESULT_FILE as RESULT_FILE
+from moe_fair.core.made_files import STATISTICS_FILE as STATISTICS_FILE
+from moe_fair.core.made_files import find_statistics
+from moe_fair.core.made_files import statistics_file as statistics_file
 from moe_fair.core.sketch import Sketch
 
-STATISTICS_FILE = "statistics.safetensors"
-# beside weights: loaders take every `*.safetensors` of a model, in its folders too, for weights
-RESULT_FILE = "statistics.tensors"
 STATISTICS_FORMAT = "moe_fair.statistics/1"
 
 
@@ -284,11 +285,7 @@ class Statistics:
             ValueError: there is no such file, it is not a statistics file of this version, or its
                 numbers are not those that were written.
         """
-        file = statistics_file(path) if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(
-                f"no statistics at {path}; make them with `moe-fair calibrate MODEL -o {path}`"
-            )
+        file = find_statistics(path)
         header, tensors = _read(file)
         if header.get("format") != STATISTICS_FORMAT:
             raise ValueError(
@@ -364,12 +361,6 @@ class Statistics:
             compensation=stores["lost"],
             sketches={g: Sketch.unpack(t) for g, t in packed.items()},
         )
-
-
-def statistics_file(folder: Path) -> Path:
-    """Where a folder keeps statistics: `calibrate`'s, a result's, or a result's of before."""
-    file = folder / RESULT_FILE
-    return file if file.is_file() else folder / STATISTICS_FILE
 
 
 def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

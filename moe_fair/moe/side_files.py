@@ -15,8 +15,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
 from moe_fair.core.manifest import FOLDER
 from moe_fair.moe.blocks import COUNTERS
 from moe_fair.moe.trusted_code import OUR_FILES
@@ -113,6 +111,8 @@ def reader_code(folder: Path) -> set[str]:
         for module in _named_modules(folder / name, classes):
             file = folder / f"{module}.py"
             if file.is_file():
+                from transformers.dynamic_module_utils import get_relative_import_files
+
                 needed = [str(file), *get_relative_import_files(file)]
                 found |= {Path(f).relative_to(folder).as_posix() for f in needed}
     return found

@@ -152,9 +152,8 @@ def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None
             found += _directory(s, path, own)
         elif not s.local and is_preset(s.where):
             found += _preset(s, own)
-        elif not s.local and kind(path) is not None:
-            raise ValueError(f"calibration file {path} does not exist")
         elif not s.local:
+            check_there(s)
             found.append(s)
         elif kind(path) is None:
             raise ValueError(
@@ -174,6 +173,18 @@ def expand(sources: Iterable[Source], left_out: dict[str, LeftOut] | None = None
             f"{MOST_DOMAINS}; name one for all of it: --calibration NAME={most}"
         )
     return found
+
+
+def check_there(source: Source) -> None:
+    """What can only be a path, and no data set's id, is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    where = source.where
+    path = kind(Path(where)) is not None or where.startswith((".", "/", "~"))
+    if (path or where.count("/") > 1) and not source.local:
+        raise ValueError(f"calibration file {where} does not exist")
 
 
 def _directory(source: Source, folder: Path, left_out: LeftOut) -> list[Source]:

@@ -26,7 +26,7 @@ from moe_fair.moe.engine_choice import Choice, choose, weight_dtype
 from moe_fair.moe.mtp_head import HeadRunner
 from moe_fair.moe.statistics import Collected, usual
 from moe_fair.pipelines.mtp_heads import collects_heads, head_facts
-from moe_fair.pipelines.oom_retry import Elastic
+from moe_fair.pipelines.oom_retry import Elastic, Loading
 
 Say = Callable[[str], None]
 # families whose names are not in a fingerprint where all are there, and the order of others
@@ -64,12 +64,13 @@ def collect(
         f"calibrating on {len(text.sequences)} sequences, {text.tokens:,} tokens of "
         f"{', '.join(text.domains)}"
     )
-    if collects_heads(recipe, source):
+    heads = collects_heads(recipe.mtp, source)
+    if heads:
         say(f"MTP head {source.heads.name}: runs behind the model on the same text")
     batches = text.batches(recipe.batch_size)
     chunks = [batches[i : i + recipe.save_every] for i in range(0, len(batches), recipe.save_every)]
     homes = [work / f"chunk-{i:05d}" if work else None for i in range(len(chunks))]
-    run = _run(recipe, source, collected)
+    run = _run(recipe, source, collected, heads)
     fingerprint = {**source.fingerprint, "calibration": text.digest, "run": run}
     facts = _facts(recipe, source, text)
     parts: list[Statistics | None] = [None] * len(chunks)
@@ -87,13 +88,14 @@ def collect(
         left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
         total = left * passes(chosen, source, collected.backward)
         with Progress("calibrating", total) as progress:
-            engine = Elastic(recipe, source, chosen, progress, team, say)
+            engine = Elastic(loading(recipe), source, chosen, progress, team, say)
             if recipe.device_map:
                 say(placement(engine.model))
+            along = (recipe.dtype, recipe.device) if heads else None
             for i in missing:
                 collector = engine.collect(
                     shares[i],
-                    partial(_collector, recipe, source, text, collected),
+                    partial(_collector, source, text, collected, along),
                     backward=collected.backward,
                 )
                 own = collector.statistics(fingerprint, facts) if shares[i] else None
@@ -116,16 +118,21 @@ def collect(
 
 
 def _collector(
-    recipe: Recipe,
     source: Checkpoint,
     text: CalibrationSet,
     collected: Collected,
+    along: tuple[str, str] | None,
     model: nn.Module,
 ) -> ExpertCollector:
+    """A new collector before a model.
+
+    Args:
+        along: --dtype and --device of the heads that run along; None where none do.
+    """
     runner = None
-    if collects_heads(recipe, source):
-        device = pick_device(recipe.device)
-        runner = HeadRunner(source, model, weight_dtype(source, recipe.dtype, device), device)
+    if along is not None:
+        device = pick_device(along[1])
+        runner = HeadRunner(source, model, weight_dtype(source, along[0], device), device)
     return ExpertCollector(
         [*find_blocks(model), *(runner.blocks if runner else ())],
         tuple(g for g in source.groups if runner or not g.follows),
@@ -164,11 +171,18 @@ def _finished(
     return found if same else None
 
 
-def _run(recipe: Recipe, source: Checkpoint, collected: Collected) -> str:
+def loading(recipe: Recipe) -> Loading:
+    """How the models of a recipe are loaded."""
+    return Loading(
+        recipe.dtype, recipe.device, recipe.device_map, recipe.checkpointing, recipe.length
+    )
+
+
+def _run(recipe: Recipe, source: Checkpoint, collected: Collected, heads: bool) -> str:
     """The settings on which the numbers depend beside model and text."""
     dtype = weight_dtype(source, recipe.dtype, pick_device(recipe.device))
     kind = _kind(collected)
-    kind += " mtp" if collects_heads(recipe, source) else ""
+    kind += " mtp" if heads else ""
     return f"{dtype} {kind} batch {recipe.batch_size} chunk {recipe.save_every}"
 
 
@@ -228,7 +242,7 @@ def measure(
     batches = text.batches(recipe.batch_size)
     left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
     with Progress(what, left * passes(chosen, source, False)) as progress:
-        engine = Elastic(recipe, source, chosen, progress, team, say)
+        engine = Elastic(loading(recipe), source, chosen, progress, team, say)
         return heldout_loss(SharedLosses(engine, team), batches, text.domains)
 
 

@@ -9,83 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_fair.core.allocate import allocator, allocators
-from moe_fair.core.criterion import Criterion
-from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
-from moe_fair.core.recipe import Recipe, parse_size
-from moe_fair.core.registry import pick
+from moe_fair.core.allocate import allocator, inputs_of
+from moe_fair.core.plan import ModelSize, Plan, make_plan
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.engines.processes import processes
-from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.device_map import check_map, read_map
+from moe_fair.moe.statistics import zeros
+from moe_fair.pipelines.early_checks import target
+from moe_fair.pipelines.methods import method as method
+from moe_fair.pipelines.methods import method_name as method_name
 from moe_fair.pipelines.mtp_heads import choose_heads, head_facts, size_without
-from moe_fair.pipelines.serving import allocator_for, refusal, wanted_by
+from moe_fair.pipelines.serving import refusal, wanted_by
 
 if TYPE_CHECKING:  # a plan is made without transformers
     from moe_fair.moe.calibration_text import CalibrationSet
     from moe_fair.moe.checkpoint_source import Checkpoint
-
-# methods that pair a removal score with |Taylor|, by ToD
-PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
-
-
-def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
-    """Removal score, protection score and allocator that a recipe's method stands for.
-
-    `second-order`, the default, takes out what adds least to the loss by the second order of exact
-    counterfactual outputs, wherever it lies, and by the first order as far as calibration domains
-    agree on it (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
-    routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
-    U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
-    with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
-    chooses its experts itself and only takes its budget from here: uniform, as its paper has it.
-    """
-    name, parts = method_name(recipe), recipe.parts
-    rule, wanted = parts["allocate"], parts["protection"]
-    if rule is not None and (only := getattr(allocator(rule), "removal", None)) is not None:
-        given = recipe.removal or (parts["method"] if parts["method"] in criteria() else None)
-        if given not in (None, only):
-            raise ValueError(
-                f"--allocate {rule} chooses the experts itself, as {only} counts them, and takes "
-                f"no {given}; leave it out"
-            )
-        return criterion(only), criterion(wanted) if wanted else None, rule
-    if name == "second-order":
-        removal, rule = recipe.removal or "counterfactual-agreed", rule or "global"
-    elif name in PAIRS:
-        removal, rule = recipe.removal or PAIRS[name], rule or "tod"
-    elif name in criteria():
-        removal, rule = (
-            recipe.removal or name,
-            rule or (name if name in allocators() else "uniform"),
-        )
-    else:
-        pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
-        raise AssertionError
-    rule = allocator_for(recipe, rule)
-    paired = allocator(rule).needs_protection or wanted or name in PAIRS
-    return criterion(removal), criterion(wanted or "taylor") if paired else None, rule
-
-
-def method_name(recipe: Recipe) -> str:
-    """The method that is named, without its other parts, or the default."""
-    if (name := recipe.parts["method"]) is not None:
-        return name
-    if recipe.tolerance is not None:
-        return "fair"
-    return "frequency" if recipe.reduce == "merge" else "second-order"
-
-
-def target(recipe: Recipe) -> Target:
-    """The recipe's one target."""
-    size = dict([parse_size(recipe.size)]) if recipe.size else {}
-    return Target(
-        mean_kept=recipe.experts,
-        total=recipe.total,
-        ratio=recipe.ratio,
-        tolerance=recipe.tolerance,
-        **size,
-    )
 
 
 def check_target(recipe: Recipe, every: tuple[UnitGroup, ...], before: ModelSize) -> None:
@@ -145,6 +84,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         a plan of the right total from placeholder scores: its size is that of the result.
     """
     rule_name = method(recipe)[2]
+    rule = allocator(rule_name)
     facts = head_facts(source)
     choice = choose_heads(recipe, facts, rule_name)
     groups = tuple(g for g in source.groups if choice == "cut" or not g.follows)
@@ -163,8 +103,7 @@ def check_plan_settings(recipe: Recipe, source: Checkpoint) -> Plan:
         allocator=rule_name,
         before=before,
         costs={g.name: np.zeros(g.size + 1) for g in groups},
-        rows={g.name: np.zeros((1, g.size)) for g in groups},
-        grams={g.name: np.zeros((g.size, g.size)) for g in groups},
+        inputs=inputs_of(rule, (zeros(g, getattr(rule, "needs", ())) for g in groups)),
     )
 
 
@@ -199,25 +138,25 @@ def planned(
         raise refusal(recipe, e) from e
 
 
-def check_device_map(recipe: Recipe, source: Checkpoint) -> None:
+def check_device_map(device_map: str | None, engine: str, source: Checkpoint) -> None:
     """A device map is of one process with the resident engine, and fits the model.
 
     Raises:
         ValueError: it is not, or it does not.
     """
-    if recipe.device_map is None:
+    if device_map is None:
         return
     if processes() > 1:
         raise ValueError(
             f"--device-map spreads the model of one process, and {processes()} were started, each "
             "with a device of its own; start one, or leave --device-map out"
         )
-    if recipe.engine == "streaming":
+    if engine == "streaming":
         raise ValueError(
             "--device-map is for the resident engine; streaming holds one layer at a time on one "
             "device: leave one of the two out"
         )
-    check_map(recipe.device_map, read_map(recipe.device_map), source.skeleton)
+    check_map(device_map, read_map(device_map), source.skeleton)
 
 
 def check_disk(need: int, output: Path, folder: Path) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_fair.core.allocate import allocators
 from moe_fair.core.settings import About
-from moe_fair.moe.criteria import criteria
-from moe_fair.moe.repairs import repairs
 
 METHODS = {
     "second-order": "counterfactual-agreed with one threshold over all layers (this project)",
@@ -26,6 +23,10 @@ def choices(about: About) -> dict[str, str] | None:
         return None
     if isinstance(about.choices, tuple):
         return dict.fromkeys(about.choices, "")
+    from moe_fair.core.allocate import allocators  # all of these import torch
+    from moe_fair.moe.criteria import criteria
+    from moe_fair.moe.repairs import repairs
+
     scores = {n: f"{_line(c.score)} ({c.source})" for n, c in criteria().items()}
     registries: dict[str, Mapping[str, str]] = {
         "criteria": scores,

@@ -7,7 +7,8 @@ with `--for` exactly what some methods need.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.recipe import Recipe, flag
@@ -15,7 +16,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.moe import merge
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.statistics import Collected, collecting, families, names_of, statistics, unasked
-from moe_fair.pipelines.checks import method, method_name
+from moe_fair.pipelines.methods import Method, method, method_name
 from moe_fair.pipelines.rivals import with_method
 
 DEFAULT = "default"  # of --for: what is collected without it
@@ -23,6 +24,11 @@ MERGE = "merge"  # of --for: what --reduce merge needs
 # settings of earlier versions, for one release, and the families of their names: those that are
 # left out where they are false, and those that are collected where they are true
 USUAL, MORE = ("taylor", "counterfactual"), ("u_score", "gram", "alone")
+# why an option takes no method that needs measured costs
+WITHOUT_COSTS = {
+    "--rivals": "it needs measured costs, which rivals are not given",
+    "--for": "cost curves are measured with --curves {}",
+}
 
 
 def named(recipe: Recipe, name: str) -> Recipe:
@@ -36,10 +42,15 @@ def named(recipe: Recipe, name: str) -> Recipe:
 
 def needed(recipe: Recipe) -> set[str]:
     """Names of the statistics that a recipe's method needs."""
-    removal, protection, rule = method(recipe)
+    return needs_of(method(recipe), recipe.reduce)
+
+
+def needs_of(its: Method, reduce: str) -> set[str]:
+    """Names of the statistics that a method needs, with this --reduce."""
+    removal, protection, rule = its
     found = {n for c in (removal, protection) if c is not None for n in c.needs}
     found |= set(getattr(allocator(rule), "needs", ()))
-    return found | set(merge.needs if recipe.reduce == "merge" else ())
+    return found | set(merge.needs if reduce == "merge" else ())
 
 
 def for_prune(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
@@ -47,23 +58,67 @@ def for_prune(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
     return _with_earlier(recipe, unasked("always").union(*map(needed, (recipe, *rivals))))
 
 
-def for_calibrate(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
-    """What `calibrate` collects.
+def for_calibrate(recipe: Recipe, rivals: Mapping[str, Recipe] | None = None) -> Collected:
+    """What `calibrate` collects, see `asked`."""
+    return asked(recipe, rivals or {}).collected
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `calibrate` is asked for.
+
+    Attributes:
+        methods: the recipe's own, and those that it names by --rivals and --for, under these words
+            for an error's beginning.
+        tries: plans of rivals are to be tried, named or not.
+        collected: the statistics that all of them need.
+    """
+
+    methods: Mapping[str, Method]
+    tries: bool
+    collected: Collected
+
+
+def asked(recipe: Recipe, rivals: Mapping[str, Recipe]) -> Asked:
+    """What `calibrate` is asked for by its settings.
 
     Raises:
-        ValueError: `--for` names no method, or one whose numbers are not collected by it.
+        ValueError: `--for` or `--rivals` names no method, or one whose numbers are not collected by
+            it.
     """
-    curves = set(criterion(recipe.curves).needs) if recipe.curves is not None else set()
-    if recipe.for_ is None:
-        usual = unasked("always", "usual") | curves
-        return _with_earlier(recipe, usual.union(*map(needed, (recipe, *rivals))))
-    for name in (*USUAL, *MORE):
+    for name in (*USUAL, *MORE) if recipe.for_ is not None else ():
         value = getattr(recipe, name)
         if value or (name in USUAL and value is False):
             said = flag(name if value else f"no_{name}")
             raise ValueError(f"give --for or {said}, not both: --for says what is collected")
-    asked = (_asked(recipe, name) for name in recipe.for_)
-    return collecting(curves.union(*asked, *map(needed, rivals)))
+    named = {f"--for {n}: ": its for n, its in methods_for(recipe).items()}
+    tried = {f"--rivals {n}: ": its for n, its in rivals.items()}
+    methods = _methods({"": recipe, **tried, **named})
+    found = [needs_of(m, recipe.reduce) for n, m in methods.items() if n or recipe.for_ is None]
+    if recipe.curves is not None:
+        found.append(set(criterion(recipe.curves).needs))
+    if recipe.for_ is None:
+        collected = _with_earlier(recipe, unasked("always", "usual").union(*found))
+    else:
+        others = {DEFAULT: unasked("always", "usual"), MERGE: set(merge.needs)}
+        collected = collecting(set().union(*found, *(others.get(n, ()) for n in recipe.for_)))
+    if recipe.rivals is None:
+        methods = {n: m for n, m in methods.items() if n not in tried}
+    return Asked(methods, bool(rivals), collected)
+
+
+def _methods(recipes: Mapping[str, Recipe]) -> dict[str, Method]:
+    """The methods of recipes, by the words before what is wrong with one."""
+    found = {}
+    for label, its in recipes.items():
+        try:
+            found[label] = removal, _, rule = method(its)
+        except ValueError as e:
+            raise ValueError(f"{label}{e}") from e
+        why = WITHOUT_COSTS.get(label.partition(" ")[0])
+        if why is not None and needs(allocator(rule), "costs"):
+            raise ValueError(f"{label}{why.format(removal.name)}")
+    return found
 
 
 def methods_for(recipe: Recipe) -> dict[str, Recipe]:
@@ -111,22 +166,6 @@ def as_asked(recipe: Recipe) -> str:
         names = [removal.name if costs else f"{removal.name}/{rule}"]
         names += [protection.name] if protection is not None else []
     return ",".join([*names, *([MERGE] if recipe.reduce == "merge" else [])])
-
-
-def _asked(recipe: Recipe, name: str) -> set[str]:
-    """Statistics for one name of `--for`."""
-    if name == DEFAULT:
-        return unasked("always", "usual")
-    if name == MERGE:
-        return set(merge.needs)
-    its = named(recipe, name)
-    try:
-        removal, _, rule = method(its)
-        if needs(allocator(rule), "costs"):
-            raise ValueError(f"cost curves are measured with --curves {removal.name}")
-        return needed(its)
-    except ValueError as e:
-        raise ValueError(f"--for {name}: {e}") from e
 
 
 def _left_out(recipe: Recipe, statistic: str) -> str | None:

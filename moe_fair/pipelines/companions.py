@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_fair.core.manifest import FOLDER, MANIFEST, MODEL_CARD, WRITTEN_LATER, same_bytes
 from moe_fair.core.units import RESULT_FILE, STATISTICS_FILE
@@ -20,7 +20,6 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import INDEX
 from moe_fair.engines.stock import read_config
 from moe_fair.moe.blocks import COUNTERS
-from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.expert_lists import REPEATED
 from moe_fair.moe.side_files import READER_CLASSES, reader_code
 from moe_fair.moe.trusted_code import (
@@ -33,6 +32,9 @@ from moe_fair.moe.trusted_code import (
     code_files,
     not_ours,
 )
+
+if TYPE_CHECKING:  # imports transformers; what can be refused without it is
+    from moe_fair.moe.checkpoint_source import Checkpoint
 
 ABSENT = object()
 LAYERS, LAYERS_ALLOWED = "per_layer_config", "allow_global_per_layer_attribute_access"
@@ -75,6 +77,8 @@ def check_code(output: Path, original: Checkpoint | None, trusted: bool) -> str:
     brought = bool(named) or (output / MODELING_FILE).exists()
     if brought and (wrong := changed(output) if trusted else not_ours(output)):
         raise ValueError(wrong)
+    from moe_fair.moe.checkpoint_source import Checkpoint
+
     # the structure that the config stands for
     Checkpoint(str(output), trust_remote_code=trusted).blocks  # noqa: B018
     text = f"{MODELING_FILE} is unchanged" if brought else "none of moe_fair's, the stock format"

@@ -55,7 +55,7 @@ def model_name(recipe: Recipe) -> str:
     Raises:
         ValueError: no model.
     """
-    model = given_model(recipe)
+    model = given_model(recipe.model)
     last = Path(model).name
     if last in ("", ".."):  # the directory that we are in, or one above
         last = Path(model).resolve().name

@@ -14,7 +14,7 @@ from moe_fair.core.interrupts import closing
 from moe_fair.core.oracle import Agreement, Oracle
 from moe_fair.core.output import Place, claim, fresh, settle
 from moe_fair.core.plan import Plan
-from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import ALONE, Team, current_team
 from moe_fair.evaluate import HeldoutLoss
@@ -27,14 +27,14 @@ from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.side_files import in_a_line
 from moe_fair.pipelines.calibrate import Say, collect, discard, measure, work_folder
 from moe_fair.pipelines.checks import check_disk, check_same_model
-from moe_fair.pipelines.collection import for_calibrate
+from moe_fair.pipelines.collection import asked, for_calibrate
 from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.pipelines.own_source import calibration_text, with_own_text
 from moe_fair.pipelines.plan import plan
-from moe_fair.pipelines.plan_selection import best_plan, check_rivals, rivals, split_holdout
+from moe_fair.pipelines.plan_selection import best_plan, check_rivals, hold_out, rivals
 from moe_fair.pipelines.preflight import PLAN_FILE, Job, check_prune
 from moe_fair.pipelines.removal_costs import (
     ALONE_COSTS,
@@ -44,8 +44,8 @@ from moe_fair.pipelines.removal_costs import (
     measure_curves,
 )
 from moe_fair.pipelines.repair import repair_model
-from moe_fair.pipelines.text_checks import check_digest, check_domains
-from moe_fair.pipelines.unused_settings import Run, check_used, unused
+from moe_fair.pipelines.text_checks import check_compared, check_same_text
+from moe_fair.pipelines.unused_settings import Run, check_used
 from moe_fair.report.sources import FOLDER, USE
 from moe_fair.report.unrouted import unrouted_line
 
@@ -103,16 +103,17 @@ def _calibrate(
 ) -> tuple[Statistics | None, str, dict[str, bytes]]:
     """The same, without writing the result; the recipe that does it again, as YAML; own text."""
     source = open_model(recipe)
-    check_rivals(recipe, source)
-    collected = for_calibrate(recipe, rivals(recipe).values())
-    alone = "alone" in collected
+    its = asked(recipe, rivals(recipe))
+    if recipe.rivals is not None and any(getattr(recipe, t) is not None for t in TARGETS):
+        check_rivals(recipe, source)  # from a recipe of `prune`, which has a target
+    collected, alone = its.collected, "alone" in its.collected
     run = Run(
         collects=True,
-        tries=bool(rivals(recipe)),
+        tries=its.tries,
         measures=alone or recipe.curves is not None,
         backward=collected.backward,
     )
-    check_used(recipe, run, {}, OF_CALIBRATE)
+    idle = check_used(recipe, run, {}, OF_CALIBRATE)
     if recipe.curves is not None:
         check_costs(recipe, source, CURVE_COSTS)
     if alone:
@@ -120,9 +121,9 @@ def _calibrate(
     recipe = with_own_text(recipe, source, say, team)
     work = work_folder(place, recipe) if place is not None else None
     whole, own = calibration_text(recipe, source, work, say, team)
-    check_digest("calibration", whole, recipe)
-    text, _ = split_holdout(recipe, whole, say)
-    check_domains(recipe, text, None, run)
+    check_same_text("calibration", whole, recipe.calibration_digest)
+    text = hold_out(whole, recipe.trial_samples, say)[0] if its.tries else whole
+    check_compared(text, recipe.weights, its.methods)
     statistics = collect(recipe, source, text, say, work, team, collected=collected)
     if alone and statistics is not None:
         home = work / "alone" if work else None
@@ -131,7 +132,7 @@ def _calibrate(
         home = work / "curves" if work else None
         statistics = measure_curves(recipe, source, text, statistics, recipe.curves, home, say)
     recorded = recipe.with_settings({"calibration_digest": whole.digest})
-    left_out = {*unused(recipe, run).keys() & {*OF_CALIBRATE}, "fresh"}
+    left_out = {*idle.keys() & {*OF_CALIBRATE}, "fresh"}
     return statistics, recorded.to_yaml(without=left_out), own
 
 

@@ -26,9 +26,9 @@ UNIFORM = ("uniform", "naee")  # allocators that keep the same number everywhere
 INSTEAD = ("counterfactual-agreed", "reap", "aimer")
 
 
-def collects_heads(recipe: Recipe, source: Checkpoint) -> bool:
-    """The heads run along when statistics are gathered."""
-    return recipe.mtp in (None, "cut") and bool(source.heads.blocks)
+def collects_heads(mtp: str | None, source: Checkpoint) -> bool:
+    """The heads run along when statistics are gathered, with this choice for them."""
+    return mtp in (None, "cut") and bool(source.heads.blocks)
 
 
 def head_facts(source: Checkpoint) -> dict[str, Any] | None:

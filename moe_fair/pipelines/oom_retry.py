@@ -16,12 +16,12 @@ done its share reads along until all have done theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import After, Batch, Engine, Observer
 from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team, aloud
@@ -47,6 +47,21 @@ class Watching(Observer, Protocol):
 W = TypeVar("W", bound=Watching)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, whichever engine runs it; the settings of these names.
+
+    Attributes:
+        length: of the sequences, for what is said where nothing smaller can be tried.
+    """
+
+    dtype: str
+    device: str
+    device_map: str | None
+    checkpointing: bool
+    length: int
+
+
 class Elastic:
     """An engine with its model, and what follows when its memory does not suffice.
 
@@ -63,14 +78,14 @@ class Elastic:
 
     def __init__(
         self,
-        recipe: Recipe,
+        loading: Loading,
         source: Checkpoint,
         chosen: Choice,
         progress: Progress,
         team: Team = ALONE,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.recipe, self.source, self.progress = recipe, source, progress
+        self.loading, self.source, self.progress = loading, source, progress
         self.team, self.say = team, say
         self.name = chosen.engine
         self.most: int | None = None
@@ -183,19 +198,19 @@ class Elastic:
         self.engine, self.model = start(
             self.source,
             self.name,
-            self.recipe.dtype,
-            self.recipe.device,
+            self.loading.dtype,
+            self.loading.device,
             self.progress.visit,
             team,
-            device_map=self.recipe.device_map if self.name == "resident" else None,
-            checkpointing=self.recipe.checkpointing,
+            device_map=self.loading.device_map if self.name == "resident" else None,
+            checkpointing=self.loading.checkpointing,
         )
         self.seconds = self.engine.seconds
 
     def _no_more(self, lack: str) -> ValueError:
         return ValueError(
             f"out of memory: {lack}; there is nothing smaller to try than one sequence of "
-            f"{self.recipe.length} tokens with the {self.name} engine: give a smaller --length, "
+            f"{self.loading.length} tokens with the {self.name} engine: give a smaller --length, "
             "--checkpointing, or a device with more memory; the same command goes on where it "
             "stopped"
         )

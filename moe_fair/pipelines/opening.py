@@ -19,7 +19,7 @@ from moe_fair.pipelines.early_checks import given_model
 
 def open_model(recipe: Recipe) -> Checkpoint:
     """The model's files, checked as far as they can be without loading weights."""
-    model = given_model(recipe)
+    model = given_model(recipe.model)
     pick_dtype(recipe.dtype, pick_device(recipe.device))
     source = Checkpoint(
         model,
@@ -30,7 +30,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
     )
     if source.unpacking and recipe.engine == "streaming":
         raise ValueError(f"{recipe.model}: {PACKED}")
-    check_device_map(recipe, source)
+    check_device_map(recipe.device_map, recipe.engine, source)
     assert source.blocks  # known from the config alone: before weights are downloaded
     check_embedding(source)
     assert source.groups  # finds the experts in the files as well, or says what was looked for

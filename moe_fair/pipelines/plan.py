@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.allocate import allocator, inputs_of, needs
 from moe_fair.core.cost_curves import curves
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.recipe import Recipe
@@ -30,15 +30,11 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         statistics = statistics.without_following()
     check_target(recipe, statistics.groups, size_without(size, choice, facts))
     check_held(statistics, recipe)
-    costs = rows = grams = None
+    costs = None
     scores, scored = head_scores(removal, statistics, recipe.weights)
     if needs(allocator(rule), "costs"):
         costs = curves(statistics, removal.name, recipe.weights)
-    if needs(allocator(rule), "rows"):
-        rows = {g.name: statistics.view(g, recipe.weights).scaled_rows() for g in statistics.groups}
-    if needs(allocator(rule), "gram"):
-        views = {g.name: statistics.view(g, recipe.weights) for g in statistics.groups}
-        grams = {name: view["gated_gram"].numpy() for name, view in views.items()}
+    views = (statistics.view(g, recipe.weights) for g in statistics.groups if not g.follows)
     made = planned(
         recipe,
         statistics.metadata.get("model_type"),
@@ -48,8 +44,7 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
         allocator=rule,
         before=size_without(size, choice, facts),
         costs=costs,
-        rows=rows,
-        grams=grams,
+        inputs=inputs_of(allocator(rule), views),
         fingerprint=statistics.fingerprint,
         recipe={**statistics.metadata["calibration"], **recipe.planning()},
     )

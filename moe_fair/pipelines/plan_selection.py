@@ -32,8 +32,9 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.calibrate import Say, choose_engine
-from moe_fair.pipelines.checks import check_plan_settings, method, method_name
+from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.collection import check_needs
+from moe_fair.pipelines.methods import method, method_name
 from moe_fair.pipelines.rivals import RIVALS as RIVALS
 from moe_fair.pipelines.rivals import rivals as rivals
 
@@ -79,21 +80,35 @@ def check_rivals(recipe: Recipe, source: Checkpoint) -> None:
 
 def held_back(recipe: Recipe, text: CalibrationSet) -> int:
     """How many of the sequences are held back from the statistics; 0 where nothing is tried."""
-    count = min(recipe.trial_samples, len(text.sequences) // SHARE)
-    return count if rivals(recipe) and count >= LEAST else 0
+    return _count(text, recipe.trial_samples) if rivals(recipe) else 0
+
+
+def _count(text: CalibrationSet, most: int) -> int:
+    count = min(most, len(text.sequences) // SHARE)
+    return count if count >= LEAST else 0
 
 
 def split_holdout(
     recipe: Recipe, text: CalibrationSet, say: Say = lambda _: None
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """What statistics are gathered on, and what plans are tried on."""
-    count = held_back(recipe, text)
+    return hold_out(text, recipe.trial_samples, say) if rivals(recipe) else (text, None)
+
+
+def hold_out(
+    text: CalibrationSet, most: int, say: Say = lambda _: None
+) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """The same where plans are tried.
+
+    Args:
+        most: sequences that are held back.
+    """
+    count = _count(text, most)
     if not count:
-        if rivals(recipe):
-            say(
-                f"note: no plan is tried against another's: {len(text.sequences)} samples are "
-                f"fewer than {LEAST * SHARE}"
-            )
+        say(
+            f"note: no plan is tried against another's: {len(text.sequences)} samples are "
+            f"fewer than {LEAST * SHARE}"
+        )
         return text, None
     say(f"held back to try plans on: {count} of {len(text.sequences)} sequences")
     return split(text, count)

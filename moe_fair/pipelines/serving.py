@@ -27,19 +27,21 @@ def wanted_by(recipe: Recipe, model_type: str | None, groups: Sequence[UnitGroup
     return wanted(recipe.serve, model_type, max(g.size for g in groups))
 
 
-def allocator_for(recipe: Recipe, rule: str) -> str:
+def allocator_for(rule: str, serve: Sequence[str] | None, *, named: bool) -> str:
     """The allocator, where engines of --for take equal counts alone one that gives them.
 
     Args:
         rule: that the method stands for.
+        serve: the engines.
+        named: it was asked for by name.
 
     Raises:
-        ValueError: another was asked for by name.
+        ValueError: it was asked for by name, and gives others.
     """
-    only = equal_only(recipe.serve or ())
+    only = equal_only(serve or ())
     if not only or rule in UNIFORM:
         return rule
-    if recipe.parts["allocate"] is not None:
+    if named:
         raise ValueError(
             f"--allocate {rule} gives layers different numbers of experts, and {only[0]} (--for) "
             "serves equal ones alone; use uniform, or leave it out"

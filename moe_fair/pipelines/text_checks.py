@@ -11,8 +11,8 @@ from moe_fair.core.recipe import TEXT, Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, split
 from moe_fair.pipelines.calibrate import Say
-from moe_fair.pipelines.checks import method
 from moe_fair.pipelines.collection import methods_for
+from moe_fair.pipelines.methods import Method, method
 from moe_fair.pipelines.plan_selection import rivals, split_holdout
 from moe_fair.pipelines.unused_settings import Run
 
@@ -65,7 +65,11 @@ def divided(
 
 def check_digest(what: str, text: CalibrationSet, recipe: Recipe) -> None:
     """The text is the one that the recipe was recorded with."""
-    wanted = getattr(recipe, f"{what}_digest")
+    check_same_text(what, text, getattr(recipe, f"{what}_digest"))
+
+
+def check_same_text(what: str, text: CalibrationSet, wanted: str | None) -> None:
+    """The text is the one of this digest, if there is one."""
     if wanted is not None and text.digest != wanted:
         raise ValueError(
             f"the {what} text is not the one of the recipe's {what}_digest: a file, a data set, "
@@ -89,12 +93,27 @@ def check_domains(
         )
     if not run.collects:
         return
-    weights = domain_weights(text.domains, recipe.weights)
     named = {f"--rivals {n}: ": r for n, r in rivals(recipe).items() if recipe.rivals is not None}
     named |= {f"--for {n}: ": r for n, r in methods_for(recipe).items()}
-    compared = [w for w in weights if w > 0]
-    for name, its in {"": recipe, **named}.items():
-        scores = [c for c in method(its)[:2] if c is not None and "sketch" in c.needs]
+    methods = {name: method(its) for name, its in {"": recipe, **named}.items()}
+    check_compared(text, recipe.weights, methods)
+
+
+def check_compared(
+    text: CalibrationSet, weights: Mapping[str, float] | None, methods: Mapping[str, Method]
+) -> None:
+    """Methods that compare domains have two or more of a text.
+
+    Args:
+        weights: of the domains.
+        methods: by the words before what is wrong with one.
+
+    Raises:
+        ValueError: one has not, or a weight is of a domain that is not there.
+    """
+    compared = [w for w in domain_weights(text.domains, weights) if w > 0]
+    for name, its in methods.items():
+        scores = [c for c in its[:2] if c is not None and "sketch" in c.needs]
         if scores and len(compared) < 2:
             raise ValueError(
                 f"{name}{scores[0].name} compares calibration domains and there are fewer than "

@@ -83,18 +83,22 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
 
 def check_used(
     recipe: Recipe, run: Run, before: Mapping[str, Any], also: Collection[str] = ()
-) -> None:
+) -> dict[str, str]:
     """Every setting that was given changes something, or has done so in an earlier stage.
 
     Args:
         before: settings of the earlier stages, whose statistics or plan this run starts from.
         also: of the settings of `unused` those that the command takes; by default all.
 
+    Returns:
+        what `unused` gives.
+
     Raises:
         ValueError: one does not; says which and why.
     """
     plain = {**recipe.to_dict(), **recipe.planning()}
-    found = unused(recipe, run)
+    idle = unused(recipe, run)
+    found = dict(idle)
     if not run.plans:
         found |= {n: "the --plan has its own" for n in PLANNING if n not in CHECKED}
     for name, why in found.items():
@@ -102,6 +106,7 @@ def check_used(
         done = name in before and before[name] == plain.get(name)
         if name in recipe.given and not nothing and not done and (not also or name in also):
             raise ValueError(f"{flag(name)} would change nothing: {why}; leave it out")
+    return idle
 
 
 def check_untargeted(settings: Mapping[str, Any]) -> None:

@@ -104,9 +104,6 @@ def verify(
         return _verify_vision(output, hashes, trust_remote_code)
     check_result(output)
     path = output / FOLDER / "plan.json"
-    from moe_fair.moe.checkpoint_source import Checkpoint
-    from moe_fair.pipelines.companions import check_code, check_config, check_files_beside
-
     checks = [_check("files", lambda: check_files(output, hashes=hashes))]
     plan: Plan | None = None
     repairs: list[LayerRepair] = []
@@ -119,9 +116,13 @@ def verify(
             f"{output} was pruned from another model than {original.model}; give the one it was "
             "pruned from, as it was then"
         )
+    from moe_fair.pipelines.companions import check_code, check_config, check_files_beside
+
     checks.append(_check("code", lambda: check_code(output, original, trust_remote_code)))
     if plan is None or checks[-1].ok is False:  # a model that is not known cannot be looked into
         return Verified(output, tuple(checks))
+    from moe_fair.moe.checkpoint_source import Checkpoint
+
     made, cut = plan, plan.fingerprint.get("hash_layers", "keep")
     found = Checkpoint(str(output), trust_remote_code=trust_remote_code, hash_layers=cut)
     if original is not None:

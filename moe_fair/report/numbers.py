@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_fair.core.plan import GroupPlan, ModelSize, Plan
-from moe_fair.evaluate.agreement import Agreements
-from moe_fair.evaluate.compare import Row
-from moe_fair.evaluate.drafts import Drafts
-from moe_fair.evaluate.heldout import HeldoutLoss
-from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.report.document import Table, Text
+
+if TYPE_CHECKING:  # what holds the numbers knows how they are made, with torch
+    from moe_fair.core.plan import GroupPlan, ModelSize, Plan
+    from moe_fair.evaluate.agreement import Agreements
+    from moe_fair.evaluate.compare import Row
+    from moe_fair.evaluate.drafts import Drafts
+    from moe_fair.evaluate.heldout import HeldoutLoss
+    from moe_fair.moe.layer_repair import LayerRepair
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 

@@ -97,10 +97,6 @@ class Settings(Subject):
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes("memory", self.memory))
         super().__post_init__()
-        from moe_fair.core.allocate import allocator
-        from moe_fair.vision.criteria import criterion
-        from moe_fair.vision.finetune import LEARNING_RATES
-
         targets = [t for t in TARGETS if getattr(self, t) is not None]
         if len(targets) != 1:
             names = " and ".join("--" + t for t in targets) or "none"
@@ -110,7 +106,6 @@ class Settings(Subject):
         share = getattr(self, targets[0])
         if not 0 <= share <= 1 or (share == 1 and targets[0] != "tolerance"):
             raise ValueError(f"--{targets[0]} {share:g} is not between 0 and 1")
-        self._check_method()
         if not 0 <= self.distill <= 1:
             raise ValueError(f"--distill {self.distill:g} is not between 0 and 1")
         if self.distill and not self.finetune_epochs and self.method is None:
@@ -119,6 +114,11 @@ class Settings(Subject):
             raise ValueError("--steps fine-tunes between the steps: give --finetune-epochs too")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--lr {self.learning_rate:g} is not above 0")
+        from moe_fair.core.allocate import allocator  # all of these import torch
+        from moe_fair.vision.criteria import criterion
+        from moe_fair.vision.finetune import LEARNING_RATES
+
+        self._check_method()
         rule = allocator(self.allocate)
         if self.method is None and self.tolerance is not None and not rule.needs_protection:
             raise ValueError(f"--tolerance is ToD's; --allocate {self.allocate} takes a share")

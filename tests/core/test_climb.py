@@ -126,8 +126,8 @@ def test_rules_without_their_data_say_so() -> None:
     assert "needs measured cost curves" in said(allocators()["tod-curves"].allocate, one, 1)
     assert "got none" in said(fisher.allocate, groups, 1)
     for name in ("uniform", "global", "global-normalised", "naee", "curves", "fisher"):
-        full = [replace(r, costs=np.zeros(5), rows=np.zeros((1, 4)), gram=np.eye(4))
-                for r in groups]  # fmt: skip
+        given = {"rows": np.zeros((1, 4)), "gram": np.eye(4)}
+        full = [replace(r, costs=np.zeros(5), inputs=given) for r in groups]
         assert "--allocate tod" in said(allocators()[name].allocate, full, tolerance=0.2), name
 
 

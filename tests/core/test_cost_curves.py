@@ -39,7 +39,7 @@ def make(
         Scores("u", {g.name: torch.tensor(rng.random(g.size)) for g in groups}),
         Scores("r", {g.name: torch.tensor(rng.random(g.size)) for g in groups}),
         costs={g.name: np.concatenate([[0.0], np.cumsum(steps(g.size))]) for g in groups},
-        rows={g.name: rng.standard_normal((sequences, g.size)) for g in groups},
+        inputs={g.name: {"rows": rng.standard_normal((sequences, g.size))} for g in groups},
         **limits,
     )
 
@@ -166,7 +166,8 @@ def test_curves_are_saved_with_the_statistics_and_belong_to_one_order(tmp_path: 
 def cost_of(ranked: list[RankedGroup], kept: dict[str, list[int]]) -> float:
     """½ mean (Σ rows)² from the definition."""
     total = 0.0
-    gone = [r.rows[:, sorted(set(range(r.group.size)) - set(kept[r.group.name]))] for r in ranked]
+    left = [sorted(set(range(r.group.size)) - set(kept[r.group.name])) for r in ranked]
+    gone = [r.inputs["rows"][:, ids] for r, ids in zip(ranked, left, strict=True)]
     for s in range(len(gone[0])):
         total += sum(float(x) for g in gone for x in g[s]) ** 2 / 2
     return total
@@ -244,7 +245,7 @@ def test_units_that_cancel_leave_together() -> None:
         "b": np.array([[-3.0, 2.0, 9.0], [3.0, 2.0, 9.0]]),
     }
     scores = Scores("taylor-sq", {k: torch.tensor(v).square().mean(0) for k, v in rows.items()})
-    ranked = rank(groups, scores, rows={k: v / 2**0.5 for k, v in rows.items()})
+    ranked = rank(groups, scores, inputs={k: {"rows": v / 2**0.5} for k, v in rows.items()})
     assert chosen(ranked, 2) == ({"a": [1], "b": [1, 2]}, pytest.approx((1 - 3) ** 2 / 2))
     alone = allocators()["global"].allocate(ranked, remove=2)
     assert ranked[1].kept(3 - alone.kept["b"]) == [0, 2]

@@ -55,7 +55,9 @@ def plan(grams: list[np.ndarray], remove: int, blocks: int = 1) -> tuple[list[li
     """Removed ids of every group, and the budget's explanation."""
     made = groups([len(g) for g in grams], blocks)
     zeros = Scores("naee", {g.name: torch.zeros(g.size, dtype=torch.float64) for g in made})
-    ranked = rank(made, zeros, grams={g.name: m for g, m in zip(made, grams, strict=True)})
+    ranked = rank(
+        made, zeros, inputs={g.name: {"gram": m} for g, m in zip(made, grams, strict=True)}
+    )
     budget = naee.allocate(ranked, remove=remove)
     gone = [sorted(budget.orders[g.name][: g.size - budget.kept[g.name]].tolist()) for g in made]
     for g in made:

@@ -32,8 +32,13 @@ def make(seed: int, sizes: list[int], agree: float = 0.0, **limits: int) -> list
         Scores("u", {k: torch.tensor(v) for k, v in u.items()}),
         Scores("r", {k: torch.tensor(v) for k, v in r.items()}),
         costs={g.name: np.cumsum(rng.random(g.size + 1)) for g in groups},
-        rows={g.name: rng.standard_normal((3, g.size)) for g in groups},
-        grams={g.name: (m := rng.standard_normal((9, g.size))).T @ m for g in groups},
+        inputs={
+            g.name: {
+                "rows": rng.standard_normal((3, g.size)),
+                "gram": (m := rng.standard_normal((9, g.size))).T @ m,
+            }
+            for g in groups
+        },
         **limits,
     )
 

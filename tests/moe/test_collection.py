@@ -64,7 +64,7 @@ def test_calibrate_collects_what_is_asked(
     asked: dict[str, Any], families: set[str], backward: bool
 ) -> None:
     recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()})
-    found = for_calibrate(recipe, rivals(recipe).values())
+    found = for_calibrate(recipe, rivals(recipe))
     assert set(found.names) == families
     assert found.backward is backward
     without = {n for n, s in found.statistics().items() if not s.needs_backward}

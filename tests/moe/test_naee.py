@@ -137,7 +137,7 @@ def test_exhaustive_where_there_are_few_sets_and_equal_counts_in_routing_groups(
     )
     made = {g.name: random_gram(g.size, i) for i, g in enumerate(groups)}
     scores = Scores("naee", {g.name: torch.zeros(g.size, dtype=torch.float64) for g in groups})
-    ranked = rank(groups, scores, grams=made)
+    ranked = rank(groups, scores, inputs={n: {"gram": m} for n, m in made.items()})
     budget = naee.allocate(ranked, remove=32)
     assert budget.explanation["search"] == {"a": "exhaustive", "b": "greedy", "c": "greedy"}
     gone = {r.group.name: budget.orders[r.group.name][: r.group.size - budget.kept[r.group.name]]

@@ -23,11 +23,12 @@ import numpy as np
 
 from moe_fair.core.allocate.climb import Room, feasible_total
 from moe_fair.core.ranking import RankedGroup
-from moe_fair.core.units import Budget
+from moe_fair.core.units import Budget, GroupView
 
 name = "fisher"
 needs_protection = False
-needs_rows = True
+# [S, N] Taylor values per sequence, scaled so that sums of products are (weighted) means
+inputs = {"rows": GroupView.scaled_rows}
 needs = ("rows",)
 removal = "taylor-sq"  # 2 F of a single unit: the one removal score that goes with it
 
@@ -40,7 +41,7 @@ def allocate(
     Raises:
         ValueError: no rows, a tolerance instead of a total, or a total that cannot be met.
     """
-    if any(r.rows is None for r in ranked):
+    if any("rows" not in r.inputs for r in ranked):
         raise ValueError("--allocate fisher needs per-sequence Taylor rows and got none")
     if remove is None:
         raise ValueError("fisher needs a budget; a tolerance alone is for --allocate tod")
@@ -68,8 +69,7 @@ class _Group:
     """What has left one group, and what its next units would add to F."""
 
     def __init__(self, ranked: RankedGroup) -> None:
-        assert ranked.rows is not None
-        self.ranked, self.rows = ranked, ranked.rows
+        self.ranked, self.rows = ranked, ranked.inputs["rows"]
         self.own = np.square(self.rows).sum(0) / 2  # [N] F of each unit alone
         self.run = ranked.group.size // ranked.group.blocks
         self.removed: list[int] = []

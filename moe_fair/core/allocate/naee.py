@@ -32,7 +32,8 @@ from moe_fair.core.units import Budget
 
 name = "naee"
 needs_protection = False
-needs_gram = True
+# [N, N] sums over tokens of products of what two units add to the output
+inputs = {"gram": lambda view: view["gated_gram"].numpy()}
 needs = ("gated_gram",)
 removal = "naee"  # the greedy order of a single group: the one removal score that goes with it
 MOST_SETS = 20_000
@@ -46,7 +47,7 @@ def allocate(
     Raises:
         ValueError: no Gram matrix, a tolerance instead of a total, or a total that cannot be met.
     """
-    grams = [r.gram for r in ranked if r.gram is not None]
+    grams = [r.inputs["gram"] for r in ranked if "gram" in r.inputs]
     if len(grams) < len(ranked):
         raise ValueError("--allocate naee needs the Gram matrix of gated outputs and got none")
     kept = uniform.allocate(ranked, remove, tolerance).kept

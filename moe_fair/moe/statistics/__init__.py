@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 from moe_fair.core.registry import discover
+from moe_fair.core.sketch import Sketch
+from moe_fair.core.units import GroupView, UnitGroup
 from moe_fair.moe.statistic import Family, Statistic
 
 
@@ -119,3 +123,27 @@ def collecting(
 def usual() -> Collected:
     """What `calibrate` collects where nothing is asked for."""
     return collecting(unasked("always", "usual"))
+
+
+def zeros(group: UnitGroup, names: Iterable[str]) -> GroupView:
+    """A group's view before anything is measured: these statistics, of one token, all 0."""
+    wanted = {n: statistics()[n] for n in names}
+    one = torch.ones(1, dtype=torch.float64)
+    made = {
+        n: torch.zeros([group.size if x == "E" else 1 for x in s.shape.split()]).double()
+        for n, s in wanted.items()
+        if s.kind not in ("row", "sketch")
+    }
+    return GroupView(
+        group=group,
+        sums=made,
+        constants={},
+        rows=torch.zeros(1, group.size, dtype=torch.float64),
+        row_weights=one,
+        total_tokens=1.0,
+        total_sequences=1.0,
+        by_domain={n: t.unsqueeze(0) for n, t in made.items()},
+        domain_weights=one,
+        domain_tokens=one,
+        sketch=Sketch(1, group.size),
+    )

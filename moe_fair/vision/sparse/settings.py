@@ -42,12 +42,12 @@ class SparseSettings(Subject):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from moe_fair.vision.sparse.rules import rule
-
         if not 0 <= self.sparsity < 1:
             raise ValueError(
                 f"--sparsity {self.sparsity:g} is not between 0 and 1 (the share of zeros)"
             )
+        from moe_fair.vision.sparse.rules import rule  # imports torch
+
         rule(self.allocate)
         pick(REPAIRS, self.repair, "repair")
         if self.shrinkage is not None and self.repair == "none":
