@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_fair.core.plan import Plan
 from moe_fair.report.document import Block, Table, Text
+
+if TYPE_CHECKING:
+    from moe_fair.core.plan import Plan
 
 SHOWN = 12  # domains in a line
 UNSURE = 0.5  # of the way from chance to agreement that halves of the text must go
