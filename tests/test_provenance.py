@@ -53,16 +53,21 @@ def test_a_result_made_in_one_go(tmp_path: Path) -> None:
     assert found["experts"] == 40
     assert (found["samples"], found["length"], found["batch_size"]) == (8, 64, 4)
     assert len(str(found["calibration_digest"])) == len(str(found["heldout_digest"])) == 64
+    recipe = load_recipe(tmp_path / "out" / "moe_fair" / "recipe.yaml")
+    assert recipe == Recipe().with_settings(recipe.to_dict())
     # what was never used is not there
     assert not {"curve_samples", "fresh", "stats", "plan", "curves"} & found.keys()
 
 
 @pytest.mark.slow
-def test_a_result_from_statistics(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "repair", [["--repair", "scale"], pytest.param([], id="default", marks=pytest.mark.nightly)]
+)
+def test_a_result_from_statistics(repair: list[str], tmp_path: Path) -> None:
     """They were made with another batch size and seed than this run's; the text is theirs."""
     stats = tmp_path / "stats"
     run("calibrate", MODEL, *SMALL, "--seed", 5, "-o", stats)
-    run("prune", MODEL, "--stats", stats, "--experts", 40, "-o", tmp_path / "out")
+    run("prune", MODEL, "--stats", stats, "--experts", 40, *repair, "-o", tmp_path / "out")
     found = again(tmp_path / "out")
     assert found["calibration"] == [str(CALIBRATION)]
     assert (found["samples"], found["length"], found["seed"]) == (8, 64, 5)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def find_tasks(benchmark: Benchmark) -> tuple[list[str], TaskManager]:
         manager = TaskManager(include_path=str(benchmark.include_path), include_defaults=False)
         if all(_complete(manager, n) for n in names):
             return names, manager
-    path = None if benchmark.include_path is None else str(benchmark.include_path)
-    manager = TaskManager(include_path=path)
+    path = benchmark.include_path
+    manager = _own_index() if path is None else TaskManager(include_path=str(path))
     for name in names:
         if name not in manager.all_tasks:
             raise ValueError(
@@ -97,6 +98,12 @@ def find_tasks(benchmark: Benchmark) -> tuple[list[str], TaskManager]:
                 "`lm_eval ls tasks` lists them, --include-path adds a folder"
             )
     return names, manager
+
+
+@cache
+def _own_index() -> TaskManager:
+    """Of lm-eval's own task files: read once for the check of the names and every model."""
+    return TaskManager()
 
 
 def _complete(manager: TaskManager, name: str) -> bool:

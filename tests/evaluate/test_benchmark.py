@@ -70,20 +70,20 @@ def by_hand(model: Path, output: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("side", [pytest.param("original", marks=pytest.mark.nightly), "pruned"])
 def test_the_numbers_of_the_lm_eval_command(
-    out: Path, tmp_path: Path, run: Callable[..., str]
+    out: Path, tmp_path: Path, run: Callable[..., str], side: str
 ) -> None:
-    """Original and pruned, choice and rolling, to the last digit."""
+    """Choice and rolling, to the last digit."""
     few = "--limit", "3"
     shown = json.loads(run("eval", out, "--baseline", MODEL, *LOCAL, *few, "--json"))
     folder = out / "moe_fair"
-    for side, model in (("original", MODEL), ("pruned", out)):
-        (file,) = (folder / "lm-eval").glob(f"*-{side}.json")
-        ours = json.loads(file.read_text())["results"]
-        theirs = by_hand(model, tmp_path / side, *few)
-        assert ours == theirs
-        for row in shown["benchmarks"]:
-            assert row[side] == theirs[row["task"]][f"{row['metric']},none"]
+    (file,) = (folder / "lm-eval").glob(f"*-{side}.json")
+    ours = json.loads(file.read_text())["results"]
+    theirs = by_hand({"original": MODEL, "pruned": out}[side], tmp_path / side, *few)
+    assert ours == theirs
+    for row in shown["benchmarks"]:
+        assert row[side] == theirs[row["task"]][f"{row['metric']},none"]
     assert len(shown["benchmarks"]) == 9
     assert json.loads((folder / "benchmarks.json").read_text())["rows"] == shown["benchmarks"]
     assert "local_passages_rust-docs" in (folder / "report.html").read_text()
@@ -183,26 +183,20 @@ def test_bad_input(fails: Callable[..., str], given: list[str], said: str) -> No
 
 
 @pytest.mark.slow
-def test_unknown_tasks_name_the_nearest(fails: Callable[..., str]) -> None:
-    """lm-eval's own index takes seconds to read."""
-    for task, near in (("helaswag", "hellaswag"), ("hc-smo", "hc-smoe")):
-        said = fails("eval", MODEL, "--tasks", task, "--include-path", TASKS)
+def test_lm_evals_own_index(fails: Callable[..., str]) -> None:
+    """It takes seconds to read, so one test has all that needs it."""
+    for task, near, more in (
+        ("helaswag", "hellaswag", ["--include-path", TASKS]),
+        ("hc-smo", "hc-smoe", []),
+    ):
+        said = fails("eval", MODEL, "--tasks", task, *more)
         assert f"no task {task!r} (did you mean {near!r}?)" in said
+    from moe_fair.evaluate.benchmark import EIGHT, SUITES, Benchmark, find_tasks
 
-
-@pytest.mark.slow
-def test_suites_exist_in_lm_eval() -> None:
-    from lm_eval.tasks import TaskManager
-
-    from moe_fair.evaluate.benchmark import EIGHT, SUITES
-
-    known = set(TaskManager().all_tasks)
-    assert all(set(tasks) <= known for tasks in SUITES.values())
+    found, _ = find_tasks(Benchmark(tasks=tuple(SUITES)))
+    assert set(found) == {t for tasks in SUITES.values() for t in tasks}
     assert len(EIGHT) == 8
-
-
-@pytest.mark.slow
-def test_data_that_cannot_be_had(fails: Callable[..., str]) -> None:
+    # what a task reads is on the Hub, which is not there
     said = fails("eval", MODEL, "--tasks", "arc_easy", "--limit", 1)
     assert "lm-eval could not run arc_easy" in said
     assert "data sets come from the Hub" in said

@@ -99,6 +99,11 @@ def logits(hub: Hub, home: Path, name: str, kind: str, revision: str = "") -> to
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    ["unequal", pytest.param("uniform", marks=pytest.mark.nightly)],
+    indirect=True,
+)
 def test_what_is_pushed_loads_by_its_name(hub: Hub, out: Path, kind: str, tmp_path: Path) -> None:
     done = push(hub, out, "--base-model", BASE)
     assert done.returncode == 0, done.stderr
