@@ -157,7 +157,7 @@ def _copies(
     single: Mapping[int, list[StoredTensor]], counts: Mapping[int, int], most: int
 ) -> dict[str, StoredTensor]:
     """Of experts that are stored one by one: name of each new slot's tensor -> one of its form."""
-    added = {}
+    added: dict[str, StoredTensor] = {}
     for layer, own in single.items():
         for t in own:
             start, number, end = ONE_EXPERT.match(t.name).groups()  # type: ignore[union-attr]
