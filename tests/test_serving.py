@@ -55,6 +55,11 @@ def test_equal_counts_where_an_engine_takes_no_other(
     text = fails("plan", stats, "--experts", "40", "--for", "llama.cpp", "--method", "reap/global")
     assert "llama.cpp (--for) serves equal ones alone" in text
     assert "no engine 'vlm'" in fails("plan", stats, "--experts", "40", "--for", "vlm")
+    shared = planned(path, stats, "--ratio", "0.3", "--for", "vllm:ep=8")
+    assert not shared.uniform
+    assert {len(g.kept) % 8 for g in shared.groups} == {0}
+    text = fails("plan", stats, "--experts", "40", "--for", "vllm:tp=8")
+    assert "--for vllm:tp=8: write vllm, or vllm:ep=8" in text
 
 
 def test_refused_before_anything_is_measured(

@@ -49,6 +49,8 @@ VISIBLE = {
         "OUT --against --write --revision --trust-remote-code --allow-pickle --json --debug",
     "check":
         "OUT --json --debug",
+    "export":
+        "OUT --to --output --converter --outtype --pad --json --debug",
     "push":
         "OUT REPO --private --revision --base-model --license --dry-run --debug",
     "recipes":

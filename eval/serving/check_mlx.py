@@ -2,8 +2,8 @@
 
     python eval/serving/check_mlx.py FOLDER (model|pruned)
 
-FOLDER is one that `unequal.py` has made. Prints a line of JSON: the mean negative log-likelihood of
-the prompt here and in transformers, and whether the greedy continuation is the same.
+FOLDER is one that `unequal.py` has made. Prints a line of JSON: how far the log-likelihoods of
+the prompt lie from transformers', and whether the greedy continuation is the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.utils import load_model
+from runs import row
 
 
 def main() -> None:
@@ -33,21 +34,14 @@ def main() -> None:
         logits = model(mx.array([tokens]))[0].astype(mx.float32)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    found = scores(ids)
-    nll = -sum(found[i - 1, ids[i]].item() for i in range(1, len(ids))) / (len(ids) - 1)
-    wanted, said = expected[args.which]["greedy"], list(ids[:short])
-    for _ in wanted:
+    at = scores(ids)
+    logprobs = [at[i - 1, ids[i]].item() for i in range(1, len(ids))]
+    said = list(ids[:short])
+    for _ in expected[args.which]["greedy"]:
         said.append(mx.argmax(scores(said)[-1]).item())
-    print(
-        json.dumps(
-            {
-                "engine": f"mlx-lm {importlib.metadata.version('mlx-lm')}",
-                "family": args.folder.name, "which": args.which,
-                "nll": nll, "transformers": expected[args.which]["nll"],
-                "greedy_equal": said[short:] == wanted,
-            }
-        )
-    )  # fmt: skip
+    found = {"logprobs": logprobs, "greedy": said[short:]}
+    version = importlib.metadata.version("mlx-lm")
+    print(row("mlx", version, args.folder, args.which, found, "transformers"))
 
 
 if __name__ == "__main__":

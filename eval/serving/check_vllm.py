@@ -1,9 +1,10 @@
 """One checkpoint in vLLM: run in vLLM's own environment, where moe_fair is not installed.
 
-    python eval/serving/check_vllm.py FOLDER (model|pruned) [--tensor-parallel-size N]
+    python eval/serving/check_vllm.py FOLDER WHICH [--against OTHER] [--tensor-parallel-size N]
 
-FOLDER is one that `unequal.py` has made. Prints a line of JSON: the mean negative log-likelihood of
-the prompt here and in transformers, and whether the greedy continuation is the same.
+FOLDER is one that `unequal.py` has made, WHICH of its checkpoints. Prints a line of JSON: how far
+the log-likelihoods of the prompt lie from transformers' (or from those of another checkpoint that
+vLLM was given before), and whether the greedy continuation is the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import os
 from pathlib import Path
+
+from runs import row
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
@@ -23,7 +26,8 @@ def main() -> None:
     """Load, score, generate."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("which", choices=("model", "pruned"))
+    parser.add_argument("which")
+    parser.add_argument("--against", default="transformers")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     args = parser.parse_args()
     if args.tensor_parallel_size == 1:
@@ -45,21 +49,16 @@ def main() -> None:
     )
     score = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     [scored] = model.generate([TokensPrompt(prompt_token_ids=ids)], score, use_tqdm=False)
-    found = [scored.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
-    wanted = expected[args.which]["greedy"]
-    greedy = vllm.SamplingParams(max_tokens=len(wanted), temperature=0, ignore_eos=True)
+    new = len(expected[args.which]["greedy"])
+    greedy = vllm.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
     [said] = model.generate([TokensPrompt(prompt_token_ids=ids[:short])], greedy, use_tqdm=False)
-    print(
-        json.dumps(
-            {
-                "engine": f"vLLM {vllm.__version__}",
-                "family": args.folder.name, "which": args.which,
-                "tensor_parallel_size": args.tensor_parallel_size,
-                "nll": -sum(found) / len(found), "transformers": expected[args.which]["nll"],
-                "greedy_equal": list(said.outputs[0].token_ids) == wanted,
-            }
-        )
-    )  # fmt: skip
+    found = {
+        "logprobs": [scored.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))],
+        "greedy": list(said.outputs[0].token_ids),
+    }
+    size = args.tensor_parallel_size
+    how = f"tensor parallel {size}" if size > 1 else ""
+    print(row("vllm", vllm.__version__, args.folder, args.which, found, args.against, how))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #     bash eval/serving/mlx.sh [WORK] [FAMILY ...]
 #
 # Needs moe_fair's environment as `python`; makes one of its own for mlx-lm in WORK/venv. Ends with a
-# table; WORK/mlx.jsonl has the rows.
+# table; WORK/mlx.jsonl has the rows, which `python eval/serving/runs.py WORK/mlx.jsonl --keep` keeps.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-serving-work-mlx}
@@ -26,4 +26,4 @@ for family in "$@"; do
             echo "$work/$family $which failed: see $work/$family/mlx-$which.log"
     done
 done
-python "$here/table.py" "$work/mlx.jsonl"
+python "$here/runs.py" "$work/mlx.jsonl"

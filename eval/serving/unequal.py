@@ -1,14 +1,20 @@
 """Tiny checkpoints whose layers keep different numbers of experts, and what transformers says.
 
-    python eval/serving/unequal.py OUT [FAMILY ...]
+    python eval/serving/unequal.py [--equal] OUT [FAMILY ...]
 
 For each family OUT/FAMILY/model (random weights), OUT/FAMILY/pruned (by `moe-fair prune`, half of
-the experts, unequal by layer) and OUT/FAMILY/expected.json: the tokens of a prompt, the mean
-negative log-likelihood of each of both models in float32, and the greedy continuation.
+the experts, unequal by layer) and OUT/FAMILY/expected.json: the tokens of a prompt, the
+log-likelihood of each under each of both models in float32, and the greedy continuation. With
+--equal also OUT/FAMILY/equal, whose layers keep 7 experts each.
+
+Where an engine gives other numbers than transformers whatever the experts (DeepSeek's attention in
+vLLM on a CPU), also OUT/FAMILY/masked: the unpruned model whose routers never choose the experts
+that left. It is a stock checkpoint, and says what the pruned one should do in the same engine.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -16,7 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -44,12 +50,21 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v3": LATENT
     | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64, "topk_method": "noaux_tc"},
 }
+MASKED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
 PROMPT, SHORT, NEW = 160, 64, 24
 
 
 def main() -> None:
     """Make those that are named, or all."""
-    out, names = Path(sys.argv[1]), sys.argv[2:] or list(FAMILIES)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--equal", action="store_true")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("families", nargs="*")
+    args = parser.parse_args()
+    out, names = args.out, args.families or list(FAMILIES)
+    forms = {"pruned": "second-order"}
+    if args.equal:
+        forms["equal"] = "second-order/uniform"
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     text = json.loads(next((ROOT / "eval/text/heldout").glob("python*")).open().readline())
     ids = tokenizer(text["text"])["input_ids"][:PROMPT]
@@ -57,21 +72,61 @@ def main() -> None:
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)
         model = tiny_model(name, vocab_size=len(tokenizer), **FAMILIES[name])
+        if name == "deepseek_v2":
+            _hold_one_feature(model)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         _as_published(folder / "model" / "config.json", name)
-        subprocess.run(
-            [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
-             folder / "pruned", "--experts", "7", "-c", ROOT / "eval/text/calibration",
-             "--samples", "8", "--length", "64", "--method", "second-order", "--repair", "none"],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        for form, method in forms.items():
+            subprocess.run(
+                [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
+                 folder / form, "--experts", "7", "-c", ROOT / "eval/text/calibration",
+                 "--samples", "8", "--length", "64", "--method", method, "--repair", "none"],
+                check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        if name in MASKED:
+            _write_masked(folder)
         found = {"ids": ids, "short": SHORT}
-        for which in ("model", "pruned"):
+        for which in ("model", *forms, *(["masked"] if name in MASKED else [])):
             found[which] = _measured(folder / which, ids)
+        if name in MASKED:
+            pairs = zip(found["pruned"]["logprobs"], found["masked"]["logprobs"], strict=True)
+            if max(abs(a - b) for a, b in pairs) > 1e-5:
+                raise SystemExit(f"{folder}: masked is not what pruned is, in transformers")
         (folder / "expected.json").write_text(json.dumps(found))
         config = json.loads((folder / "pruned/config.json").read_text())
         print(name, config["per_layer_config"], flush=True)
+
+
+@torch.no_grad()
+def _hold_one_feature(model: PreTrainedModel) -> None:
+    """Feature 0 is the same positive number for every token, and no layer adds to it.
+
+    A router without a bias can then be told to never choose an expert: by its weight for this one.
+    """
+    model.get_input_embeddings().weight[:, 0] = 0.05
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            p[..., 0, :] = 0  # rows are outputs, of all experts where they are fused
+
+
+@torch.no_grad()
+def _write_masked(folder: Path) -> None:
+    """The model whose routers give the experts that `pruned` lacks no weight at all."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    for group in json.loads((folder / "pruned/moe_fair/plan.json").read_text())["groups"]:
+        gone = sorted({*range(group["size"])} - {*group["kept"]})
+        block = model.get_submodule(group["name"])
+        router = block.router if hasattr(block, "router") else block.gate
+        bias = getattr(router, "e_score_correction_bias", getattr(router, "bias", None))
+        if bias is not None:
+            bias[gone] = -1e4
+        else:  # see _hold_one_feature
+            router.weight[gone] = 0
+            router.weight[gone, 0] = -1e4
+    shutil.copytree(folder / "model", folder / "masked")
+    model.save_pretrained(folder / "masked")
+    shutil.copy(folder / "model/config.json", folder / "masked")
 
 
 def _as_published(file: Path, name: str) -> None:
@@ -97,8 +152,8 @@ def _measured(folder: Path, ids: list[int]) -> dict:
         new = model.generate(x[:, :SHORT], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[
             0, SHORT:
         ]
-    nll = -logits[:-1].gather(1, x[0, 1:, None]).mean()
-    return {"nll": float(nll), "greedy": new.tolist()}
+    logprobs = logits[:-1].gather(1, x[0, 1:, None])[:, 0]
+    return {"logprobs": logprobs.tolist(), "greedy": new.tolist()}
 
 
 if __name__ == "__main__":

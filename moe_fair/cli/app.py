@@ -26,11 +26,14 @@ from moe_fair.cli.options import (
     Baseline,
     BaseModel,
     Checkpoint,
+    Converter,
     Debug,
     DryRun,
     EvalBatchSize,
     EvalDtype,
     EvalOutput,
+    ExportFile,
+    ExportTo,
     Format,
     IncludePath,
     Json,
@@ -41,6 +44,8 @@ from moe_fair.cli.options import (
     NamedOutput,
     NumFewshot,
     Output,
+    OutType,
+    Pad,
     PlanOutput,
     Private,
     Pruned,
@@ -375,6 +380,23 @@ def check(out: Checkpoint, as_json: Json = False, debug: Debug = False) -> None:
         print(json.dumps(serving_json(layout, str(out)), indent=1))
     else:
         serving_report(layout, str(out))
+
+
+@app.command(cls=Command)
+def export(
+    out: Checkpoint, to: ExportTo, file: ExportFile = None, converter: Converter = None,
+    outtype: OutType = "auto", pad: Pad = False, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write a checkpoint in another engine's format: GGUF, by llama.cpp's own converter."""
+    if to != "gguf":
+        raise ValueError(f"--to {to}: gguf is the one format there is")
+    from moe_fair.publish.gguf import export_gguf
+
+    made = export_gguf(out, file=file, converter=converter, outtype=outtype, pad=pad, say=_say)
+    if as_json:
+        print(json.dumps(asdict(made), default=str, indent=1))
+    else:
+        print(f"{made.file}: {made.bytes / 1e9:.2f} GB; serve it with llama-server -m {made.file}")
 
 
 @app.command(cls=Command)

@@ -138,6 +138,28 @@ ReportOutput = Annotated[
     option("-o", "--output", text="File to write  [default: OUT/moe_fair/report.html or .md]"),
 ]
 RepoId = Annotated[str, typer.Argument(help="USER/NAME on the Hub", show_default=False)]
+ExportTo = Annotated[str, option("--to", text="Format: gguf, for llama.cpp")]
+ExportFile = Annotated[
+    Path | None, option("-o", "--output", text="File to write  [default: OUT.gguf]")
+]
+Converter = Annotated[
+    Path | None,
+    option(
+        "--converter",
+        text="llama.cpp's convert_hf_to_gguf.py  [default: that of the folder LLAMA_CPP names, or "
+        "on the PATH]",
+    ),
+]
+OutType = Annotated[
+    str, option("--outtype", text="Data type, as the converter takes it  [default: auto]")
+]
+Pad = Annotated[
+    bool,
+    option(
+        "--pad",
+        text="Give every layer the largest number of experts, with slots that are never chosen",
+    ),
+]
 Private = Annotated[bool, option("--private", text="Make the repository private, if it is new")]
 PushRevision = Annotated[
     str | None, option("--revision", text="Branch to push to, made if it is new  [default: main]")

@@ -19,6 +19,7 @@ from moe_fair.core.yaml_file import read_yaml
 RUN, NOT_RUN, NO = "yes", "not run", "no"  # what a verdict says
 TABLE = "engines.yaml"
 ALL = "all"  # in place of a list of types
+DEVICES = "ep="  # after an engine's name and a colon: devices that share each layer's experts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Layout:
         equal: all layers have the same number.
         widths: name in the config -> a size that quantised kernels divide.
         quantised: the weights are.
+        heads: of attention, which devices share by tensor parallelism; 0 where it is not known.
     """
 
     model_type: str
@@ -38,6 +40,7 @@ class Layout:
     equal: bool
     widths: Mapping[str, int] = field(default_factory=dict)
     quantised: bool = False
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,32 @@ def engines() -> dict[str, dict[str, Any]]:
 
 
 def engine(name: str) -> dict[str, Any]:
-    """The facts of an engine.
+    """The facts of an engine, of which more may be asked: see `asked`.
 
     Raises:
         ValueError: the table has none of that name; names the nearest.
     """
-    return pick(engines(), name, "engine")
+    return pick(engines(), asked(name)[0], "engine")
+
+
+def asked(name: str) -> tuple[str, int]:
+    """An engine's key and the devices of its expert parallelism, of `vllm:ep=8`; 1 where unsaid.
+
+    Raises:
+        ValueError: something else is asked for, or the engine is not known to share experts.
+    """
+    key, colon, more = name.partition(":")
+    if not colon:
+        return key, 1
+    number = more.removeprefix(DEVICES)
+    if not more.startswith(DEVICES) or not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"--for {name}: write {key}, or {key}:{DEVICES}8 for eight devices that share each "
+            "layer's experts (expert parallelism)"
+        )
+    if "expert_parallel" not in pick(engines(), key, "engine"):
+        raise ValueError(f"--for {name}: whether {key} shares experts between devices is not known")
+    return key, int(number)
 
 
 def wanted(names: Sequence[str], model_type: str, most: int) -> Wanted:
@@ -112,10 +135,10 @@ def wanted(names: Sequence[str], model_type: str, most: int) -> Wanted:
     """
     counts = frozenset(range(1, most + 1))
     for name in names:
-        facts = engine(name)
+        facts, devices = engine(name), asked(name)[1]
         if why := _no_type(facts, model_type):
             raise ValueError(f"--for {name}: {why}; leave it out of --for")
-        counts &= {n for n in counts if not _no_count(facts, model_type, n)}
+        counts &= {n for n in counts if not _no_count(facts, model_type, n, devices)}
     if not counts:
         raise ValueError(f"--for {','.join(names)}: no number of experts is taken by all of them")
     return Wanted(None if len(counts) == most else counts, bool(equal_only(names)))
@@ -136,13 +159,13 @@ def verdicts(layout: Layout, out: str) -> list[Verdict]:
 
 
 def verdict(name: str, layout: Layout, out: str) -> Verdict:
-    """What one engine does with a checkpoint."""
-    facts = engine(name)
+    """What one engine does with a checkpoint; of its expert parallelism where that is asked for."""
+    facts, (key, devices) = engine(name), asked(name)
     own = facts["equal" if layout.equal else "unequal"]
-    serves, why = _judged(facts, own, layout)
+    serves, why = _judged(facts, own, layout, devices)
     command = (own.get("serve") or facts["serve"]).format(out=out)
     return Verdict(
-        engine=name,
+        engine=key,
         title=facts["title"],
         serves=serves,
         versions=facts["tested"]["versions"],
@@ -153,10 +176,12 @@ def verdict(name: str, layout: Layout, out: str) -> Verdict:
     )
 
 
-def _judged(facts: Mapping[str, Any], own: Mapping[str, Any], layout: Layout) -> tuple[str, str]:
+def _judged(
+    facts: Mapping[str, Any], own: Mapping[str, Any], layout: Layout, devices: int
+) -> tuple[str, str]:
     kind = layout.model_type
     against = [_no_type(facts, kind), own.get("refused", "")]
-    against += [_no_count(facts, kind, n) for n in sorted({*layout.counts})]
+    against += [_no_count(facts, kind, n, devices) for n in sorted({*layout.counts})]
     if why := next(filter(None, against), ""):
         return NO, why
     ran = own["run"] == ALL or kind in own["run"]
@@ -177,8 +202,10 @@ def _no_type(facts: Mapping[str, Any], kind: str) -> str:
     return f"{facts['title']} {facts['tested']['versions']} has no model of type {kind}"
 
 
-def _no_count(facts: Mapping[str, Any], kind: str, count: int) -> str:
+def _no_count(facts: Mapping[str, Any], kind: str, count: int, devices: int) -> str:
     """Why an engine cannot take a layer of so many experts; empty where nothing is known."""
+    if count % devices:
+        return f"a layer has {count} experts, which {devices} devices do not divide"
     most = facts.get("most", {}).get("count", count)
     if count > most:
         return f"a layer has {count} experts, and {facts['title']} takes {most} at most"

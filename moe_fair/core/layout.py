@@ -13,6 +13,7 @@ from moe_fair.core.engine_facts import Layout
 # names under which configs keep the number of routed experts, and the widths of one
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTHS = ("hidden_size", "moe_intermediate_size")
+HEADS = "num_attention_heads"
 OTHER_WIDTH = "intermediate_size"  # of an expert, where the config has none for experts alone
 
 
@@ -61,12 +62,26 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         equal=len({*counts}) == 1,
         widths={n: home[n] for n in names},
         quantised=bool(quantised),
+        heads=home[HEADS] if isinstance(home.get(HEADS), int) else 0,
     )
 
 
 def parallel_sizes(layout: Layout) -> list[int]:
     """Numbers of devices that divide every layer's experts evenly, rising."""
     common = math.gcd(*layout.counts)
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def tensor_parallel_sizes(layout: Layout, multiple: int = 1) -> list[int]:
+    """Numbers of devices that divide the attention's heads and an expert's width, rising.
+
+    Args:
+        multiple: what a device's share of the width must be, as groups of quantised weights.
+    """
+    width = next((w for n, w in layout.widths.items() if n != WIDTHS[0]), 0)
+    if not layout.heads or not width or width % multiple:
+        return []
+    common = math.gcd(layout.heads, width // multiple)
     return [n for n in range(1, common + 1) if common % n == 0]
 
 

@@ -259,8 +259,9 @@ class Recipe:
     )
     serve: tuple[str, ...] | None = setting(
         None,
-        "Engines that must serve the result, as vllm,llama.cpp (`moe-fair check` lists them): a "
-        "budget that one of them cannot take is refused before anything is measured",
+        "Engines that must serve the result, as vllm,llama.cpp (`moe-fair check` lists them), or "
+        "vllm:ep=8 with each layer's experts shared by 8 devices: a budget that one "
+        "of them cannot take is refused before anything is measured",
         panel=TARGET, commands=PLANS, shown=True, flags=("--for", "--serve"), parse=_names,
     )  # fmt: skip
     weights: Mapping[str, float] | None = setting(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_fair.core.engine_facts import NO, NOT_RUN, Layout, Verdict, verdicts
-from moe_fair.core.layout import parallel_sizes
+from moe_fair.core.layout import parallel_sizes, tensor_parallel_sizes
 from moe_fair.report.document import Block, Table, Text
+
+GROUP = 128  # of weights that share a scale, in most quantised checkpoints
 
 
 def serving(layout: Layout, out: str) -> Iterator[Block]:
@@ -25,6 +27,13 @@ def serving(layout: Layout, out: str) -> Iterator[Block]:
         yield Text(f"{NOT_RUN}: nobody has tried this type so; nothing is known against it")
     for v in found:
         yield from (Text(f"{v.title}: {note}", note=True) for note in v.notes)
+    for multiple in (1, GROUP):
+        if sizes := ", ".join(map(str, tensor_parallel_sizes(layout, multiple))):
+            what = "" if multiple == 1 else f", with weights quantised in groups of {multiple}"
+            yield Text(
+                f"tensor parallel{what}: numbers of devices that divide heads and experts' widths: "
+                f"{sizes}"
+            )
     sizes = ", ".join(map(str, parallel_sizes(layout)))
     yield Text(f"expert parallel: numbers of devices that divide every layer evenly: {sizes}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,17 @@ from moe_fair.core.engine_facts import (
     verdicts,
     wanted,
 )
-from moe_fair.core.layout import layout_of, parallel_sizes, read_layout
+from moe_fair.core.layout import (
+    layout_of,
+    parallel_sizes,
+    read_layout,
+    tensor_parallel_sizes,
+)
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.ranking import rank
 from moe_fair.core.units import Scores, UnitGroup
+from moe_fair.report.document import Text
+from moe_fair.report.serving import serving
 
 KERNEL = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576]
 OTHERS = {"not run", "refused"}
@@ -37,7 +45,7 @@ OTHERS = {"not run", "refused"}
 def test_the_table_says_nothing_that_is_not_known_to_its_reader() -> None:
     """The same keys everywhere; a list of types has a source, and what is refused a reason."""
     for name, facts in engines().items():
-        assert facts.keys() - {"counts", "most", "widths"} == {
+        assert facts.keys() - {"counts", "most", "widths", "expert_parallel"} == {
             "title", "tested", "serve", "types", "equal", "unequal",
         }, name  # fmt: skip
         assert {"versions", "by"} <= facts["tested"].keys() <= {"versions", "by", "date"}
@@ -58,6 +66,7 @@ def test_the_table_says_nothing_that_is_not_known_to_its_reader() -> None:
             assert rule["source"]
             assert rule["where"]
             assert rule["allowed"] == sorted({*rule["allowed"]})
+        assert facts.get("expert_parallel", {"source": "-"})["source"]
         for rule in facts.get("widths", []):
             assert rule["source"]
             assert rule["multiple"] > 1
@@ -85,6 +94,20 @@ def test_widths_are_said() -> None:
     assert (
         note == "K-quants (Q4_K and others) want multiples of 256, not moe_intermediate_size 1408"
     )
+
+
+def test_devices_that_share_heads_and_widths() -> None:
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1536}
+    layout = Layout("qwen3_moe", (128,), True, sizes, heads=32)
+    assert tensor_parallel_sizes(layout) == [1, 2, 4, 8, 16, 32]
+    assert tensor_parallel_sizes(layout, 128) == [1, 2, 4]  # 12 groups
+    odd = replace(layout, widths={**sizes, "moe_intermediate_size": 1408})
+    assert tensor_parallel_sizes(odd) == [1, 2, 4, 8, 16, 32]
+    assert tensor_parallel_sizes(odd, 128) == [1]  # 11 groups
+    for missing in (replace(layout, heads=0), replace(layout, widths={"hidden_size": 2048})):
+        assert tensor_parallel_sizes(missing) == []
+    said = [b.text for b in serving(odd, "OUT") if isinstance(b, Text)]
+    assert any("tensor parallel, with weights quantised in groups of 128" in x for x in said)
 
 
 def test_layouts_of_configs(tmp_path: Path) -> None:
@@ -117,6 +140,18 @@ def test_what_engines_want() -> None:
     assert router.counts == {n for n in KERNEL if n <= 256}
     assert not router.equal
     assert wanted(["vllm", "llama.cpp"], "deepseek_v4", 256).equal
+    assert wanted(["vllm:ep=8"], "qwen2_moe", 60).counts == {8, 16, 24, 32, 40, 48, 56}
+    assert wanted(["vllm:ep=3"], "deepseek_v4", 256).counts == {192}
+    with pytest.raises(ValueError, match="--for vllm:ep=64,mlx: no number of experts"):
+        wanted(["vllm:ep=64", "mlx"], "qwen2_moe", 60)
+    for name in ("vllm:tp=2", "vllm:ep=0", "vllm:ep=x", "vllm:ep=", "vllm:"):
+        with pytest.raises(ValueError, match=f"--for {name}: write vllm, or vllm:ep=8 for eight"):
+            wanted([name], "qwen2_moe", 60)
+    with pytest.raises(ValueError, match="whether mlx shares experts between devices is not"):
+        wanted(["mlx:ep=2"], "qwen2_moe", 60)
+    shared = verdict("vllm:ep=4", Layout("qwen2_moe", (40, 33), equal=False), "OUT")
+    assert (shared.engine, shared.serves) == ("vllm", NO)
+    assert shared.why == "a layer has 33 experts, which 4 devices do not divide"
     with pytest.raises(ValueError, match=r"no engine 'vlm' \(did you mean 'vllm'\?\)"):
         wanted(["vlm"], "qwen2_moe", 60)
 
@@ -184,7 +219,12 @@ def targets() -> st.SearchStrategy[Target]:
 
 
 @given(
-    names=st.lists(st.sampled_from(sorted(engines())), min_size=1, max_size=3, unique=True),
+    names=st.lists(
+        st.sampled_from([*sorted(engines()), "vllm:ep=2", "vllm:ep=3", "vllm:ep=8"]),
+        min_size=1,
+        max_size=3,
+        unique=True,
+    ),
     kind=st.sampled_from(["deepseek_v4", "qwen2_moe", "some_moe"]),
     sizes=st.lists(st.integers(4, 40), min_size=1, max_size=5),
     floor=st.integers(1, 4),
