@@ -108,6 +108,7 @@ class _Pruning:
         claim_steps(self.work, settings.plain(), about, start_over, say)
         self.started = time.perf_counter()
         self.example = example(self.source)
+        self.real = self.data.train.part([0, len(self.data.train) - 1]).tensors()[0]
         self.dense = copy.deepcopy(self.source.model)
         self.device = next(self.dense.parameters()).device
 
@@ -283,7 +284,7 @@ class _Pruning:
         name_result(self.place, output, self.work)
 
     def _units(self, model: nn.Module) -> tuple[Graph, Sizes]:
-        graph = find_groups(model, self.example, heads=self.settings.heads)
+        graph = find_groups(model, self.example, heads=self.settings.heads, real=self.real)
         return graph, Sizes(model, graph.groups, self.example)
 
     def _goal(self, step: int) -> Goal:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moe_fair.core.units import UnitGroup
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OUTPUTS = "sets the model's outputs"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -143,7 +144,7 @@ def _members(
     for i, (dependency, index) in enumerate(items):  # type: ignore[arg-type, var-annotated]
         layer = dependency.target.module
         if type(layer).__name__ == "_OutputOp":
-            return "sets the model's outputs"
+            return OUTPUTS
         if layer not in names:
             if isinstance(layer, nn.Parameter):
                 return "meets a bare parameter"
@@ -172,7 +173,7 @@ def _members(
     if len(sizes) != 1:
         return "its channels reach some layers in part"
     if not any(m.side == "in" for m in members.values()):
-        return "sets the model's outputs"
+        return OUTPUTS
     return list(members.values())
 
 
