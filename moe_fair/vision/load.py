@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_fair.engines.pickles import read
 from moe_fair.vision.data import Preprocessing, Transform
+from moe_fair.vision.pictures import converted
 
 # modules whose model functions a checkpoint may name: these are then called unasked
 TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
@@ -251,6 +252,6 @@ def processed(processor: Any) -> Transform:
     """An image processor as a transform of one image."""
 
     def transform(image: Any) -> Tensor:
-        return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return processor(images=converted(image, "RGB"), return_tensors="pt")["pixel_values"][0]
 
     return transform
