@@ -10,7 +10,7 @@ which nothing shows stays whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from moe_fair.vision.trial import Tolerance, Trial
 # the others its error could be within the tolerance
 SHARE = 1e-3
 SILENT = "masking it changes no output, so nothing shows whether a cut would"
+DOES_NOT_RUN = "the cut model does not run"
 DIFFERS = "the cut model differs from the masked one"
 
 
@@ -90,35 +91,47 @@ def _proven(trial: Trial, groups: list[ChannelGroup]) -> tuple[list[ChannelGroup
 
 
 def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
-    """What is wrong with cutting these groups by a plan with unequal counts; None: it is exact."""
+    """What is wrong with cutting these groups by plans with unequal counts; None: it is exact.
+
+    There are two: the second removes what the first keeps. Of few units those kept may all be
+    silent, as behind a ReLU, and then a wrong cut of them does not show.
+    """
     kept = uneven_plan(groups)
-    small = copy.deepcopy(trial.model)
-    try:
-        cut(small, cuts_of(groups, kept))
-    except (RuntimeError, ValueError) as e:
-        return f"cannot be cut: {_line(e)}"
     changed = False
-    for probe, dense in trial.probes:
-        masked = trial.masked(probe, groups, kept)
+    for plan in (kept, opposite(groups, kept)):
+        small = copy.deepcopy(trial.model)
         try:
-            with torch.no_grad():
-                pruned = probe.run(small)
-        except Exception as e:  # whatever the model's own code raises
-            return f"the cut model does not run {probe.said}: {_line(e)}".replace(" :", ":")
-        if len(pruned) != len(masked):
-            return DIFFERS
-        for d, m, p in zip(dense, masked, pruned, strict=True):
-            change = _agreed(d, m, p, trial.tolerance)
-            if change is None:
-                return f"{DIFFERS} {probe.said}".rstrip()
-            changed |= change
-    for probe in trial.random:
-        try:
-            with torch.no_grad():
-                probe.run(small)
-        except Exception as e:
-            return f"the cut model does not run {probe.said}: {_line(e)}"
+            cut(small, cuts_of(groups, plan))
+        except Exception as e:  # a parametrised weight, say
+            return f"cannot be cut: {_line(e)}"
+        for probe, dense in trial.probes:
+            masked = trial.masked(probe, groups, plan)
+            try:
+                with torch.no_grad():
+                    pruned = probe.run(small)
+            except Exception as e:  # whatever the model's own code raises
+                return f"{DOES_NOT_RUN} {probe.said}".rstrip() + f": {_line(e)}"
+            if len(pruned) != len(masked):
+                return DIFFERS
+            for d, m, p in zip(dense, masked, pruned, strict=True):
+                change = _agreed(d, m, p, trial.tolerance)
+                if change is None:
+                    return f"{DIFFERS} {probe.said}".rstrip()
+                changed |= change
+        for probe in trial.random:
+            try:
+                with torch.no_grad():
+                    probe.run(small)
+            except Exception as e:
+                return f"{DOES_NOT_RUN} {probe.said}: {_line(e)}"
     return None if changed else SILENT
+
+
+def opposite(
+    groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[int]]:
+    """The plan that keeps what another removes."""
+    return {g.name: sorted(set(range(g.units.size)) - set(kept[g.name])) for g in groups}
 
 
 def _agreed(dense: Tensor, masked: Tensor, pruned: Tensor, tolerance: Tolerance) -> bool | None:
