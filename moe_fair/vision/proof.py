@@ -20,8 +20,8 @@ from moe_fair.vision.graph import OUTPUTS, ChannelGroup, Graph, candidates
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.trial import Tolerance, Trial
 
-# a group with less than this share of the strongest one's effect is proven by itself as well: among
-# the others its error could be within the tolerance
+# a group with less than this share of the strongest one's effect is proven without it as well:
+# beside it its error could be within the tolerance
 SHARE = 1e-3
 SILENT = "masking it changes no output, so nothing shows whether a cut would"
 DOES_NOT_RUN = "the cut model does not run"
@@ -68,26 +68,47 @@ def _proven(trial: Trial, groups: list[ChannelGroup]) -> tuple[list[ChannelGroup
     """The groups that can be cut together, and why the others cannot be cut."""
     if not trial.probes:
         return [], {g.name: "the model's outputs are not finite" for g in groups}
-    weak = trial.weak(groups, SHARE)
-    if fault(trial, groups) is None:
-        faults = {g.name: fault(trial, [g]) for g in groups if g.name in weak}
-        good = [g for g in groups if faults.get(g.name) is None]
-        return good, {n: why for n, why in faults.items() if why is not None}
-    good, whole = [], {}
-    for g in groups:
-        if (why := fault(trial, [g])) is not None:
-            whole[g.name] = why
-        else:
-            good.append(g)
+    together = fault(trial, groups)
+    faults = _faults(trial, groups, trial.slopes(groups), together)
+    good = [g for g in groups if faults[g.name] is None]
+    whole = {n: why for n, why in faults.items() if why is not None}
+    if together is None and not whole:
+        return good, whole
     if len(good) > 1 and fault(trial, good) is not None:
-        together: list[ChannelGroup] = []
+        fitting: list[ChannelGroup] = []
         for g in good:
-            if fault(trial, [*together, g]) is None:
-                together.append(g)
+            if fault(trial, [*fitting, g]) is None:
+                fitting.append(g)
             else:
                 whole[g.name] = "cannot be cut together with the groups before it"
-        good = together
+        good = fitting
     return good, whole
+
+
+def _faults(
+    trial: Trial, groups: Sequence[ChannelGroup], slopes: Mapping[str, float], why: str | None
+) -> dict[str, str | None]:
+    """`fault` of every group, with as many as possible cut together.
+
+    What is wrong is searched for by halves; among groups that pass, those with little effect beside
+    the strongest are proven once more among themselves.
+
+    Args:
+        why: what is wrong with cutting all of them.
+    """
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    least = SHARE * max(slopes[g.name] for g in groups)
+    weak = [g for g in groups if not slopes[g.name] > least]
+    if why is None and len(weak) < len(groups):
+        seen: dict[str, str | None] = dict.fromkeys(g.name for g in groups)
+        return {**seen, **(_faults(trial, weak, slopes, fault(trial, weak)) if weak else {})}
+    half = len(groups) // 2
+    first, second = groups[:half], groups[half:]
+    return {
+        **_faults(trial, first, slopes, fault(trial, first)),
+        **_faults(trial, second, slopes, fault(trial, second)),
+    }
 
 
 def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:

@@ -169,11 +169,8 @@ class Trial:
         with gates, torch.no_grad():
             return probe.run(self.model)
 
-    def weak(self, groups: Sequence[ChannelGroup], share: float) -> set[str]:
-        """Groups whose gates have less than a share of the strongest group's slope.
-
-        All of them, where the model has no gradient.
-        """
+    def slopes(self, groups: Sequence[ChannelGroup]) -> dict[str, float]:
+        """Group -> the outputs' slope along its gates; 0 everywhere, where there is no gradient."""
         slopes = dict.fromkeys((g.name for g in groups), 0.0)
         generator = torch.Generator().manual_seed(0)
         probe = min((p for p, _ in self.probes if not p.training), key=lambda p: p.images.numel())
@@ -188,12 +185,11 @@ class Trial:
                     )
                     [found] = torch.autograd.grad(total, gates.values)  # type: ignore[arg-type]
             except Exception:  # the model's own code, which need not be differentiable
-                return set(slopes)
+                return slopes
             for g in groups:
                 at = gates.offsets[g.name]
                 slopes[g.name] = float(found[0, at : at + g.units.size].abs().sum())
-        least = share * max(slopes.values())
-        return {n for n, slope in slopes.items() if not slope > least}
+        return slopes
 
 
 @contextmanager

@@ -249,3 +249,17 @@ def test_wrong_cutters_are_caught(seed: int, monkeypatch: pytest.MonkeyPatch) ->
                 patch.setattr(proof, "cut", wrong)
                 trial = Trial(model, images(2), images(2, seed=3), ())
                 assert proof.fault(trial, [g]) is not None, (g.name, at)
+
+
+def test_groups_that_only_fail_together_are_not_cut_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock = proof.fault
+
+    def fault(trial: Trial, groups: Sequence[Any]) -> str | None:
+        return "together" if {"a", "c"} <= {g.name for g in groups} else stock(trial, groups)
+
+    monkeypatch.setattr(proof, "fault", fault)
+    graph = find_groups(Dropping().eval(), images(2))
+    assert [g.name for g in graph.groups] == ["a", "b"]
+    assert graph.whole["c"] == "cannot be cut together with the groups before it"
