@@ -319,8 +319,8 @@ class Statistics:
         if self.tokens.shape != (d,) or self.sequences.shape != (d,):
             raise ValueError(f"counts that are not those of {d} domains")
         for g in self.groups:
-            if g.name not in self.sums and g.name not in self.constants:
-                raise ValueError(f"{g.name}: neither sums nor constants")
+            if not any(g.name in s for s in (self.sums, self.constants, self.rows, self.sketches)):
+                raise ValueError(f"{g.name}: neither sums nor constants, rows or a sketch")
             for name, t in self.sums.get(g.name, {}).items():
                 if t.shape[:2] != (d, g.size) or t.dtype != torch.float64:
                     raise ValueError(f"{g.name}: {name} {t.dtype} {list(t.shape)}, {g.size} units")

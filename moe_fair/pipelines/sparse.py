@@ -22,6 +22,7 @@ from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.data import draw
 from moe_fair.vision.inputs import open_inputs
 from moe_fair.vision.load import example
+from moe_fair.vision.reload import check_fresh, check_reloads
 from moe_fair.vision.sparse.fill import check_total
 from moe_fair.vision.sparse.layer_table import layer_table
 from moe_fair.vision.sparse.layers import Net, find_layers, keep_largest, zeros
@@ -94,6 +95,7 @@ class _Sparsifying:
 
     def check(self) -> None:
         """Find the layers, and whether they can hold so many zeros."""
+        check_reloads(self.source, example(self.source))
         self.layers, self.dense = find_layers(self.model, example(self.source))
         self.total = sum(x.size for x in self.layers)
         self.keep = self.total - round(self.settings.sparsity * self.total)
@@ -167,6 +169,7 @@ class _Sparsifying:
     def verify(self) -> None:
         """Check the whole result, built anew by the code that this run was started with."""
         verify_result(self.folder, self.say, trust_remote_code=True)
+        check_fresh(self.folder, self.model, example(self.source))
 
     def finish(self, output: Path) -> None:
         """Give the result its name."""

@@ -32,6 +32,7 @@ from moe_fair.vision.inputs import open_inputs
 from moe_fair.vision.load import Source, example
 from moe_fair.vision.plan import Goal, make
 from moe_fair.vision.proof import find_groups
+from moe_fair.vision.reload import check_fresh, check_reloads
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.step_folder import Record, StepFolder, claim_steps
@@ -91,7 +92,7 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
     plans = run.write(source)
     result = run.compare(source, dense, records)
     run.write_report(plans, result)
-    run.verify()
+    run.verify(source)
     run.finish(output)
     return Pruned(output, plans, result)
 
@@ -108,12 +109,14 @@ class _Pruning:
         claim_steps(self.work, settings.plain(), about, start_over, say)
         self.started = time.perf_counter()
         self.example = example(self.source)
+        self.real = self.data.train.part([0, len(self.data.train) - 1]).tensors()[0]
         self.dense = copy.deepcopy(self.source.model)
         self.device = next(self.dense.parameters()).device
 
     def check(self) -> None:
         """Find the units, and whether the target can be met; that depends on no score."""
         settings, source = self.settings, self.source
+        check_reloads(source, self.example)
         graph, sizes = self._units(copy.deepcopy(source.model).cpu())
         if settings.method:
             check_method(source.model, graph.groups, settings.method)
@@ -274,16 +277,17 @@ class _Pruning:
         (notes / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         write_document(document(plans, result), notes / "report.html")
 
-    def verify(self) -> None:
+    def verify(self, source: Source) -> None:
         """Check the whole result, built anew by the code that this run was started with."""
         verify_result(self.folder, self.say, trust_remote_code=True)
+        check_fresh(self.folder, source.model, self.example)
 
     def finish(self, output: Path) -> None:
         """Give the result its name."""
         name_result(self.place, output, self.work)
 
     def _units(self, model: nn.Module) -> tuple[Graph, Sizes]:
-        graph = find_groups(model, self.example, heads=self.settings.heads)
+        graph = find_groups(model, self.example, heads=self.settings.heads, real=self.real)
         return graph, Sizes(model, graph.groups, self.example)
 
     def _goal(self, step: int) -> Goal:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_fair.vision.data import Preprocessing
-from moe_fair.vision.load import Source, build, find_processor, load_weights, processed
+from moe_fair.vision.load import Source, build, find_processor, load_weights, once, processed
 from moe_fair.vision.surgery import Cut, cut
 
 PRUNED_FILE = "pruned.json"
@@ -37,7 +37,7 @@ def save_pruned(
         source: what the model was made from.
         history: every step's cuts, from the base architecture to this model.
     """
-    tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in once(model.state_dict()).items()}
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)
     if source.base["kind"] == "transformers":

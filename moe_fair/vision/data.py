@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moe_fair.vision.pictures import check_files, converted
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 TEST_NAMES = ("test", "val", "validation")
 HELD_OUT = 0.2  # where a source has no test part of its own
@@ -51,7 +53,7 @@ class Preprocessing:
     def __call__(self, image: Any) -> Tensor:
         from PIL import Image
 
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = converted(image, "L" if self.channels == 1 else "RGB")
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
         pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
@@ -205,6 +207,13 @@ def _class_folders(folder: Path, transform: Transform) -> ImageSet:
             f"{folder} holds no images in class folders (CLASS/*.png, .jpg, ...): "
             "give a folder with one sub-folder for each class"
         )
+    filled = set(labels)
+    if empty := [name for i, name in enumerate(classes) if i not in filled]:
+        raise ValueError(
+            f"no images in class folders {', '.join(empty[:10])}{' ...' * (len(empty) > 10)} of "
+            f"{folder}: put some in, or remove them"
+        )
+    check_files(files, folder)
 
     def read(i: int) -> Any:
         from PIL import Image

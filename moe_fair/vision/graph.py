@@ -15,15 +15,16 @@ Shape legend: N units, m slices of one layer that belong to one unit.
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from moe_fair.core.units import UnitGroup
+from moe_fair.vision.trace import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OUTPUTS = "sets the model's outputs"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -73,9 +74,26 @@ class Graph:
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """[S, classes]: the output of a plain module, or the `logits` of a transformers model."""
+    """[S, classes]: what a module gives, its `logits`, or the one tensor in its tuple or list.
+
+    Raises:
+        ValueError: something else.
+    """
     out = model(images)
-    return out if isinstance(out, Tensor) else out.logits
+    if isinstance(out, Tensor):
+        return out
+    named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    within: list[object] = []
+    if isinstance(out, (Mapping, tuple, list)):
+        within = list(out.values() if isinstance(out, Mapping) else out)
+    if len(within) == 1 and isinstance(within[0], Tensor):
+        return within[0]
+    raise ValueError(
+        f"the model gives a {type(out).__name__} of {len(within)} things, of which none is named "
+        "`logits`: wrap it in a module that returns them alone"
+    )
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -95,27 +113,13 @@ def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Grap
         heads: also offer attention heads as units.
 
     Raises:
-        ValueError: Torch-Pruning is not installed.
+        ValueError: Torch-Pruning is not installed, or the model cannot be traced.
     """
-    try:
-        import torch_pruning
-    except ImportError as e:
-        raise ValueError(
-            "pruning channels needs Torch-Pruning: pip install 'moe_fair[vision]'"
-        ) from e
+    graph, found, whole = traced(model, images, logits)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     names = {module: name for name, module in model.named_modules()}
-    trainable = {p: p.requires_grad for p in model.parameters()}
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
-        model.requires_grad_(True)  # the trace follows gradients
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            model, images, forward_fn=logits, verbose=False
-        )
-        found = list(graph.get_all_groups())
-    for p, flag in trainable.items():
-        p.requires_grad_(flag)
-    groups, whole = [], {}
+    owners = _owners(model)
+    groups = []
     for items in found:
         producers = [
             names[d.target.module]
@@ -123,7 +127,7 @@ def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Grap
             if d.target.module in names and graph.is_out_channel_pruning_fn(d.handler)
         ]
         name = min(producers, key=order.__getitem__)
-        members = _members(graph, items, names, model)
+        members = _members(graph, items, names, owners)
         if isinstance(members, str):
             whole[name] = members
             continue
@@ -135,19 +139,36 @@ def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Grap
     return Graph(tuple(sorted(groups, key=lambda g: g.units.layer)), whole)
 
 
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Parameter -> the layers that have it."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            found.setdefault(p, []).append(name)
+    return found
+
+
 def _members(
-    graph: object, items: object, names: dict[nn.Module, str], model: nn.Module
+    graph: object,
+    items: object,
+    names: dict[nn.Module, str],
+    owners: dict[nn.Parameter, list[str]],
 ) -> list[Member] | str:
     """The layers of a traced group, or why it must stay whole."""
     members = {}
     for i, (dependency, index) in enumerate(items):  # type: ignore[arg-type, var-annotated]
         layer = dependency.target.module
         if type(layer).__name__ == "_OutputOp":
-            return "sets the model's outputs"
+            return OUTPUTS
         if layer not in names:
             if isinstance(layer, nn.Parameter):
                 return "meets a bare parameter"
             continue  # an operation without weights
+        if "weight" not in layer._parameters and hasattr(layer, "weight"):
+            return f"the weight of {names[layer]} is computed from others"
+        for p in layer.parameters(recurse=False):
+            if len(owners[p]) > 1:
+                return f"{' and '.join(owners[p])} share a parameter"
         out = graph.is_out_channel_pruning_fn(dependency.handler)  # type: ignore[attr-defined]
         if isinstance(layer, BATCH_NORMS) or is_depthwise(layer):
             side = "out"
@@ -166,14 +187,24 @@ def _members(
         widths = {len(v) for v in table.values()}
         if len(widths) != 1 or set(table) != set(range(len(table))):
             return f"its channels reach {names[layer]} unevenly"
+        if max(index) >= _width(layer, side):
+            return f"its channels are more than {names[layer]} has"
         rows = tuple(tuple(sorted(table[r])) for r in range(len(table)))
         members[names[layer], side] = Member(names[layer], side, rows)
     sizes = {len(m.index) for m in members.values()}
     if len(sizes) != 1:
         return "its channels reach some layers in part"
     if not any(m.side == "in" for m in members.values()):
-        return "sets the model's outputs"
+        return OUTPUTS
     return list(members.values())
+
+
+def _width(layer: nn.Module, side: str) -> int:
+    """Channels of a layer on a side."""
+    for name in ("num_features", f"{side}_channels", f"{side}_features"):
+        if isinstance(width := getattr(layer, name, None), int):
+            return width
+    raise AssertionError(type(layer))
 
 
 def _group(

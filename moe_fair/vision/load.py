@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from moe_fair.engines.pickles import read
 from moe_fair.vision.data import Preprocessing, Transform
+from moe_fair.vision.pictures import converted
+from moe_fair.vision.trace import detach_computed
 
 # modules whose model functions a checkpoint may name: these are then called unasked
 TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
@@ -119,6 +122,28 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
         raise ValueError(f"{module}:{base['function']}: {e}") from e
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{base['function']} gives no torch.nn.Module")
+    return _plain(model, f"{module}:{base['function']}")
+
+
+def _plain(model: nn.Module, name: str) -> nn.Module:
+    """The module whose layers can be changed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{name} gives a scripted model, whose layers cannot be changed; give the function "
+            "that makes the module before torch.jit sees it"
+        )
+    for n, t in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(t):
+            raise ValueError(
+                f"{name}: {n} has no size before the first images are seen (a lazy layer), so the "
+                "model could not be built from its files; give its layers their sizes"
+            )
+    detach_computed(model)
     return model
 
 
@@ -157,9 +182,42 @@ def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) ->
     if pickled and not allow_pickle:
         raise ValueError(f"{file} {PICKLED}")
     try:
-        model.load_state_dict(read(file) if pickled else load_file(file))
+        tensors = read(file) if pickled else load_file(file)
+        whole = model.state_dict()
+        # a name of a tensor that the file has under another: filled together with that one
+        again = {n: tensors[first] for n, first in aliases(whole).items() if first in tensors}
+        filled = OrderedDict({**again, **tensors})
+        # versions of modules' layouts, which a file does not hold: those of the code at hand
+        filled._metadata = whole._metadata  # type: ignore[attr-defined]
+        model.load_state_dict(filled)
     except (RuntimeError, SafetensorError) as e:
         raise ValueError(f"{file} does not fit the model: {' '.join(str(e).split())[:300]}") from e
+
+
+def aliases(state: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> the first name of the same tensor, of modules and parameters that have several."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name, t in state.items():
+        key = (t.data_ptr(), t.shape, t.stride()) if isinstance(t, Tensor) and t.numel() else name
+        if key in first:
+            found[name] = first[key]
+        else:
+            first[key] = name
+    return found
+
+
+def once(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a state under its first name.
+
+    Raises:
+        ValueError: something in it is no tensor, or has no values yet.
+    """
+    others = aliases(state)
+    for name, t in state.items():
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is no tensor")
+    return {n: t for n, t in state.items() if n not in others}
 
 
 def first_channels(model: nn.Module) -> int:
@@ -251,6 +309,6 @@ def processed(processor: Any) -> Transform:
     """An image processor as a transform of one image."""
 
     def transform(image: Any) -> Tensor:
-        return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return processor(images=converted(image, "RGB"), return_tensors="pt")["pixel_values"][0]
 
     return transform

@@ -1,31 +1,42 @@
 """The mask check: a group may be cut only where the cut model equals the masked one.
 
-Both run in float64 on a copy whose batch normalisations and bare parameters (LayerScale) are filled
-with random numbers: fresh ones map 0 to 0 or scale a branch to nothing, and would hide a wrong cut.
+Both run in float64 on a copy whose parameters hide nothing (`trial`), on noise, on the run's own
+images (noise is negative where images are not), at another size where the model takes one, and in
+training mode. Two outputs that are equal prove nothing where the units have no effect on them: they
+must be finite, and masking a group must change them by far more than rounding does. A group of
+which nothing shows stays whole.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from moe_fair.vision.gates import Gates
-from moe_fair.vision.graph import BATCH_NORMS, ChannelGroup, Graph, candidates, logits
+from moe_fair.vision.graph import OUTPUTS, ChannelGroup, Graph, candidates
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.trial import Tolerance, Trial
 
-TOLERANCE = 1e-9  # relative to the largest output; float64 leaves about 1e-14
+# a group with less than this share of the strongest one's effect is proven without it as well:
+# beside it its error could be within the tolerance
+SHARE = 1e-3
+SILENT = "masking it changes no output, so nothing shows whether a cut would"
+DOES_NOT_RUN = "the cut model does not run"
+DIFFERS = "the cut model differs from the masked one"
 
 
-def find_groups(model: nn.Module, images: Tensor, *, heads: bool = False) -> Graph:
+def find_groups(
+    model: nn.Module, images: Tensor, *, heads: bool = False, real: Tensor | None = None
+) -> Graph:
     """The unit groups of a model that a cut removes exactly, in model order.
 
     Args:
         images: an example batch of two or more images.
         heads: also try attention heads.
+        real: images as the run gives them to the model; numbers in 0..1 otherwise.
 
     Raises:
         ValueError: nothing can be cut; lists why.
@@ -36,18 +47,13 @@ def find_groups(model: nn.Module, images: Tensor, *, heads: bool = False) -> Gra
         graph = candidates(model, images[:2], heads=heads)
         groups, whole = list(graph.groups), dict(graph.whole)
         if groups:
-            trial = _trial(model)
-            x = images[:2].double()
-            if error(trial, x, groups) > TOLERANCE:
-                good = []
-                for g in groups:
-                    if error(trial, x, [g]) <= TOLERANCE:
-                        good.append(g)
-                    else:
-                        whole[g.name] = "the cut model differs from the masked one"
-                groups = good
-                if groups and error(trial, x, groups) > TOLERANCE:
-                    raise ValueError("groups that can each be cut cannot be cut together")
+            real = torch.rand_like(images) if real is None else real
+            outputs = [n for n, why in whole.items() if why == OUTPUTS]
+            trial = Trial(model, images[:2], real[:2], outputs)
+            groups, why = _proven(trial, groups)
+            members = {m.module for g in graph.groups for m in g.members}
+            unseen = {n: w for n, w in trial.never_ran.items() if n not in members}
+            whole = {**unseen, **whole, **why}
     finally:
         model.train(training)
     if not groups:
@@ -58,24 +64,107 @@ def find_groups(model: nn.Module, images: Tensor, *, heads: bool = False) -> Gra
     return Graph(tuple(numbered), whole)
 
 
-def error(model: nn.Module, images: Tensor, groups: Sequence[ChannelGroup]) -> float:
-    """Largest relative difference between masked and cut model at a plan with unequal counts."""
+def _proven(trial: Trial, groups: list[ChannelGroup]) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """The groups that can be cut together, and why the others cannot be cut."""
+    if not trial.probes:
+        return [], {g.name: "the model's outputs are not finite" for g in groups}
+    together = fault(trial, groups)
+    faults = _faults(trial, groups, trial.slopes(groups), together)
+    good = [g for g in groups if faults[g.name] is None]
+    whole = {n: why for n, why in faults.items() if why is not None}
+    if together is None and not whole:
+        return good, whole
+    if len(good) > 1 and fault(trial, good) is not None:
+        fitting: list[ChannelGroup] = []
+        for g in good:
+            if fault(trial, [*fitting, g]) is None:
+                fitting.append(g)
+            else:
+                whole[g.name] = "cannot be cut together with the groups before it"
+        good = fitting
+    return good, whole
+
+
+def _faults(
+    trial: Trial, groups: Sequence[ChannelGroup], slopes: Mapping[str, float], why: str | None
+) -> dict[str, str | None]:
+    """`fault` of every group, with as many as possible cut together.
+
+    What is wrong is searched for by halves; among groups that pass, those with little effect beside
+    the strongest are proven once more among themselves.
+
+    Args:
+        why: what is wrong with cutting all of them.
+    """
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    least = SHARE * max(slopes[g.name] for g in groups)
+    weak = [g for g in groups if not slopes[g.name] > least]
+    if why is None and len(weak) < len(groups):
+        seen: dict[str, str | None] = dict.fromkeys(g.name for g in groups)
+        return {**seen, **(_faults(trial, weak, slopes, fault(trial, weak)) if weak else {})}
+    half = len(groups) // 2
+    first, second = groups[:half], groups[half:]
+    return {
+        **_faults(trial, first, slopes, fault(trial, first)),
+        **_faults(trial, second, slopes, fault(trial, second)),
+    }
+
+
+def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
+    """What is wrong with cutting these groups by plans with unequal counts; None: it is exact.
+
+    There are two: the second removes what the first keeps. Of few units those kept may all be
+    silent, as behind a ReLU, and then a wrong cut of them does not show.
+    """
     kept = uneven_plan(groups)
-    gates = Gates(model, groups)
-    gates.close(kept, groups)
-    with torch.no_grad():
-        with gates:
-            masked = logits(model, images)
-        small = copy.deepcopy(model)
+    changed = False
+    for plan in (kept, opposite(groups, kept)):
+        small = copy.deepcopy(trial.model)
         try:
-            cut(small, cuts_of(groups, kept))
-            pruned = logits(small, images)
-        except (RuntimeError, ValueError):
-            return float("inf")
-    if pruned.shape != masked.shape:
-        return float("inf")
-    scale = masked.abs().max().clamp(min=1e-30)
-    return float((pruned - masked).abs().max() / scale)
+            cut(small, cuts_of(groups, plan))
+        except Exception as e:  # a parametrised weight, say
+            return f"cannot be cut: {_line(e)}"
+        for probe, dense in trial.probes:
+            masked = trial.masked(probe, groups, plan)
+            try:
+                with torch.no_grad():
+                    pruned = probe.run(small)
+            except Exception as e:  # whatever the model's own code raises
+                return f"{DOES_NOT_RUN} {probe.said}".rstrip() + f": {_line(e)}"
+            if len(pruned) != len(masked):
+                return DIFFERS
+            for d, m, p in zip(dense, masked, pruned, strict=True):
+                change = _agreed(d, m, p, trial.tolerance)
+                if change is None:
+                    return f"{DIFFERS} {probe.said}".rstrip()
+                changed |= change
+        for probe in trial.random:
+            try:
+                with torch.no_grad():
+                    probe.run(small)
+            except Exception as e:
+                return f"{DOES_NOT_RUN} {probe.said}: {_line(e)}"
+    return None if changed else SILENT
+
+
+def opposite(
+    groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[int]]:
+    """The plan that keeps what another removes."""
+    return {g.name: sorted(set(range(g.units.size)) - set(kept[g.name])) for g in groups}
+
+
+def _agreed(dense: Tensor, masked: Tensor, pruned: Tensor, tolerance: Tolerance) -> bool | None:
+    """Whether masking changes an output; None where the cut model's is another."""
+    if pruned.shape != masked.shape or not bool(masked.isfinite().all()):
+        return None
+    scale, change = float(dense.abs().max()), float((masked - dense).abs().max())
+    most = tolerance.relative * change + tolerance.rounding * scale
+    error = float((pruned - masked).abs().max())
+    if not error <= min(tolerance.error * scale, most):  # a NaN is no agreement
+        return None
+    return change > tolerance.change * scale
 
 
 def uneven_plan(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, Sequence[int]]:
@@ -95,25 +184,5 @@ def uneven_plan(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, Sequ
     return kept
 
 
-def _trial(model: nn.Module) -> nn.Module:
-    trial = copy.deepcopy(model).double().eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def fill(t: Tensor | None, low: float, high: float) -> None:
-        if t is not None:
-            drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-            t.copy_(low + (high - low) * drawn)
-
-    with torch.no_grad():
-        for layer in trial.modules():
-            if isinstance(layer, BATCH_NORMS):
-                fill(layer.weight, 0.5, 1.5)
-                fill(layer.bias, -0.5, 0.5)
-                fill(layer.running_mean, -0.5, 0.5)
-                fill(layer.running_var, 0.5, 1.5)
-            elif (
-                next(layer.children(), None) is not None or "scale" in type(layer).__name__.lower()
-            ):
-                for p in layer.parameters(recurse=False):
-                    fill(p, 0.5, 1.5)
-    return trial
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

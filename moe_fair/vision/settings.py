@@ -20,6 +20,12 @@ TARGETS = ("ratio", "flops", "params", "tolerance")
 SCORED = (
     "removal", "protection", "allocate", "samples", "directions", "memory", "steps",
 )  # fmt: skip
+# what allocators of experts need, and no statistics of images hold
+UNMEASURED = {
+    "costs": "measured cost curves",
+    "rows": "rows of Taylor values per sequence of text",
+    "gram": "the Gram matrix of outputs",
+}
 GRADUAL = ("units_per_step", "minibatches", "momentum", "probes")
 
 
@@ -114,12 +120,19 @@ class Settings(Subject):
             raise ValueError("--steps fine-tunes between the steps: give --finetune-epochs too")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--lr {self.learning_rate:g} is not above 0")
-        from moe_fair.core.allocate import allocator  # all of these import torch
+        from moe_fair.core.allocate import allocator, allocators, needs  # all of these import torch
         from moe_fair.vision.criteria import criterion
         from moe_fair.vision.finetune import LEARNING_RATES
 
         self._check_method()
         rule = allocator(self.allocate)
+        if missing := [text for what, text in UNMEASURED.items() if needs(rule, what)]:
+            rules = allocators().items()
+            usable = [n for n, r in rules if not any(needs(r, w) for w in UNMEASURED)]
+            raise ValueError(
+                f"--allocate {self.allocate} needs {missing[0]}, which no run on images measures: "
+                f"take {', '.join(usable)}"
+            )
         if self.method is None and self.tolerance is not None and not rule.needs_protection:
             raise ValueError(f"--tolerance is ToD's; --allocate {self.allocate} takes a share")
         pick(LEARNING_RATES, self.optimizer, "optimizer")

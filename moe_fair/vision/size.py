@@ -72,8 +72,10 @@ class Sizes:
             _layer(m, places[n], sides.get((n, "in"), {}), sides.get((n, "out"), {}))
             for n, m in layers.items()
         ]
-        counted = {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
-        self._rest = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+        # all others; fewer where layers share a weight, more where one is computed from several
+        nothing = dict.fromkeys(self._groups, 0)
+        alone = sum(layer.cost(nothing).parameters for layer in self._layers)
+        self._rest = sum(p.numel() for p in model.parameters()) - alone
 
     def at(self, kept: Mapping[str, int]) -> Cost:
         """Cost when every group keeps so many units."""

@@ -214,10 +214,13 @@ def test_shards_of_other_things_are_not_merged() -> None:
 def test_a_group_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
     s = statistics([0], 0)
     others = {g.name: s.sums[g.name] for g in GROUPS[1:]}
-    replace(s, sums=others, constants={}).save(tmp_path)
+    rows = {g.name: s.rows[g.name] for g in GROUPS[1:]}
+    replace(s, sums=others, constants={}, rows=rows).save(tmp_path)
     with pytest.raises(ValueError, match="l0: neither sums nor constants"):
         Statistics.load(tmp_path)
-    # scores without data have constants alone
+    # a Taylor score has rows alone, scores without data have constants alone
+    replace(s, sums=others, constants={}).save(tmp_path)
+    assert Statistics.load(tmp_path).holds("rows")
     replace(s, sums=others).save(tmp_path)
     view = Statistics.load(tmp_path).view(GROUPS[0])
     assert "weight_sq" in view

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moe_fair.vision import reload
+
 CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(autouse=True)
+def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are built anew in this process but in the tests of that, and of the command."""
+    if request.module.__name__.endswith("test_reload") or request.node.name == "test_the_command":
+        return
+
+    def here(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        reload.main(*arguments)
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(reload, "_elsewhere", here)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,111 @@
+"""Whether a model comes back from its files as the one that was saved.
+
+Once before anything is measured, where the model's own code is asked (`check_reloads`), and once
+with the result, in a process that knows nothing but its files (`check_fresh`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moe_fair.vision.checkpoint import open_pruned, save_pruned
+from moe_fair.vision.graph import logits
+from moe_fair.vision.load import Source
+
+CLOSE = 1e-4  # of the largest output; another number of threads adds up in another order
+
+
+def check_reloads(source: Source, images: Tensor) -> None:
+    """Save the model, build it again in this process and compare.
+
+    Raises:
+        ValueError: it cannot be saved or built, or answers otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_pruned(source.model, source, source.history, Path(folder))
+            again = open_pruned(Path(folder), trust_remote_code=True).model
+        except Exception as e:  # of the model's own code as well
+            raise ValueError(
+                f"the model cannot be saved and built again ({type(e).__name__}: "
+                f"{' '.join(str(e).split())[:200]}), so no result could be read"
+            ) from e
+        found = _outputs(again, images)
+    if not _same(_outputs(source.model, images), found):
+        raise ValueError(
+            "the model, saved and built again, gives other outputs: something that it computes "
+            "with is in none of its parameters and persistent buffers, so no result could be read"
+        )
+
+
+def check_fresh(folder: Path, model: nn.Module, images: Tensor) -> None:
+    """Build the result in a process of its own and compare it with the model that was made.
+
+    Raises:
+        RuntimeError: it cannot be built there, or answers otherwise.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        asked, answered = Path(place) / "images.safetensors", Path(place) / "outputs.safetensors"
+        save_file({"images": images.cpu().contiguous()}, asked)
+        arguments = [str(folder.resolve()), str(asked), str(answered), str(torch.get_num_threads())]
+        done = _elsewhere(arguments)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(
+                f"the result cannot be built in a process of its own and stays in {folder}: {said}"
+            )
+        found = load_file(answered)["outputs"]
+    if not _same(_outputs(model, images), found):
+        raise RuntimeError(
+            f"the result, built in a process of its own, gives other outputs than the model that "
+            f"was made and stays in {folder}"
+        )
+
+
+def _elsewhere(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`main` in a process of its own, which finds the code that this one can import."""
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fair.vision.reload", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """In eval mode; the model is left as it was."""
+    parameter, training = next(model.parameters()), model.training
+    try:
+        with torch.no_grad():
+            x = images.to(parameter.device, parameter.dtype)
+            return logits(model.eval(), x).cpu()
+    finally:
+        model.train(training)
+
+
+def _same(wanted: Tensor, found: Tensor) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    scale = float(wanted.abs().max())
+    return float((wanted - found).abs().max()) <= CLOSE * scale
+
+
+def main(folder: str, asked: str, answered: str, threads: str) -> None:
+    """What the process of its own does."""
+    torch.set_num_threads(int(threads))
+    model = open_pruned(Path(folder), trust_remote_code=True).model
+    save_file({"outputs": _outputs(model, load_file(asked)["images"]).contiguous()}, answered)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

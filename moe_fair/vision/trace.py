@@ -1,0 +1,167 @@
+"""A model traced by Torch-Pruning: for every layer with channels, what belongs to its channels.
+
+An operation that Torch-Pruning cannot follow costs the groups that meet it, not the run: it guesses
+channel counts along the graph, and on a channel shuffle or a product of two branches it divides by
+zero, or follows every path, of which there are exponentially many. Both are held to their layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
+# takes some hundreds of either
+MOST_CALLS, MOST_STEPS = 20_000, 5_000
+
+
+class TooLongError(Exception):
+    """An operation's channels are not found in reasonable time."""
+
+
+def traced(
+    model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Tensor]
+) -> tuple[Any, list[Any], dict[str, str]]:
+    """The graph, the slices that belong together, and layer -> why nothing is known of it.
+
+    Args:
+        forward: the outputs of a model on images.
+
+    Raises:
+        ValueError: Torch-Pruning is not installed, or the model cannot be traced at all.
+    """
+    try:
+        import torch_pruning
+    except ImportError as e:
+        raise ValueError(
+            "pruning channels needs Torch-Pruning: pip install 'moe_fair[vision]'"
+        ) from e
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    broken: dict[Any, str] = {}
+    try:
+        with warnings.catch_warnings(), torch.enable_grad(), _guarded(broken):
+            warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
+            model.requires_grad_(True)  # the trace follows gradients
+            try:
+                graph = torch_pruning.DependencyGraph().build_dependency(
+                    model, images, forward_fn=forward, verbose=False
+                )
+            except ValueError:
+                raise
+            except Exception as e:  # of the model's code or of Torch-Pruning's
+                raise ValueError(f"the model cannot be traced: {_line(e)}") from e
+            return graph, *_groups(graph, model, broken)
+    finally:
+        for p, flag in trainable.items():
+            p.requires_grad_(flag)
+        detach_computed(model)
+
+
+def _groups(graph: Any, model: nn.Module, broken: dict[Any, str]) -> tuple[list[Any], dict]:
+    """As Torch-Pruning's `get_all_groups`, which one layer would end."""
+    from torch_pruning import ops
+
+    names = {module: name for name, module in model.named_modules()}
+    found, whole, seen = [], {}, set()
+    for layer in list(graph.module2node):
+        if not isinstance(layer, (ops.TORCH_CONV, ops.TORCH_LINEAR)) or layer in seen:
+            continue
+        pruner = graph.get_pruner_of_module(layer)
+        if pruner is None or (width := pruner.get_out_channels(layer)) is None:
+            continue
+        try:
+            items = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(width)))
+        except Exception as e:  # Torch-Pruning's, of any kind
+            whole[names[layer]] = f"its channels cannot be followed: {_line(e)}"
+            continue
+        for dependency, _ in items:
+            if graph.is_out_channel_pruning_fn(dependency.handler):
+                seen.add(dependency.target.module)
+        why = next((broken[d.target] for d, _ in items if d.target in broken), None)
+        if why is None:
+            found.append(items)
+        else:
+            whole[names[layer]] = f"its channels cannot be followed: {why}"
+    return found, whole
+
+
+def detach_computed(model: nn.Module) -> None:
+    """Make weights that a hook computes (`weight_norm`) plain tensors: others cannot be copied."""
+    for m in model.modules():
+        for name, t in vars(m).items():
+            if isinstance(t, Tensor) and not t.is_leaf:
+                vars(m)[name] = t.detach()
+
+
+@contextmanager
+def _guarded(broken: dict[Any, str]) -> Iterator[None]:
+    """Torch-Pruning's steps with limits.
+
+    Args:
+        broken: filled with the nodes whose channels could not be mapped -> why.
+    """
+    from torch_pruning.dependency import graph, index_mapping, shape_infer
+
+    calls = [0]
+    done: list[Any] = []
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > MOST_CALLS:
+                raise TooLongError("too many paths lead through it")
+            return function(*arguments, **named)
+
+        return call
+
+    class Group(graph.Group):
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            if len(self.items) > MOST_STEPS:
+                raise TooLongError("too many paths lead away from it")
+            super().add_dep(dep, idxs)
+
+    stock = index_mapping.update_index_mapping
+
+    def update(whole: Any) -> None:
+        if any(whole is g for g in done):  # nothing is cut in between: once is enough
+            return
+        done.append(whole)
+        for node in whole.module2node.values():
+            calls[0] = 0
+            try:
+                stock(_One(whole, node))
+            except Exception as e:
+                broken[node] = _line(e)
+
+    names = ("infer_in_channels_recursively", "infer_out_channels_recursively")
+    limits = {n: counted(getattr(shape_infer, n)) for n in names}
+    changes = [(shape_infer, n, f) for n, f in limits.items()]
+    changes += [(index_mapping, "update_index_mapping", update), (graph, "Group", Group)]
+    before = [(place, n, getattr(place, n)) for place, n, _ in changes]
+    for place, n, ours in changes:
+        setattr(place, n, ours)
+    try:
+        yield
+    finally:
+        for place, n, theirs in before:
+            setattr(place, n, theirs)
+
+
+class _One:
+    """A graph of which one node only is looked at; everything else is the graph's."""
+
+    def __init__(self, graph: Any, node: Any) -> None:
+        self.module2node = {node.module: node}
+        self._graph = graph
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graph, name)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

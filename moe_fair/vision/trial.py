@@ -1,0 +1,266 @@
+"""A copy of a model on which a wrong cut shows, and the inputs on which it is looked at.
+
+Parameters that hide what happens before them are filled with random numbers: normalisations,
+factors on a branch (LayerScale), and whatever is zero or nearly so in the whole tensor (a head or a
+last normalisation that starts at zero, biases). Beside a model's outputs those of the layers that
+set them are compared: behind a saturated softmax nothing changes any more.
+
+Shape legend: S images, N units of all groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_fair.vision.gates import Gates
+from moe_fair.vision.graph import BATCH_NORMS, CONVOLUTIONS, ChannelGroup, logits
+
+TINY = 1e-3  # a tensor without a larger number is filled
+LAYERS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What counts as equal, and what as a change, in one floating point type.
+
+    Attributes:
+        error: most that masked and cut model may differ, of the largest output.
+        relative: the same of the change that masking makes, for what changes the outputs little.
+        rounding: of the largest output, what rounding leaves.
+        change: of the largest output; a smaller change is none.
+    """
+
+    error: float
+    relative: float
+    rounding: float
+    change: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(1e-9, 1e-5, 1e-13, 1e-8),
+    # for models that turn their images into float32 themselves
+    torch.float32: Tolerance(1e-4, 1e-2, 1e-5, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input and how the model is run on it.
+
+    Attributes:
+        images: [S, C, H, W].
+        said: the mode for a reader: nothing, "at 16 × 16", "in training".
+        training: in training mode, without dropout.
+        heads: names of the layers whose outputs are compared too.
+    """
+
+    images: Tensor
+    said: str = ""
+    training: bool = False
+    heads: tuple[str, ...] = ()
+
+    def run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
+        """The model's outputs, then those of the heads; the model is left as it was."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str):  # type: ignore[no-untyped-def]
+            def hook(_: nn.Module, __: object, out: object) -> None:
+                if isinstance(out, Tensor):
+                    found[name] = out
+
+            return hook
+
+        handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in self.heads]
+        try:
+            with _mode(model, self.training), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.manual_seed(seed)
+                out = logits(model, self.images)
+        finally:
+            for h in handles:
+                h.remove()
+        return [out, *(found[n] for n in self.heads if n in found)]
+
+
+class Trial:
+    """The copy, its probes and what the whole model answers to each.
+
+    Attributes:
+        model: float64, or float32 where it does not run in float64; in eval mode.
+        probes: input -> outputs; none where every output has NaN or Inf.
+        random: probes whose outputs are drawn: only that the model runs can be checked there.
+        never_ran: layer -> why nothing is known of it.
+    """
+
+    def __init__(self, model: nn.Module, noise: Tensor, real: Tensor, heads: Sequence[str]) -> None:
+        """Find the precision and the inputs that the model takes.
+
+        Raises:
+            Exception: whatever the model raises on the example images.
+        """
+        self.heads = tuple(heads)
+        for self.dtype in TOLERANCES:
+            self.model = _filled(model, self.dtype)
+            try:
+                self._look(noise.to(self.dtype), real.to(self.dtype))
+                break
+            except (RuntimeError, TypeError):
+                if self.dtype == torch.float32:
+                    raise
+        self.tolerance = TOLERANCES[self.dtype]
+
+    def _look(self, noise: Tensor, real: Tensor) -> None:
+        self.probes: list[tuple[Probe, list[Tensor]]] = []
+        self.random: list[Probe] = []
+        self.never_ran: dict[str, str] = {}
+        with _called(self.model) as ran:
+            self._add(real[:1])
+            self._add(noise[:1])
+            if not self.probes:
+                return
+            shape = real.shape[-2:]
+            for part in (0.5, 0.75, 1.5):
+                small = nn.functional.interpolate(real, scale_factor=part)
+                if self._try(small[:1], f"at {small.shape[-2]} × {small.shape[-1]}"):
+                    shape = min(shape, small.shape[-2:])
+                    break
+        with _called(self.model) as trained:
+            for size in dict.fromkeys((shape, real.shape[-2:])):  # the smaller one is cheaper
+                if self._try(nn.functional.interpolate(real, size), "in training", training=True):
+                    break
+        self.never_ran = {
+            n: "runs in training only" if n in trained else "is not called on the example images"
+            for n, m in self.model.named_modules()
+            if isinstance(m, LAYERS) and n not in ran
+        }
+
+    def _add(self, images: Tensor, said: str = "", training: bool = False) -> bool:
+        probe = Probe(images, said, training, self.heads)
+        with torch.no_grad():
+            out = probe.run(self.model)
+            if not all(bool(t.isfinite().all()) for t in out):
+                return False
+            # a functional dropout draws for every channel: with fewer of them, other numbers
+            again = probe.run(self.model, seed=1) if training else out
+        if any(not torch.equal(a, b) for a, b in zip(out, again, strict=True)):
+            self.random.append(probe)
+        else:
+            self.probes.append((probe, out))
+        return True
+
+    def _try(self, images: Tensor, said: str, training: bool = False) -> bool:
+        """Whether the model takes them."""
+        try:
+            return self._add(images, said, training)
+        except Exception:  # whatever a model's own code raises on what it does not take
+            return False
+
+    def masked(self, probe: Probe, groups: Sequence[ChannelGroup], kept: dict) -> list[Tensor]:
+        """The outputs without the units that are not kept."""
+        gates = Gates(self.model, groups)
+        gates.close(kept, groups)
+        with gates, torch.no_grad():
+            return probe.run(self.model)
+
+    def slopes(self, groups: Sequence[ChannelGroup]) -> dict[str, float]:
+        """Group -> the outputs' slope along its gates; 0 everywhere, where there is no gradient."""
+        slopes = dict.fromkeys((g.name for g in groups), 0.0)
+        generator = torch.Generator().manual_seed(0)
+        probe = min((p for p, _ in self.probes if not p.training), key=lambda p: p.images.numel())
+        with Gates(self.model, groups) as gates:
+            gates.values = torch.ones(1, gates.total + 1, dtype=self.dtype, requires_grad=True)
+            try:
+                with torch.enable_grad():
+                    total = sum(
+                        (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+                        / t.detach().abs().max().clamp(min=1e-30)
+                        for t in probe.run(self.model)
+                    )
+                    [found] = torch.autograd.grad(total, gates.values)  # type: ignore[arg-type]
+            except Exception:  # the model's own code, which need not be differentiable
+                return slopes
+            for g in groups:
+                at = gates.offsets[g.name]
+                slopes[g.name] = float(found[0, at : at + g.units.size].abs().sum())
+        return slopes
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """In training mode without dropout, if asked for; buffers are put back."""
+    if not training:
+        yield
+        return
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and b.shape == buffers[n].shape:
+                    b.copy_(buffers[n])
+
+
+@contextmanager
+def _called(model: nn.Module) -> Iterator[set[str]]:
+    """Names of the layers that are called within."""
+    names: set[str] = set()
+
+    def hook(name: str):  # type: ignore[no-untyped-def]
+        return lambda *_: names.add(name)
+
+    handles = [
+        m.register_forward_pre_hook(hook(n))
+        for n, m in model.named_modules()
+        if isinstance(m, LAYERS)
+    ]
+    try:
+        yield names
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in eval mode whose parameters hide nothing."""
+    trial = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(t: Tensor | None, low: float, high: float) -> None:
+        if t is not None:
+            drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+            t.copy_(low + (high - low) * drawn)
+
+    with torch.no_grad():
+        for layer in trial.modules():
+            if isinstance(layer, BATCH_NORMS):
+                fill(layer.weight, 0.5, 1.5)
+                fill(layer.bias, -0.5, 0.5)
+                fill(layer.running_mean, -0.5, 0.5)
+                fill(layer.running_var, 0.5, 1.5)
+                continue
+            bare = next(layer.children(), None) is not None
+            for name, p in layer.named_parameters(recurse=False):
+                factor = bare or "scale" in type(layer).__name__.lower()
+                if factor and p.numel() == max(p.shape, default=1):
+                    fill(p, 0.5, 1.5)
+                elif not p.numel() or not p.is_floating_point() or float(p.abs().max()) > TINY:
+                    continue
+                elif p.numel() > max(p.shape, default=1):
+                    spread = (p.numel() / p.shape[0]) ** -0.5
+                    p.copy_(spread * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+                else:
+                    fill(p, *((-0.5, 0.5) if "bias" in name else (0.5, 1.5)))
+    return trial

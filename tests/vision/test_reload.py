@@ -1,0 +1,171 @@
+"""A result comes back from its files in a process of its own, or the run says so at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vision.architectures import small
+from vision.test_vision_flow import settings
+
+from moe_fair.pipelines import sparse
+from moe_fair.pipelines import vision as pipeline
+from moe_fair.vision import load_pruned, reload
+from moe_fair.vision.graph import logits
+from moe_fair.vision.load import build
+from moe_fair.vision.sparse.settings import SparseSettings
+
+HERE = "vision.test_reload"
+
+
+class Versioned(nn.Module):
+    """Refuses a state without its version, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *more: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Aliased(nn.Module):
+    """A layer under two names, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.again, self.c.weight = self.b, self.b.weight
+        self.d, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.b(self.a(x).relu()).relu())
+        return self.head(self.d(self.c(x).relu()).relu().mean((2, 3)))
+
+
+def weight_normed() -> nn.Module:
+    """By the hook of old."""
+    net = small()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        net.classifier = nn.utils.weight_norm(net.classifier)
+    return net
+
+
+def compiled() -> nn.Module:
+    return torch.compile(small())  # type: ignore[return-value]
+
+
+def versioned() -> nn.Module:
+    return Versioned()
+
+
+def aliased() -> nn.Module:
+    return Aliased()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["versioned", "aliased", "weight_normed", "compiled"])
+def test_models_whose_states_are_peculiar(pictures: Path, tmp_path: Path, name: str) -> None:
+    wanted = settings(pictures, model=f"{HERE}:{name}", removal="l1", allocate="uniform")
+    done = pipeline.prune(wanted, tmp_path / "out")
+    model = load_pruned(done.output, trust_remote_code=True)
+    assert any(len(g.kept) < g.size for g in done.plans[0].groups)
+    assert logits(model, torch.rand(2, 3, 16, 16)).shape == (2, 3)
+
+
+class Drawn(nn.Module):
+    """Computes with what is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.factor = small(), torch.rand(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.factor
+
+
+def drawn() -> nn.Module:
+    return Drawn()
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("drawn", "saved and built again, gives other outputs"),
+        ("lazy", "2.weight has no size before the first images are seen"),
+    ],
+)
+def test_what_cannot_come_back_is_refused_at_the_start(
+    pictures: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        pipeline.prune(settings(pictures, model=f"{HERE}:{name}"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scripted_models_are_refused_in_words() -> None:
+    base = {"kind": "function", "module": HERE, "function": "scripted", "arguments": [],
+            "keywords": {}}  # fmt: skip
+    with (
+        pytest.warns(DeprecationWarning, match="jit"),
+        pytest.raises(ValueError, match="a scripted model"),
+    ):
+        build(base, trusted=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prune", "sparsify"])
+def test_a_result_that_another_process_reads_otherwise_gets_no_name(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The module's file is changed while the run works: this process goes on with what it read."""
+    (tmp_path / "net_of_mine.py").write_text("from vision.architectures import small\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run: Any = pipeline if kind == "prune" else sparse
+    stock = run.save_pruned
+
+    def changes(*arguments: Any) -> None:
+        stock(*arguments)
+        (tmp_path / "net_of_mine.py").write_text(
+            "from torch import nn\nfrom vision.architectures import small as stock\n\n"
+            "def small():\n    net = stock()\n"
+            "    net.register_forward_hook(lambda m, x, out: 2 * out)\n    return net\n"
+        )
+
+    monkeypatch.setattr(run, "save_pruned", changes)
+    common = {"model": "net_of_mine:small", "data": str(pictures), "image_size": 16}
+
+    def work() -> None:
+        if kind == "prune":
+            pipeline.prune(settings(pictures, **common), tmp_path / "out")
+        else:
+            sparse.sparsify(SparseSettings.of({**common, "sparsity": 0.5}), tmp_path / "out")
+
+    with pytest.raises(RuntimeError, match=r"a process of its own, gives other outputs .*partial"):
+        work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_another_process_cannot_build_says_why(
+    tmp_path: Path, pictures: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="no pruned image model at"):
+        reload.check_fresh(tmp_path, small(), torch.rand(2, 3, 16, 16))
