@@ -108,6 +108,19 @@ FLOWS: dict[str, Flow] = {
 }
 
 
+def said(model: Path, device: str, folder: Path, **more: Any) -> list[str]:
+    """What `prune` says on its way."""
+    heard: list[str] = []
+    given = {**SMALL, **JUDGED, "ratio": 0.5, "repair": "refit", "rivals": (), **more}
+    recipe = Recipe().with_settings({**given, "model": model, "device": device})
+    pipeline.prune(recipe, folder / "out", say=heard.append)
+    return heard
+
+
+DEFAULT: dict[str, Any] = {"samples": 64, "length": 16, "repair": "distill", "rivals": None}
+SAID: dict[str, dict[str, Any]] = {"said": {}, "said by default": DEFAULT}
+
+
 def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tuple[str, Any]]:
     """Each flow's numbers; on the pretend device with what was counted."""
     counts = getattr(sys.modules.get("pretend"), "COUNTS", None)
@@ -116,7 +129,10 @@ def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tu
         home.mkdir(parents=True)
         if counts is not None:
             counts.clear()
-        found: dict[str, Any] = {"numbers": FLOWS[name](model, device, home)}
+        if name in SAID:
+            found: dict[str, Any] = {"said": said(model, device, home, **SAID[name])}
+        else:
+            found = {"numbers": FLOWS[name](model, device, home)}
         if counts is not None:
             release()
             tables = ("waits", "to device", "launches", "float64", "out of memory")
