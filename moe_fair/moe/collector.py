@@ -13,6 +13,7 @@ P directions of a sketch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,9 @@ class _BlockCollector:
     """Stands before one experts module and books what passes."""
 
     def __init__(self, collector: ExpertCollector, block: MoeBlock, domains: int) -> None:
-        self.collector, self.block, self.experts = collector, block, block.experts
+        # no cycle: what lies on a device goes with the collector
+        self.collector: ExpertCollector = weakref.proxy(collector)
+        self.block, self.experts = block, block.experts
         self.size, self.domains = block.num_experts, domains
         self.families = list(collector.collected.families())
         self.statistics = collector.collected.statistics()

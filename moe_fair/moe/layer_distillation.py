@@ -88,7 +88,7 @@ def distill_layer(
     judges = [held(b) for b in batches]
     teach = [(b.mask.bool() & ~j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
     judge = [(b.mask.bool() & j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
-    work = sum(float(_squares(t - x, m)) for t, x, m in zip(targets, inputs, teach, strict=True))
+    work = sum(float(_squares(t, x, m)) for t, x, m in zip(targets, inputs, teach, strict=True))
     unit = work / max(1, sum(int(m.sum()) for m in teach))
 
     def run(j: int) -> Tensor:
@@ -102,8 +102,8 @@ def distill_layer(
         error = size = 0.0
         for j, mask in enumerate(judge):
             if bool(mask.any()):
-                error += float(_squares(targets[j] - run(j), mask))
-                size += float(_squares(targets[j] - inputs[j], mask))
+                error += float(_squares(targets[j], run(j), mask))
+                size += float(_squares(targets[j], inputs[j], mask))
         return error / max(size, 1e-300)
 
     usable = [j for j, m in enumerate(teach) if bool(m.any())]
@@ -116,7 +116,7 @@ def distill_layer(
         for i in torch.randperm(len(usable), generator=order).tolist():
             j = usable[i]
             with torch.enable_grad():
-                loss = _squares(targets[j] - run(j), teach[j]) / (int(teach[j].sum()) * unit)
+                loss = _squares(targets[j], run(j), teach[j]) / (int(teach[j].sum()) * unit)
                 loss.backward()
             _step(optimizer, masters, cast)
             schedule.step()
@@ -146,9 +146,10 @@ def _step(
     torch._foreach_copy_(list(cast.values()), list(masters.values()))
 
 
-def _squares(x: Tensor, mask: Tensor) -> Tensor:
-    """Σ x² over the masked tokens of [B, L, D]."""
-    return (x.float().square().sum(-1) * mask).sum()
+def _squares(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Σ (a - b)² over the masked tokens of [B, L, D]: streams are far larger than what is between
+    them, so they are subtracted in float32."""
+    return ((a.float() - b.float()).square().sum(-1) * mask).sum()
 
 
 def _rate(step: int, steps: int) -> float:

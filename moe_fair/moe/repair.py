@@ -29,6 +29,7 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import distill_layer, epochs_for
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
@@ -54,6 +55,7 @@ class Repairer:
         folder: where each layer's new tensors are written, one safetensors file a layer; a walk
             that was killed takes up what it finds there with the same `key`.
         key: everything the result depends on: plan, text, settings.
+        sparing: what is not in use lies in main memory, and hidden activations are computed again.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -67,8 +69,10 @@ class Repairer:
         *,
         folder: Path | None = None,
         key: str = "",
+        sparing: bool = False,
     ) -> None:
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
+        self.sparing = sparing
         self.kind: Repair = repair(kind)
         self.trains = bool(getattr(self.kind, "trains", False))
         self.blocks = {b.layer: b for b in find_blocks(engine.model) if b.name in kept}
@@ -80,13 +84,15 @@ class Repairer:
         """Walk once over the batches; returns what was done, in layer order."""
         layered = self.engine.layered
         batches = [b.to(layered.device) for b in batches]
-        calls, original = self.engine.embed(batches)
-        if original[0].dim() != 3:
+        calls, first = self.engine.embed(batches)
+        if first[0].dim() != 3:
             raise NotLayerwise(
                 f"{type(self.engine.model).__name__}: layers carry several streams of hidden "
                 "states, which no repair is made for; use --repair none"
             )
-        pruned = list(original)
+        original = HiddenStates(first, layered.device, apart=self.sparing)
+        pruned = original.branch()
+        del first
         done: list[LayerRepair] = []
         depth = len(layered)
         for i in range(depth):
@@ -96,9 +102,12 @@ class Repairer:
                     done.append(self._layer(layer, self.blocks[i], step, batches, original, pruned))
                     continue
                 for j, _ in enumerate(self.engine.visit("repairing", i, batches)):
-                    same = original[j] is pruned[j]
+                    same = original.same(pruned, j)
                     original[j] = step[j].run(layer, original[j])
-                    pruned[j] = original[j] if same else step[j].run(layer, pruned[j])
+                    if same:
+                        pruned.follow(original, j)
+                    else:
+                        pruned[j] = step[j].run(layer, pruned[j])
         return done
 
     def _layer(
@@ -107,30 +116,34 @@ class Repairer:
         block: MoeBlock,
         calls: Sequence[LayerCall],
         batches: Sequence[Batch],
-        original: list[Tensor],
-        pruned: list[Tensor],
+        original: HiddenStates,
+        pruned: HiddenStates,
     ) -> LayerRepair:
         """Cut and repair one layer; both streams go past it."""
         share = _uptake(layer, block, calls[0], original[0])
         watch = BlockRecorder(block)
-        wanted: list[Tensor] = []  # the original layer's output, or its routed output
+        # the original layer's output, or its routed output
+        wanted = HiddenStates((), self.engine.layered.device, apart=self.sparing)
         for j, _ in enumerate(self.engine.visit("repairing", block.layer, batches)):
             with watch:
                 original[j] = calls[j].run(layer, original[j])
-            wanted.append(original[j] if share is not None else watch.y)
+            if share is None:
+                wanted.append(watch.y)
         originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
         found = self._earlier(block)
         if found is None:
-            text = _Text()
+            text = _Text(self.sparing)
             for j, batch in enumerate(batches):
                 with watch:
                     out = calls[j].run(layer, pruned[j])
-                target = wanted[j].flatten(0, -2)
-                if share is not None:
-                    target = watch.y + (target - out.flatten(0, -2)) / share
+                if share is None:
+                    target = wanted[j].flatten(0, -2)
+                else:  # the difference of two streams is small beside them: not in their own type
+                    missing = (_precise(original[j]) - _precise(out)).flatten(0, -2)
+                    target = _precise(watch.y) + missing / share
                 text.add(batch, watch, target)
-            found = _fit(block, self.kind, *text.joined())
+            found = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
             if self.trains:
                 tuned = distill_layer(
                     layer, block.block, calls, batches, pruned, original, judges,
@@ -232,19 +245,27 @@ def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) 
 
 
 class _Text:
-    """What went into the pruned layer's experts, and what should come out."""
+    """What went into the pruned layer's experts, and what should come out.
 
-    def __init__(self) -> None:
+    Args:
+        apart: it lies in main memory until it is joined.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        self.apart = apart
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(self, batch: Batch, watch: BlockRecorder, target: Tensor) -> None:
         real = batch.mask.flatten().bool()
         judge = judges(batch).repeat_interleave(batch.mask.shape[1])
-        part = (watch.x, watch.index, watch.weights, target, judge)
-        self._parts.append(part if bool(real.all()) else tuple(t[real] for t in part))
+        part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target, judge)
+        part = part if bool(real.all()) else tuple(t[real] for t in part)
+        self.device = target.device
+        self._parts.append(tuple(t.cpu() for t in part) if self.apart else part)
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, ids, weights, target, judge = (torch.cat(t) for t in zip(*self._parts, strict=True))
+        columns = zip(*self._parts, strict=True)
+        x, ids, weights, target, judge = (torch.cat(t).to(self.device) for t in columns)
         self._parts.clear()
         return x, ids, weights, target, judge
 
@@ -257,16 +278,22 @@ def _fit(
     weights: Tensor,
     target: Tensor,
     judge: Tensor,
+    *,
+    keep: bool = True,
 ) -> LayerRepair:
-    """Choose the ridge on the held-out tokens, fit on all, write the weights into the block."""
-    target = target.to(torch.promote_types(x.dtype, torch.float32))
+    """Choose the ridge on the held-out tokens, fit on all, write the weights into the block.
+
+    Args:
+        keep: of the experts' hidden activations what is small, see `RoutedOutput`.
+    """
+    target = _precise(target)
     if not bool(judge.any()) or bool(judge.all()):
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
     learn = ~judge
-    routed = RoutedOutput(block.experts, x[judge], ids[judge], weights[judge])
+    routed = RoutedOutput(block.experts, x[judge], ids[judge], weights[judge], keep=keep)
     before = error(routed.output(read_down(block.experts)), target[judge])
-    fitting = RoutedOutput(block.experts, x[learn], ids[learn], weights[learn])
+    fitting = RoutedOutput(block.experts, x[learn], ids[learn], weights[learn], keep=keep)
     path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
     after, ridge, best = float("inf"), 0.0, None
     for tried, w in path(fitting, target[learn], kind.ridges):
@@ -276,7 +303,8 @@ def _fit(
     del fitting, routed
     if not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before)
-    [(_, w)] = path(RoutedOutput(block.experts, x, ids, weights), target, [ridge], best)
+    every = RoutedOutput(block.experts, x, ids, weights, keep=keep)
+    [(_, w)] = path(every, target, [ridge], best)
     write_down(block.experts, w)
     return LayerRepair(block.name, kind.name, ridge, before, after)
 
@@ -291,6 +319,11 @@ def _one_by_one(
     """Each ridge with its fit, none of which knows of another."""
     for ridge in ridges:
         yield ridge, kind.fit(routed, target, ridge)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def error(y: Tensor, target: Tensor) -> float:

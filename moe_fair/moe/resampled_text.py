@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -41,12 +42,14 @@ def resampled_text(
     *,
     seed: int,
     forbidden: Collection[int] = (),
+    most: int | None = None,
 ) -> list[Batch]:
     """Copies of the batches in which the model has drawn most tokens anew.
 
     Args:
         engine: over the original model.
         forbidden: ids that are never drawn: what a tokenizer's special tokens start or end.
+        most: sequences whose logits are in memory at a time; None: as many as a batch has.
 
     Returns:
         all first copies, then all second ones, ...; ids of the sequences stay.
@@ -54,10 +57,18 @@ def resampled_text(
     if not copies:
         return []
     draw = torch.Generator().manual_seed(seed)
-    drawn = [
-        _draw(batch, logits[:, :-1], copies, draw, forbidden)
-        for batch, logits in zip(batches, engine.logits(batches), strict=True)
-    ]
+    parts = [b.parts(most) for b in batches]
+    logits = engine.logits([p for ps in parts for p in ps])
+    drawn = []
+    for batch, its in zip(batches, parts, strict=True):
+        rest = batch.input_ids.shape[1] - 1
+        dice = torch.rand(copies, len(batch.mask), rest, 2, generator=draw, dtype=torch.float64)
+        rows = dice.split([len(p.mask) for p in its], 1)
+        made = [
+            _draw(p, d, x, forbidden)
+            for p, d, x in zip(its, rows, islice(logits, len(its)), strict=True)
+        ]
+        drawn.append([torch.cat(copy) for copy in zip(*made, strict=True)])
     return [
         replace(batch, input_ids=ids[copy])
         for copy in range(copies)
@@ -65,28 +76,28 @@ def resampled_text(
     ]
 
 
-def _draw(
-    batch: Batch, logits: Tensor, copies: int, draw: torch.Generator, forbidden: Collection[int]
-) -> list[Tensor]:
-    """[B, L] ids of each copy, from logits [B, L - 1, V]."""
-    b, rest, v = logits.shape
-    flat = logits.reshape(-1, v)
-    dice = torch.rand(copies, len(flat), 2, generator=draw, dtype=torch.float64)
-    tokens = torch.empty(copies, len(flat), dtype=torch.int64)
+def _draw(batch: Batch, dice: Tensor, logits: Tensor, forbidden: Collection[int]) -> list[Tensor]:
+    """[B, L] ids of each copy, from logits [B, L, V] and dice [copies, B, L - 1, 2]."""
+    b, length, v = logits.shape
+    copies = len(dice)
+    tokens = torch.empty(copies, b, length - 1, dtype=torch.int64)
     never = torch.tensor([i for i in sorted(forbidden) if i < v], dtype=torch.int64)
+    never = never.to(logits.device)
     step = max(1, ROWS // v)
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step].double()
-        part[:, never.to(part.device)] = -torch.inf
-        upto = part.softmax(-1).cumsum(-1)
-        wanted = dice[:, start : start + step, 0].T.to(part.device) * upto[:, -1:]
-        found = torch.searchsorted(upto, wanted.contiguous(), right=True)
-        tokens[:, start : start + step] = found.T.clamp(max=v - 1).cpu()
+    for row in range(b):
+        for start in range(0, length - 1, step):
+            upto = slice(start, min(start + step, length - 1))
+            part = logits[row, upto].double()
+            part[:, never] = -torch.inf
+            part = part.softmax(-1).cumsum(-1)
+            wanted = dice[:, row, upto, 0].T.to(part.device) * part[:, -1:]
+            found = torch.searchsorted(part, wanted.contiguous(), right=True)
+            tokens[:, row, upto] = found.T.clamp(max=v - 1).cpu()
     made = []
     for copy in range(copies):
-        take = (dice[copy, :, 1] < SHARE).view(b, rest)
+        take = dice[copy, ..., 1] < SHARE
         take &= batch.mask[:, 1:].bool().cpu()
         ids = batch.input_ids.cpu().clone()
-        ids[:, 1:] = torch.where(take, tokens[copy].view(b, rest), ids[:, 1:])
+        ids[:, 1:] = torch.where(take, tokens[copy], ids[:, 1:])
         made.append(ids.to(batch.input_ids.device))
     return made

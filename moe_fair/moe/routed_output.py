@@ -26,12 +26,15 @@ class RoutedOutput:
     Args:
         experts: a module under the contract of `use_experts_implementation`.
         x, ids, weights: [T, D], [T, K], [T, K], what it is called with.
+        keep: what is small enough of what is computed, for as often as it is asked for.
 
     Raises:
         ValueError: the output is not linear in the down projection.
     """
 
-    def __init__(self, experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def __init__(
+        self, experts: Any, x: Tensor, ids: Tensor, weights: Tensor, *, keep: bool = True
+    ) -> None:
         check_linear(experts)
         self.experts, self.x = experts, x
         self.precise = torch.promote_types(x.dtype, torch.float32)
@@ -43,9 +46,9 @@ class RoutedOutput:
         self._gates = weights.flatten()[order].to(self.precise).split(counts)
         down = experts.down_proj  # [E, F, D] or [E, D, F]
         width = down.shape[1 if experts.is_transposed else 2]
-        small = flat.numel() * width * x.itemsize <= KEPT_BYTES
+        small = keep and flat.numel() * width * x.itemsize <= KEPT_BYTES
         self._kept = [self._hidden(e) for e in range(len(counts))] if small else None
-        few = down.shape[0] * width**2 * self.precise.itemsize <= KEPT_BYTES
+        few = keep and down.shape[0] * width**2 * self.precise.itemsize <= KEPT_BYTES
         self._own_grams: list[Tensor] | None = [] if few else None
 
     def features(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,9 +26,9 @@ from moe_fair.engines.batch import After, Batch, Engine, Observer
 from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team, aloud
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.checkpoint_source import Checkpoint, first_line
-from moe_fair.moe.engine_choice import Choice, start
+from moe_fair.moe.engine_choice import Choice, start, start_layerwise
 
 T = TypeVar("T")
 
@@ -221,3 +221,47 @@ class Elastic:
             self.say(line)
         else:
             aloud(f"{line} (process {self.team.rank} of {self.team.size})")
+
+
+class NothingSmaller(Exception):
+    """Memory runs out however little is tried; its text is the last that was said of it."""
+
+
+def layerwise_until_it_fits(
+    recipe: Recipe,
+    source: Checkpoint,
+    engine: str,
+    progress: Progress,
+    attempts: Sequence[tuple[str, Callable[[StreamingEngine], T]]],
+    say: Callable[[str], None] = lambda _: None,
+) -> T:
+    """What the first attempt gives that finds memory enough, over a fresh original model each time.
+
+    The first is made with the engine that was chosen, and where that was `resident` again a layer
+    at a time; the others, a layer at a time, ask for less and less.
+
+    Args:
+        attempts: what is other than before, in words, and what is done with an engine.
+
+    Raises:
+        NothingSmaller: the last ran out of memory too.
+    """
+    engines = [engine, *(["streaming"] if engine == "resident" and not source.unpacking else [])]
+    ladder = [(e, words, attempt) for words, attempt in attempts[:1] for e in engines]
+    ladder += [(engines[-1], words, attempt) for words, attempt in attempts[1:]]
+    for step, (name, _, attempt) in enumerate(ladder):
+        running: StreamingEngine | None = None
+        try:
+            running = start_layerwise(source, name, recipe.dtype, recipe.device, progress.visit)
+            return attempt(running)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            lack = first_line(e)
+        running = None  # outside of the handler: the exception held what the attempt had allocated
+        release()
+        if step + 1 < len(ladder):
+            now, words, _ = ladder[step + 1]
+            how = "one layer at a time" if now != name else words
+            say(f"out of memory ({lack}): again {how}")
+    raise NothingSmaller(lack)

@@ -26,15 +26,15 @@ from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet, split
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.collection import check_needs
 from moe_fair.pipelines.methods import method, method_name
+from moe_fair.pipelines.oom_retry import NothingSmaller, layerwise_until_it_fits
 from moe_fair.pipelines.rivals import RIVALS as RIVALS
 from moe_fair.pipelines.rivals import rivals as rivals
 
@@ -180,7 +180,12 @@ def try_plans(
     if int(seen.sum()) < 2:
         say("note: no plan is tried: the held-back text is of domains whose weight is 0")
         return plans[0].plan
-    losses, counts = _losses(recipe, source, text, different, home, say)
+    try:
+        losses, counts = _losses(recipe, source, text, different, home, say)
+    except NothingSmaller as e:  # the statistics are there: what was made of them is a plan as well
+        note = f"no plan was tried against another's: out of memory ({e})"
+        say(f"note: {note}")
+        return replace(plans[0].plan, notes=[*plans[0].plan.notes, note])
     losses, counts, weights = (losses * weights)[:, seen], counts[seen], weights[seen]
     tokens = float(counts @ weights)
     tried = [
@@ -236,12 +241,20 @@ def _losses(
     chosen = choose_engine(recipe, source)
     say(f"trying {len(plans)} plans on {text.tokens:,} tokens, engine: {chosen.engine}")
     layers = source.config.get_text_config().num_hidden_layers
+    removed = [
+        {g.name: sorted(set(range(g.size)) - set(g.kept)) for g in t.plan.groups} for t in plans
+    ]
+
+    def trial(most: int | None) -> Callable[[StreamingEngine], tuple[Tensor, Tensor]]:
+        parts = [p for b in text.batches(recipe.batch_size) for p in b.parts(most)]
+        return lambda engine: trial_losses(engine, parts, removed)
+
+    fewer = [n for n in (recipe.batch_size // 4, 1) if 0 < n < recipe.batch_size]
+    attempts = [("", trial(None)), *((f"with {n} sequences at a time", trial(n)) for n in fewer)]
     with Progress("trying", text.tokens * layers) as progress:
-        engine = start_layerwise(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
-        removed = [
-            {g.name: sorted(set(range(g.size)) - set(g.kept)) for g in t.plan.groups} for t in plans
-        ]
-        losses, counts = trial_losses(engine, text.batches(recipe.batch_size), removed)
+        losses, counts = layerwise_until_it_fits(
+            recipe, source, chosen.engine, progress, attempts, say
+        )
     if not bool(torch.isfinite(losses).all()):
         raise ValueError(
             "the loss on held-back calibration text is NaN or Inf; look for a bad weight, or use "

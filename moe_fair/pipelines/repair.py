@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moe_fair.core.output import digest
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.layer_distillation import STEP_TOKENS
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
@@ -21,6 +20,8 @@ from moe_fair.moe.repair import Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
 from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.oom_retry import NothingSmaller, layerwise_until_it_fits
+from moe_fair.pipelines.removal_costs import share
 
 DEFAULT = "distill"
 
@@ -77,15 +78,35 @@ def repair_model(
     say(f"repairing ({kind}) on {text.tokens:,} tokens{also}, engine: {chosen.engine}")
     layers = source.config.get_text_config().num_hidden_layers
     passes = 2 + copies if copies else 1  # one of them draws the copies
+
+    def attempt(sequences: int, sparing: bool) -> Callable[[StreamingEngine], list[LayerRepair]]:
+        part = share(text, sequences)
+        its = digest({**key, "text": part.digest})
+
+        def run(engine: StreamingEngine) -> list[LayerRepair]:
+            repairer = Repairer(engine, kept, kind, folder=folder, key=its, sparing=sparing)
+            most = 1 if sparing else None
+            return repairer.run(_with_copies(recipe, source, part, copies, engine, most))
+
+        return run
+
+    count = len(text.sequences)
+    attempts = [("", attempt(count, False))]
+    attempts += [("with what is not in use in main memory", attempt(count, True))]
+    attempts += [
+        (f"on {n} of {count} sequences", attempt(n, True))
+        for n in (count // p for p in (2, 4, 8)) if n
+    ]  # fmt: skip
     with Progress("repairing", text.tokens * layers * passes) as progress:
-        engine = start_layerwise(source, chosen.engine, recipe.dtype, recipe.device, progress.visit)
-        repairer = Repairer(engine, kept, kind, folder=folder, key=digest(key))
         try:
-            done = repairer.run(repair_text(recipe, source, text, kind, engine))
+            done = layerwise_until_it_fits(recipe, source, chosen.engine, progress, attempts, say)
         except NotLayerwise as e:  # met before anything is changed
             if recipe.parts["repair"] is not None:
                 raise
             say(f"note: not repaired: {e}")
+            return []
+        except NothingSmaller as e:  # whatever was asked: the cut model is worth more than none
+            say(f"note: not repaired: out of memory ({e})")
             return []
     for layer in done:
         if layer.repair == "none" and not layer.epoch:
@@ -107,12 +128,19 @@ def repair_text(
     recipe: Recipe, source: Checkpoint, text: CalibrationSet, kind: str, engine: Engine
 ) -> list[Batch]:
     """The calibration text, and copies of it in the words of the engine's original model."""
+    return _with_copies(recipe, source, text, copies_of(text, kind), engine)
+
+
+def _with_copies(
+    recipe: Recipe, source: Checkpoint, text: CalibrationSet, copies: int, engine: Engine,
+    most: int | None = None,
+) -> list[Batch]:  # fmt: skip
+    """The same with so many copies, predictions asked for `most` sequences at a time."""
     batches = text.batches(step_sequences(recipe))
-    copies = copies_of(text, kind)
     if not copies:
         return batches
     tokenizer = source.tokenizer()
     # in the middle of a text they would start or end something
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    copied = resampled_text(engine, batches, copies, seed=recipe.seed, forbidden=special)
+    copied = resampled_text(engine, batches, copies, seed=recipe.seed, forbidden=special, most=most)
     return [*batches, *teaching(copied)]

@@ -1,0 +1,149 @@
+"""What moe_fair does with a model, on a device that is named: numbers to be set side by side.
+
+    python tests/device/pretend.py tests/device/flow.py MODEL FOLDER cuda [FLOW ...]
+
+prints one line of JSON: of every flow its numbers, and on the pretend device what was counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import moe_fair
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.units import Statistics
+from moe_fair.engines.oom import release
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.repairs import repairs
+from moe_fair.pipelines import moe as pipeline
+from moe_fair.pipelines.evaluate import run_agreement
+
+TEXT = Path(__file__).parents[2] / "eval" / "text"
+SMALL: dict[str, Any] = {
+    "calibration": str(TEXT / "calibration"), "samples": 8, "length": 24,
+    "batch_size": 4, "dtype": "float32",
+}  # fmt: skip
+FOR = ("fair", "fair-u", "counterfactual-agreed", "naee", "mone")
+ALL = {**SMALL, "for_": FOR}
+JUDGED = {"heldout": str(TEXT / "heldout" / "python.jsonl"), "heldout_samples": 4}
+Numbers = dict[str, list[float]]
+Flow = Callable[[Path, str, Path], Numbers]
+
+
+def numbers(found: Statistics) -> Numbers:
+    made = {}
+    for group, sums in found.sums.items():
+        made |= {f"{group} {n}": t.flatten().tolist() for n, t in sums.items()}
+    return made | {f"{g} rows": t.flatten().tolist() for g, t in found.rows.items()}
+
+
+def calibrated(**more: Any) -> Flow:
+    def flow(model: Path, device: str, folder: Path) -> Numbers:
+        return numbers(moe_fair.calibrate(str(model), device=device, **{**ALL, **more}))
+
+    return flow
+
+
+def over_two(model: Path, device: str, folder: Path) -> Numbers:
+    """A layer a device; on a CPU all of it is there."""
+    if device == "cpu":
+        return calibrated()(model, device, folder)
+    file = folder / "map.json"
+    last = {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    file.write_text(json.dumps({"": 0, **last}))
+    return calibrated(device_map=str(file))(model, device, folder)
+
+
+def pruned(**more: Any) -> Flow:
+    def flow(model: Path, device: str, folder: Path) -> Numbers:
+        settings = {**SMALL, **JUDGED, "ratio": 0.5, "device": device, **more}
+        done = moe_fair.prune(str(model), folder / "out", **settings)
+        assert done.before is not None
+        assert done.after is not None
+        made = {f"kept {g.name}": list(map(float, g.kept)) for g in done.plan.groups}
+        made |= {"heldout": [done.before.mean, done.after.mean]}
+        trials = done.plan.explanation.get("trials", {}).get("changes", {})
+        made |= {f"trial {n}": [v] for n, v in trials.items()}
+        for file in sorted((folder / "out").glob("*.safetensors")):
+            made |= {n: t.float().flatten().tolist() for n, t in load_file(file).items()}
+        return made
+
+    return flow
+
+
+def oracle(model: Path, device: str, folder: Path) -> Numbers:
+    recipe = Recipe().with_settings({**SMALL, "model": model, "device": device})
+    found, _ = pipeline.oracle(recipe, folder / "oracle")
+    return {n: list(map(float, v)) for n, v in found.changes.items()}
+
+
+def agreement(model: Path, device: str, folder: Path) -> Numbers:
+    """KL, acceptance and top-1 of a cut model to the original."""
+    out, given = folder / "out", {"dtype": "float32", "length": 24, "batch_size": 4, **JUDGED}
+    moe_fair.prune(str(model), out, ratio=0.5, device=device, repair="none", rivals=(), **SMALL)
+    recipe = Recipe().with_settings({**given, "model": model, "device": device})
+    mean = run_agreement(recipe, Checkpoint(str(out)), Checkpoint(str(model)), None).mean
+    return {"agreement": [mean.kl, mean.acceptance, mean.top1]}
+
+
+FLOWS: dict[str, Flow] = {
+    "resident": calibrated(),
+    "checkpointed": calibrated(checkpointing=True),
+    "streaming": calibrated(engine="streaming"),
+    "two devices": over_two,
+    "own text": calibrated(calibration="self", for_=FOR[:1]),
+    **{f"repair {k}": pruned(repair=k, rivals=()) for k in repairs() if k != "novice"},
+    "streamed repair": pruned(repair="distill", engine="streaming", rivals=()),
+    "default": pruned(samples=64, length=16),
+    "curves": pruned(method="taylor-sq", allocate="curves", repair="none", rivals=()),
+    "oracle": oracle,
+    "agreement": agreement,
+}
+
+
+def said(model: Path, device: str, folder: Path, **more: Any) -> list[str]:
+    """What `prune` says on its way."""
+    heard: list[str] = []
+    given = {**SMALL, **JUDGED, "ratio": 0.5, "repair": "refit", "rivals": (), **more}
+    recipe = Recipe().with_settings({**given, "model": model, "device": device})
+    pipeline.prune(recipe, folder / "out", say=heard.append)
+    return heard
+
+
+DEFAULT: dict[str, Any] = {"samples": 64, "length": 16, "repair": "distill", "rivals": None}
+SAID: dict[str, dict[str, Any]] = {"said": {}, "said by default": DEFAULT}
+
+
+def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each flow's numbers; on the pretend device with what was counted."""
+    counts = getattr(sys.modules.get("pretend"), "COUNTS", None)
+    for name in names or FLOWS:
+        home = folder / name.replace(" ", "-")
+        home.mkdir(parents=True)
+        if counts is not None:
+            counts.clear()
+        if name in SAID:
+            found: dict[str, Any] = {"said": said(model, device, home, **SAID[name])}
+        else:
+            found = {"numbers": FLOWS[name](model, device, home)}
+        if counts is not None:
+            release()
+            tables = ("waits", "to device", "launches", "float64", "out of memory")
+            found |= {"counts": {t: counts.total(t) for t in tables}}
+            found |= {"live": counts.live, "peak": counts.peak}
+            found["lines"] = {t: counts.tables[t].most_common(8) for t in tables}
+        yield name, found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, device, *names = sys.argv[1:]
+    for made in run(Path(model), Path(folder), device, names):
+        print(json.dumps(made), flush=True)
