@@ -228,9 +228,10 @@ class NothingSmaller(Exception):
 
 
 def layerwise_until_it_fits(
-    recipe: Recipe,
     source: Checkpoint,
     engine: str,
+    dtype: str,
+    device: str,
     progress: Progress,
     attempts: Sequence[tuple[str, Callable[[StreamingEngine], T]]],
     say: Callable[[str], None] = lambda _: None,
@@ -252,7 +253,7 @@ def layerwise_until_it_fits(
     for step, (name, _, attempt) in enumerate(ladder):
         running: StreamingEngine | None = None
         try:
-            running = start_layerwise(source, name, recipe.dtype, recipe.device, progress.visit)
+            running = start_layerwise(source, name, dtype, device, progress.visit)
             return attempt(running)
         except Exception as e:
             if not out_of_memory(e):

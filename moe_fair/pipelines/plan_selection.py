@@ -253,7 +253,7 @@ def _losses(
     attempts = [("", trial(None)), *((f"with {n} sequences at a time", trial(n)) for n in fewer)]
     with Progress("trying", text.tokens * layers) as progress:
         losses, counts = layerwise_until_it_fits(
-            recipe, source, chosen.engine, progress, attempts, say
+            source, chosen.engine, recipe.dtype, recipe.device, progress, attempts, say
         )
     if not bool(torch.isfinite(losses).all()):
         raise ValueError(

@@ -99,7 +99,9 @@ def repair_model(
     ]  # fmt: skip
     with Progress("repairing", text.tokens * layers * passes) as progress:
         try:
-            done = layerwise_until_it_fits(recipe, source, chosen.engine, progress, attempts, say)
+            done = layerwise_until_it_fits(
+                source, chosen.engine, recipe.dtype, recipe.device, progress, attempts, say
+            )
         except NotLayerwise as e:  # met before anything is changed
             if recipe.parts["repair"] is not None:
                 raise
