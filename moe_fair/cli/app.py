@@ -152,7 +152,8 @@ def sample(
 
     pipeline.sample(settings, output, _say)
     if processes.is_first():
-        print(f"next: moe-fair prune MODEL -c self={printable(output)} --experts N")
+        model = printable(settings.model)
+        print(f"next: moe-fair prune {model} -c self={printable(output)} --experts N")
 
 
 @app.command(cls=Command, epilog=FOOT)

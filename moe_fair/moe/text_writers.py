@@ -122,7 +122,7 @@ class ModelWriter:
                 logits_processor=[watch],
                 **({"stop_strings": texts, "tokenizer": self.tokenizer} if texts else {}),
             )  # fmt: skip
-        entropy = torch.stack(watch.entropies, 1)  # [B, L]
+        entropy = torch.stack(watch.entropies, 1).cpu()  # [B, L]
         made = rows[:, longest:].tolist()
         return [
             self._continuation(row, mean, tokens, texts)
@@ -152,16 +152,20 @@ class _Watch:
 
     def __init__(self, known: int, forbidden: Sequence[int]) -> None:
         self.known = known
-        self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.int64)
+        self.forbidden = sorted(forbidden)
+        self.never: Tensor | None = None
         self.entropies: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, L] ids so far, [B, V] logits -> [B, V]."""
         scores = scores.float()
         scores[:, self.known :] = -torch.inf
-        scores[:, self.forbidden[self.forbidden < scores.shape[1]].to(scores.device)] = -torch.inf
+        if self.never is None:  # brought to the device once, not at every token
+            ids = [i for i in self.forbidden if i < scores.shape[1]]
+            self.never = torch.tensor(ids, dtype=torch.int64, device=scores.device)
+        scores[:, self.never] = -torch.inf
         p = scores.softmax(-1)
-        self.entropies.append(torch.special.entr(p).sum(-1).cpu())
+        self.entropies.append(torch.special.entr(p).sum(-1))  # read once all are there
         return scores
 
 
