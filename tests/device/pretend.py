@@ -1,6 +1,6 @@
 """A pretend CUDA device: the program runs on main memory, by CUDA's rules about devices.
 
-    PRETEND_GPUS=2 PRETEND_BYTES=8e9 python tests/device/pretend.py tests/device/flow.py ...
+    PRETEND_GPUS=2 PRETEND_BYTES=8e9 python tests/device/pretend.py tests/device/stages.py ...
 
 A C++ stub tells torch that CUDA is there, so that devices, autograd's threads and
 `torch.accelerator` behave; each tensor on `cuda:N` is a wrapper (`Pretend`) around a CPU tensor,

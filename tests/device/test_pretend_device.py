@@ -22,10 +22,10 @@ from tiny import tiny_model
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-import flow
+import stages
 
 QUICK = ("resident", "streaming", "two devices", "own text", "repair refit")
-REST = tuple(n for n in flow.FLOWS if n not in QUICK)
+REST = tuple(n for n in stages.STAGES if n not in QUICK)
 # on 8 sequences of 24 tokens in 4 batches and 2 MoE layers of 8 experts, but for `default`:
 # waits for the device, copies to it, launches, and thousands of float64 elements
 CEILINGS = {
@@ -67,9 +67,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_device(model: Path, folder: Path, *names: str, **environment: str) -> Iterator[Any]:
-    """Flows in a process that sees a pretend device from its start."""
+    """Stages in a process that sees a pretend device from its start."""
     here = Path(__file__).parent
-    command = [sys.executable, here / "pretend.py", here / "flow.py", model, folder, "cuda", *names]
+    command = [
+        sys.executable,
+        here / "pretend.py",
+        here / "stages.py",
+        model,
+        folder,
+        "cuda",
+        *names,
+    ]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True,
@@ -81,7 +89,7 @@ def on_device(model: Path, folder: Path, *names: str, **environment: str) -> Ite
 
 def held_to(model: Path, folder: Path, names: tuple[str, ...]) -> None:
     (folder / "cpu").mkdir()
-    expected = dict(flow.run(model, folder / "cpu", "cpu", list(names)))
+    expected = dict(stages.run(model, folder / "cpu", "cpu", list(names)))
     (folder / "cuda").mkdir()
     found = dict(on_device(model, folder / "cuda", *names, PRETEND_GPUS="2"))
     assert found.keys() == expected.keys()

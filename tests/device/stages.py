@@ -1,8 +1,8 @@
 """What moe_fair does with a model, on a device that is named: numbers to be set side by side.
 
-    python tests/device/pretend.py tests/device/flow.py MODEL FOLDER cuda [FLOW ...]
+    python tests/device/pretend.py tests/device/stages.py MODEL FOLDER cuda [STAGE ...]
 
-prints one line of JSON: of every flow its numbers, and on the pretend device what was counted.
+prints one line of JSON: of every stage its numbers, and on the pretend device what was counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FOR = ("fair", "fair-u", "counterfactual-agreed", "naee", "mone")
 ALL = {**SMALL, "for_": FOR}
 JUDGED = {"heldout": str(TEXT / "heldout" / "python.jsonl"), "heldout_samples": 4}
 Numbers = dict[str, list[float]]
-Flow = Callable[[Path, str, Path], Numbers]
+Stage = Callable[[Path, str, Path], Numbers]
 
 
 def numbers(found: Statistics) -> Numbers:
@@ -44,11 +44,11 @@ def numbers(found: Statistics) -> Numbers:
     return made | {f"{g} rows": t.flatten().tolist() for g, t in found.rows.items()}
 
 
-def calibrated(**more: Any) -> Flow:
-    def flow(model: Path, device: str, folder: Path) -> Numbers:
+def calibrated(**more: Any) -> Stage:
+    def stage(model: Path, device: str, folder: Path) -> Numbers:
         return numbers(moe_fair.calibrate(str(model), device=device, **{**ALL, **more}))
 
-    return flow
+    return stage
 
 
 def over_two(model: Path, device: str, folder: Path) -> Numbers:
@@ -61,8 +61,8 @@ def over_two(model: Path, device: str, folder: Path) -> Numbers:
     return calibrated(device_map=str(file))(model, device, folder)
 
 
-def pruned(**more: Any) -> Flow:
-    def flow(model: Path, device: str, folder: Path) -> Numbers:
+def pruned(**more: Any) -> Stage:
+    def stage(model: Path, device: str, folder: Path) -> Numbers:
         settings = {**SMALL, **JUDGED, "ratio": 0.5, "device": device, **more}
         done = moe_fair.prune(str(model), folder / "out", **settings)
         assert done.before is not None
@@ -75,7 +75,7 @@ def pruned(**more: Any) -> Flow:
             made |= {n: t.float().flatten().tolist() for n, t in load_file(file).items()}
         return made
 
-    return flow
+    return stage
 
 
 def oracle(model: Path, device: str, folder: Path) -> Numbers:
@@ -93,7 +93,7 @@ def agreement(model: Path, device: str, folder: Path) -> Numbers:
     return {"agreement": [mean.kl, mean.acceptance, mean.top1]}
 
 
-FLOWS: dict[str, Flow] = {
+STAGES: dict[str, Stage] = {
     "resident": calibrated(),
     "checkpointed": calibrated(checkpointing=True),
     "streaming": calibrated(engine="streaming"),
@@ -122,9 +122,9 @@ SAID: dict[str, dict[str, Any]] = {"said": {}, "said by default": DEFAULT}
 
 
 def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Each flow's numbers; on the pretend device with what was counted."""
+    """Each stage's numbers; on the pretend device with what was counted."""
     counts = getattr(sys.modules.get("pretend"), "COUNTS", None)
-    for name in names or FLOWS:
+    for name in names or STAGES:
         home = folder / name.replace(" ", "-")
         home.mkdir(parents=True)
         if counts is not None:
@@ -132,7 +132,7 @@ def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tu
         if name in SAID:
             found: dict[str, Any] = {"said": said(model, device, home, **SAID[name])}
         else:
-            found = {"numbers": FLOWS[name](model, device, home)}
+            found = {"numbers": STAGES[name](model, device, home)}
         if counts is not None:
             release()
             tables = ("waits", "to device", "launches", "float64", "out of memory")
