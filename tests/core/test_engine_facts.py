@@ -167,8 +167,7 @@ def data(groups: tuple[UnitGroup, ...], seed: int) -> dict[str, Any]:
     rows = {g.name: draw.normal(size=(3, g.size)) for g in groups}
     return {
         "costs": {g.name: np.sort(draw.random(g.size + 1)) for g in groups},
-        "rows": rows,
-        "grams": {n: r.T @ r for n, r in rows.items()},
+        "inputs": {n: {"rows": r, "gram": r.T @ r} for n, r in rows.items()},
     }
 
 

@@ -62,8 +62,7 @@ def test_a_size_is_met_with_the_most_units(groups: tuple[UnitGroup, ...], rule: 
     found, size = ranked(groups), sum(g.size for g in groups)
     data = {
         "costs": {g.name: np.arange(g.size + 1.0) for g in groups},
-        "rows": {g.name: np.ones((2, g.size)) for g in groups},
-        "grams": {g.name: np.eye(g.size) for g in groups},
+        "inputs": {g.name: {"rows": np.ones((2, g.size)), "gram": np.eye(g.size)} for g in groups},
     }
     assert rule in allocators()
     for removed in totals(found):
