@@ -44,8 +44,12 @@ for family in "$@"; do
     fi
     if export_to "$folder" pruned --pad; then
         cat "$folder/pruned-export.log"
-        export_to "$folder" masked && check "$folder" masked
-        check "$folder" pruned --against masked --how padded
+        if [ "$family" = gpt_oss ]; then # see unequal.py
+            export_to "$folder" masked && check "$folder" masked
+            check "$folder" pruned --against masked --how padded
+        else
+            check "$folder" pruned --how padded
+        fi
     else
         cat "$folder/pruned-export.log"
     fi
