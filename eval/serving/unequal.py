@@ -9,7 +9,7 @@ log-likelihood of each under each of both models in float32, and the greedy cont
 
 Where an engine gives other numbers than transformers whatever the experts (DeepSeek in vLLM on a
 CPU, gpt-oss in llama.cpp), also OUT/FAMILY/masked: the unpruned model whose routers never choose
-the experts that left. It is a stock checkpoint, and says what the pruned one should do in the same engine.
+the experts that left. It is a stock checkpoint, and says what the pruned one should do there.
 """
 
 from __future__ import annotations
