@@ -5,7 +5,7 @@
 #
 # Needs moe_fair's environment as `python`; makes one of its own for llm-compressor in WORK/venv.
 # Prunes the reference model to 40 of 60 experts a layer; ends with a table; WORK/quantised.jsonl has
-# the rows.
+# the rows, which `python eval/serving/runs.py WORK/quantised.jsonl --keep` keeps.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-serving-work-quantised}
@@ -26,19 +26,8 @@ done
 for form in equal unequal; do
     for scheme in FP8_DYNAMIC W4A16; do
         "$work/venv/bin/python" "$here/quantise.py" "$work/$form" "$text" $scheme \
-            "$work/$form-$scheme" 2> "$work/$form-$scheme.log" | grep '^{"model"' \
+            "$work/$form-$scheme" 2> "$work/$form-$scheme.log" | grep '^{"engine"' \
             >> "$work/quantised.jsonl" || echo "$form $scheme failed: see $work/$form-$scheme.log"
     done
 done
-python - "$work/quantised.jsonl" <<'PY'
-import json, sys
-from pathlib import Path
-
-print("| result | scheme | loss before | quantised | loaded again | experts differ | bytes |")
-print("|---|---|---|---|---|---|---|")
-for line in open(sys.argv[1]):
-    r = json.loads(line)
-    differ = f"{r['experts_differ']:.4f}" if "experts_differ" in r else "-"
-    print(f"| {Path(r['model']).name} | {r['scheme']} | {r['before']:.4f} | {r['quantised']:.4f} "
-          f"| {r['reloaded']:.4f} | {differ} | {r['bytes'][0]:,} -> {r['bytes'][1]:,} |")
-PY
+python "$here/runs.py" "$work/quantised.jsonl"

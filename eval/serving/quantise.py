@@ -14,6 +14,7 @@ of bfloat16).
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import sys
@@ -45,23 +46,27 @@ def main() -> None:
     lines = Path(text).read_text().splitlines()[:DOCUMENTS]
     tokens = [tokenizer(json.loads(x)["text"])["input_ids"][:LENGTH] for x in lines]
     found = load(model)
-    losses = {"before": loss(found, tokens)}
+    before = loss(found, tokens)
     linearize_moe(found)
-    if abs(loss(found, tokens) - losses["before"]) > 1e-5:
+    if abs(loss(found, tokens) - before) > 1e-5:
         raise SystemExit("taking the experts apart has changed the model")
     how = {"scheme": scheme} if scheme != "W4A16" else {"config_groups": {"group_0": GROUPS}}
     recipe = QuantizationModifier(targets="Linear", ignore=IGNORED, **how)
     oneshot(model=found, recipe=recipe)
-    losses["quantised"] = loss(found, tokens)
+    quantised = loss(found, tokens)
     found.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
     again = load(out)
-    losses["reloaded"] = loss(again, tokens)
+    row = {
+        "engine": "llm-compressor", "version": importlib.metadata.version("llmcompressor"),
+        "date": datetime.date.today().isoformat(), "family": "qwen2_moe",
+        "counts": Path(model).name, "how": scheme, "against": "unquantised",
+        "losses": [before, quantised, loss(again, tokens)],
+        "bytes": [sum(f.stat().st_size for f in Path(m).glob("*.safetensors"))
+                  for m in (model, out)],
+    }  # fmt: skip
     if scheme == "FP8_DYNAMIC":
-        losses["experts_differ"] = experts_differ(again, multiplied_out(model, out))
-    size = [sum(f.stat().st_size for f in Path(m).glob("*.safetensors")) for m in (model, out)]
-    version = importlib.metadata.version("llmcompressor")
-    row = {"model": model, "scheme": scheme, "llmcompressor": version, **losses, "bytes": size}
+        row["experts_differ"] = experts_differ(again, multiplied_out(model, out))
     print(json.dumps(row))
 
 

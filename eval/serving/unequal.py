@@ -7,9 +7,9 @@ the experts, unequal by layer) and OUT/FAMILY/expected.json: the tokens of a pro
 log-likelihood of each under each of both models in float32, and the greedy continuation. With
 --equal also OUT/FAMILY/equal, whose layers keep 7 experts each.
 
-Where an engine gives other numbers than transformers whatever the experts (DeepSeek's attention in
-vLLM on a CPU), also OUT/FAMILY/masked: the unpruned model whose routers never choose the experts
-that left. It is a stock checkpoint, and says what the pruned one should do in the same engine.
+Where an engine gives other numbers than transformers whatever the experts (DeepSeek in vLLM on a
+CPU, gpt-oss in llama.cpp), also OUT/FAMILY/masked: the unpruned model whose routers never choose
+the experts that left. It is a stock checkpoint, and says what the pruned one should do there.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ LATENT = {
 }  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "qwen2_moe": SHAPE,
-    "qwen3_moe": SHAPE,
+    "qwen3_moe": SHAPE | {"norm_topk_prob": True},  # as published; llama.cpp knows no other
     "mixtral": SHAPE | {"intermediate_size": 64},
     "olmoe": SHAPE | {"num_key_value_heads": 4, "intermediate_size": 64},
-    "gpt_oss": SHAPE | {"intermediate_size": 64, "sliding_window": 64},
+    "gpt_oss": SHAPE
+    | {"intermediate_size": 64, "sliding_window": 64, "max_position_embeddings": 131072},
     "glm4_moe": SHAPE | {"n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "deepseek_v3": LATENT
     | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64, "topk_method": "noaux_tc"},
 }
-MASKED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
+MASKED = ("deepseek_v2", "deepseek_v3", "gpt_oss")
+# what published configs say; where it is missing engines take softmax
+SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 PROMPT, SHORT, NEW = 160, 64, 24
 
 
@@ -137,6 +140,8 @@ def _as_published(file: Path, name: str) -> None:
         config |= {"rope_scaling": None, **{k: v for k, v in rope.items() if k != "rope_type"}}
     elif rope:
         config["rope_parameters"] = rope
+    if name in SCORES:
+        config["scoring_func"] = SCORES[name]
     if name == "qwen3_moe" and "num_experts" not in config:
         config["num_experts"] = config.pop("num_local_experts")
     file.write_text(json.dumps(config, indent=2))

@@ -1,6 +1,6 @@
 """Unequal results padded to one number of experts, and llama.cpp's converter as the user has it.
 
-The converter itself is not on the package index; `eval/serving/gguf.sh` runs it, and llama.cpp.
+The converter itself is llama.cpp's: `eval/serving/gguf.sh` runs it, and what it makes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""llama.cpp's converter for checkpoints whose layers keep different numbers of routed experts.
+
+    LLAMA_CPP=SOURCE python convert_per_layer.py OUT --outfile OUT.gguf [--outtype TYPE]
+
+What follows goes to the `convert_hf_to_gguf.py` of SOURCE, a copy of llama.cpp, unchanged: while a
+tensor of a layer is converted, the settings have that layer's own count (`per_layer_config` of
+config.json). What comes out is for a llama.cpp with the patch that lies beside this file.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+if "LLAMA_CPP" not in os.environ:
+    raise SystemExit("set LLAMA_CPP to a copy of llama.cpp's source")
+root = os.environ["LLAMA_CPP"]
+sys.path[:0] = [root, f"{root}/gguf-py"]
+import conversion  # noqa: E402
+
+stock_class = conversion.get_model_class
+
+
+def get_model_class(name: str, mmproj: bool = False) -> Any:
+    """The converter's class for an architecture, which converts each layer under its own count."""
+    stock = stock_class(name, mmproj=mmproj)
+
+    class PerLayer(stock):  # type: ignore[misc, valid-type]
+        model_arch = stock.model_arch
+
+        def modify_tensors(self, data: Any, name: str, bid: int | None) -> Iterator[Any]:
+            own = (self.hparams.get("per_layer_config") or {}).get(str(bid), {})
+            before = {k: self.hparams[k] for k in own if k in self.hparams}
+            self.hparams.update(own)
+            try:
+                made = list(super().modify_tensors(data, name, bid))
+            finally:
+                for k in own:
+                    self.hparams.pop(k)
+                self.hparams.update(before)
+            yield from made
+
+    return PerLayer
+
+
+conversion.get_model_class = get_model_class
+
+if __name__ == "__main__":
+    sys.argv[0] = f"{root}/convert_hf_to_gguf.py"
+    runpy.run_path(sys.argv[0], run_name="__main__")
