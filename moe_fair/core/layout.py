@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
 
 def parallel_sizes(layout: Layout) -> list[int]:
     """Numbers of devices that divide every layer's experts evenly, rising."""
-    common = math.gcd(*layout.counts)
-    return [n for n in range(1, common + 1) if common % n == 0]
+    return common_divisors(layout.counts)
 
 
 def tensor_parallel_sizes(layout: Layout, multiple: int = 1) -> list[int]:
@@ -81,8 +80,13 @@ def tensor_parallel_sizes(layout: Layout, multiple: int = 1) -> list[int]:
     width = next((w for n, w in layout.widths.items() if n != WIDTHS[0]), 0)
     if not layout.heads or not width or width % multiple:
         return []
-    common = math.gcd(layout.heads, width // multiple)
-    return [n for n in range(1, common + 1) if common % n == 0]
+    return common_divisors((layout.heads, width // multiple))
+
+
+def common_divisors(counts: Sequence[int]) -> list[int]:
+    """Every number that divides all of the counts, rising."""
+    greatest = math.gcd(*counts)
+    return [n for n in range(1, greatest + 1) if greatest % n == 0]
 
 
 def _counts(config: Mapping[str, Any], home: Mapping[str, Any]) -> tuple[int, ...]:

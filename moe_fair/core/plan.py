@@ -14,9 +14,10 @@ from moe_fair.core.allocate import allocator as find_allocator
 from moe_fair.core.allocate import tod
 from moe_fair.core.allocate.climb import nearest_total, totals
 from moe_fair.core.equal_counts import equal_count
+from moe_fair.core.layout import common_divisors
 from moe_fair.core.made_files import find_plan
 from moe_fair.core.output import write_named
-from moe_fair.core.plan_checks import check_plan, common_divisors
+from moe_fair.core.plan_checks import check_plan
 from moe_fair.core.plan_parts import GroupPlan as GroupPlan
 from moe_fair.core.plan_parts import ModelSize as ModelSize
 from moe_fair.core.plan_parts import PlanFields

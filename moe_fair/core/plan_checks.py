@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from moe_fair.core.layout import common_divisors
 from moe_fair.core.plan_parts import GroupPlan, ModelSize, PlanFields
 from moe_fair.core.units import UnitGroup
 
@@ -59,12 +60,6 @@ def check_fits(
                 f"({after.bytes:,} of {before.bytes:,} bytes), and it says {found.parameters:,} "
                 f"({found.bytes:,}) {when}: it was changed, or is an earlier version's; plan again"
             )
-
-
-def common_divisors(counts: Sequence[int]) -> list[int]:
-    """Every number that divides all of the counts, rising."""
-    greatest = math.gcd(*counts)
-    return [n for n in range(1, greatest + 1) if greatest % n == 0]
 
 
 def _check_types(plan: PlanFields) -> None:

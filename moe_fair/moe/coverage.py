@@ -58,7 +58,7 @@ def coverage(
     """
     mine = {g.name: g for g in groups if g.depth and not g.follows}
     statistics = replace(statistics, groups=tuple(g for g in statistics.groups if g.name in mine))
-    if not mine or not any(rule.needs) or not statistics.tokens.any():
+    if not mine or not rule.needs or not statistics.tokens.any():
         return None
     removed = {n: sorted({*range(g.size)} - {*g.kept}) for n, g in mine.items()}
     halves, chance = _halves(statistics, removed, weights)
@@ -107,10 +107,11 @@ def _halves(
     weights: Mapping[str, float] | None,
 ) -> tuple[float | None, float | None]:  # fmt: skip
     rule = criteria()[HALVES]
+    statistics = replace(statistics, sums={})  # a view sums whatever is there; these are rows
     views = {g: statistics.view(g, weights) for g in statistics.groups}
     if not views or any(len(v.rows) < 2 for v in views.values()):
         return None, None
-    first = torch.tensor(_every_other(statistics))
+    first = _every_other(statistics)
     sides = []
     for chosen in (first, ~first):
         halved = {g: replace(v, row_weights=v.row_weights * chosen) for g, v in views.items()}
@@ -124,16 +125,13 @@ def _halves(
     return _overlap(*sides), round(chance, DIGITS)
 
 
-def _every_other(statistics: Statistics) -> list[bool]:
-    """[S] whether a sequence belongs to the first half, half of every domain's each."""
-    seen: dict[int, int] = {}
-    found = {}
-    order = sorted(range(len(statistics.sequence_ids)), key=lambda i: statistics.sequence_ids[i])
-    for i in order:
-        domain = int(statistics.sequence_domains[i])
-        seen[domain] = seen.get(domain, 0) + 1
-        found[i] = seen[domain] % 2 == 1
-    return [found[i] for i in range(len(order))]
+def _every_other(statistics: Statistics) -> Tensor:
+    """[S] whether a sequence is of the first half: every other one of each domain, by their ids."""
+    first = torch.zeros(len(statistics.sequence_ids), dtype=torch.bool)
+    order = torch.argsort(statistics.sequence_ids)
+    for domain in range(len(statistics.domains)):
+        first[order[statistics.sequence_domains[order] == domain][::2]] = True
+    return first
 
 
 def _lowest(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_fair.vision.graph import OUTPUTS, ChannelGroup, Graph, candidates
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.trace import one_line
 from moe_fair.vision.trial import Tolerance, Trial
 
 # a group with less than this share of the strongest one's effect is proven without it as well:
@@ -124,14 +125,14 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
         try:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say
-            return f"cannot be cut: {_line(e)}"
+            return f"cannot be cut: {one_line(e)}"
         for probe, dense in trial.probes:
             masked = trial.masked(probe, groups, plan)
             try:
                 with torch.no_grad():
                     pruned = probe.run(small)
             except Exception as e:  # whatever the model's own code raises
-                return f"{DOES_NOT_RUN} {probe.said}".rstrip() + f": {_line(e)}"
+                return f"{DOES_NOT_RUN} {probe.said}".rstrip() + f": {one_line(e)}"
             if len(pruned) != len(masked):
                 return DIFFERS
             for d, m, p in zip(dense, masked, pruned, strict=True):
@@ -144,7 +145,7 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
                 with torch.no_grad():
                     probe.run(small)
             except Exception as e:
-                return f"{DOES_NOT_RUN} {probe.said}: {_line(e)}"
+                return f"{DOES_NOT_RUN} {probe.said}: {one_line(e)}"
     return None if changed else SILENT
 
 
@@ -182,7 +183,3 @@ def uneven_plan(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, Sequ
         ]
         kept[g.name] = sorted(ids)
     return kept
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

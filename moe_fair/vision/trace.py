@@ -54,7 +54,7 @@ def traced(
             except ValueError:
                 raise
             except Exception as e:  # of the model's code or of Torch-Pruning's
-                raise ValueError(f"the model cannot be traced: {_line(e)}") from e
+                raise ValueError(f"the model cannot be traced: {one_line(e)}") from e
             return graph, *_groups(graph, model, broken)
     finally:
         for p, flag in trainable.items():
@@ -77,7 +77,7 @@ def _groups(graph: Any, model: nn.Module, broken: dict[Any, str]) -> tuple[list[
         try:
             items = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(width)))
         except Exception as e:  # Torch-Pruning's, of any kind
-            whole[names[layer]] = f"its channels cannot be followed: {_line(e)}"
+            whole[names[layer]] = f"its channels cannot be followed: {one_line(e)}"
             continue
         for dependency, _ in items:
             if graph.is_out_channel_pruning_fn(dependency.handler):
@@ -136,7 +136,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
             try:
                 stock(_One(whole, node))
             except Exception as e:
-                broken[node] = _line(e)
+                broken[node] = one_line(e)
 
     names = ("infer_in_channels_recursively", "infer_out_channels_recursively")
     limits = {n: counted(getattr(shape_infer, n)) for n in names}
@@ -163,5 +163,6 @@ class _One:
         return getattr(self._graph, name)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a model's own code has raised, for a reader."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -40,8 +40,14 @@ def needs(rule: Allocator, what: str) -> bool:
 
 
 def inputs_of(rule: Allocator, views: Iterable[GroupView]) -> dict[str, dict[str, Any]]:
-    """What an allocator takes from each group's statistics, by the group's name."""
+    """What an allocator takes from each group's statistics, by the group's name.
+
+    Args:
+        views: looked at only where something is taken: a view sums all statistics of its group.
+    """
     asked = getattr(rule, "inputs", {})
+    if not asked:
+        return {}
     return {v.group.name: {name: read(v) for name, read in asked.items()} for v in views}
 
 
