@@ -92,7 +92,7 @@ def test_results_say_who_serves_them(
              "--for", "llama.cpp", "--experts", 40)  # fmt: skip
     run(*asked, "--dry-run", "--json")
     found = json.loads(capsys.readouterr().out)
-    assert "llama.cpp: not run" in found["checks"]["served by"]
+    assert "llama.cpp: yes" in found["checks"]["served by"]
     run(*asked)
     assert "vllm serve" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["num_experts"] == 40
