@@ -1,5 +1,7 @@
 """The tables of criteria, allocators, repairs and settings in docs/, from where they are defined.
 
+Those of docs/serving.md are made from what checks of engines have found, eval/serving/runs.jsonl.
+
     python docs/make_tables.py           # print them
     python docs/make_tables.py --write   # put them into their pages
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from moe_fair.moe.repairs import repairs
 from moe_fair.moe.statistics import unasked
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "eval" / "serving"))
+import runs  # noqa: E402
+
 # what an allocator may need beside statistics -> what gives it
 GIVEN_BY = {
     "protection": "protection scores, `--protection`",
@@ -56,6 +62,11 @@ def tables() -> Iterator[tuple[str, str, str]]:
         for s in settings_of(Recipe).values()
     ]
     yield "settings.md", "settings", _table(header, rows)
+    found = runs.read()
+    for name in ("vllm", "mlx", "llama.cpp"):
+        yield "serving.md", f"runs of {name}", _table(*_headed(runs.likelihoods(found, name)))
+    yield "serving.md", "runs of a server", _table(*_headed(runs.tasks(found)))
+    yield "serving.md", "runs of quantisers", _table(*_headed(runs.quantised(found)))
 
 
 def _asked_for(rule: Any) -> bool:
@@ -108,6 +119,10 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
     escaped = ([cell.replace("|", r"\|") for cell in r] for r in lines)
     return "".join(f"| {' | '.join(r)} |\n" for r in escaped)
+
+
+def _headed(lines: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return lines[0], lines[1:]
 
 
 def _joined(words: Iterable[str]) -> str:

@@ -156,6 +156,7 @@ def test_the_converter_is_found_and_its_failure_told(
     script, file = tmp_path / "convert_hf_to_gguf.py", tmp_path / "made.gguf"
     script.write_text(CONVERTER + "\nraise NotImplementedError('BPE pre-tokenizer')\n")
     script.chmod(0o755)
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
     for name, value in (("LLAMA_CPP", tmp_path), ("PATH", f"{tmp_path}{os.pathsep}/usr/bin")):
         with monkeypatch.context() as inside:
             inside.setenv(name, str(value))
