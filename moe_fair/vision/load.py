@@ -187,8 +187,10 @@ def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) ->
         # a name of a tensor that the file has under another: filled together with that one
         again = {n: tensors[first] for n, first in aliases(whole).items() if first in tensors}
         filled = OrderedDict({**again, **tensors})
-        # versions of modules' layouts, which a file does not hold: those of the code at hand
-        filled._metadata = whole._metadata  # type: ignore[attr-defined]
+        # versions of modules' layouts, which a file does not hold: those of the code at hand; but
+        # of a file that lacks a tensor none, so that modules bring an older layout up to theirs
+        if filled.keys() >= whole.keys():
+            filled._metadata = whole._metadata  # type: ignore[attr-defined]
         model.load_state_dict(filled)
     except (RuntimeError, SafetensorError) as e:
         raise ValueError(f"{file} does not fit the model: {' '.join(str(e).split())[:300]}") from e

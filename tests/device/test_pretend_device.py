@@ -33,7 +33,7 @@ CEILINGS = {
     "checkpointed": (170, 70, 5300, 970),
     "streaming": (190, 190, 5500, 970),
     "two devices": (175, 115, 4400, 970),
-    "own text": (150, 135, 8200, 230),
+    "own text": (115, 100, 8200, 230),
     "repair channel": (230, 195, 6900, 940),
     "repair distill": (720, 255, 26000, 5200),
     "repair matrix": (330, 255, 14200, 6000),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from vision.architectures import small
 from vision.test_vision_flow import settings
@@ -15,7 +16,7 @@ from moe_fair.pipelines import sparse
 from moe_fair.pipelines import vision as pipeline
 from moe_fair.vision import load_pruned, reload
 from moe_fair.vision.graph import logits
-from moe_fair.vision.load import build
+from moe_fair.vision.load import build, load_weights
 from moe_fair.vision.sparse.settings import SparseSettings
 
 HERE = "vision.test_reload"
@@ -169,3 +170,24 @@ def test_a_result_that_another_process_cannot_build_says_why(
 ) -> None:
     with pytest.raises(RuntimeError, match="no pruned image model at"):
         reload.check_fresh(tmp_path, small(), torch.rand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("left_out", [(), ("num_batches_tracked",)])
+def test_weights_of_before_batches_were_counted(left_out: tuple[str, ...], tmp_path: Path) -> None:
+    """Layers bring an old layout up to theirs, as where a file has no versions at all."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    state = {
+        n: t + 1 for n, t in model.state_dict().items() if not (left_out and n.endswith(left_out))
+    }
+    save_file(state, tmp_path / "w.safetensors")
+    load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[1].running_mean, state["1.running_mean"])
+    assert int(model[1].num_batches_tracked) == (0 if left_out else 1)
+
+
+def test_weights_that_lack_a_layer(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    state = {n: t for n, t in model.state_dict().items() if n != "0.bias"}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_weights(model, tmp_path / "w.safetensors")
