@@ -349,7 +349,7 @@ def settings(method: str) -> Row:
     if method == "default":
         return {}
     if method.endswith(".yaml"):
-        from moe_fair.core.recipe import read_settings
+        from moe_fair.core.recipe_file import read_settings
 
         return dict(read_settings(Path(method)))
     rest, _, kind = method.partition("+")

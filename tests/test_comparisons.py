@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from places import CALIBRATION, HELDOUT, MODEL, ROOT
 
-from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.moe.criteria import criteria
 from moe_fair.pipelines.checks import method
 

@@ -12,7 +12,8 @@ from places import CALIBRATION, HELDOUT, MODEL
 
 import moe_fair
 from moe_fair.cli import main
-from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.pipelines.unused_settings import Run, unused
 
 Fails = Callable[..., str]

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from moe_fair.cli import app
 from moe_fair.core.bundled_recipes import EXPERTS, recipe_path
-from moe_fair.core.recipe import load_recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.text_sources import parse_source
 from moe_fair.pipelines import moe as pipeline

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 
 from moe_fair.cli import main
 from moe_fair.core.units import STATISTICS_FILE
-from moe_fair.engines.processes import _Watch
+from moe_fair.engines.watch import Watch
 
 # six batches in two chunks; the last batch of a domain is a short one
 SMALL = [
@@ -226,7 +226,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
 def test_a_process_that_has_left_is_not_taken_for_killed() -> None:
     """Its watch looks once more after it has said that it leaves, and does not unsay it."""
     store = TCPStore("127.0.0.1", int(port()), is_master=True, wait_for_workers=False)
-    watch = _Watch(store, 0, [{"pid": os.getpid(), "host": "here", "node": "here"}])
+    watch = Watch(store, 0, [{"pid": os.getpid(), "host": "here", "node": "here"}])
     watch.start()
     watch.leave()
     watch._look()

@@ -16,7 +16,8 @@ import yaml
 from places import MODEL
 
 from moe_fair.cli import app, main
-from moe_fair.core.recipe import TRUST, Recipe, load_recipe
+from moe_fair.core.recipe import TRUST, Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.core.settings import flag, key_of, settings_of
 from moe_fair.core.units import Statistics
 from moe_fair.pipelines.choices import choices

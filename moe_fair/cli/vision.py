@@ -12,7 +12,7 @@ from moe_fair.cli.options import Debug, Json, Output, RecipeFile, option
 from moe_fair.cli.schema import Command, takes
 from moe_fair.cli.terminal import say
 from moe_fair.core.bundled_recipes import VISION, recipe_path
-from moe_fair.core.recipe import check_trust, read_settings
+from moe_fair.core.recipe_file import check_trust, read_settings
 from moe_fair.core.registry import check_settings
 from moe_fair.core.settings import settings_of
 from moe_fair.vision.run_settings import PRUNE, RUN, SPARSIFY

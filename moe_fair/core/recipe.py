@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from moe_fair.core.method import SIGNS, join_method, parse_method
@@ -20,6 +18,7 @@ from moe_fair.core.settings import (
     setting,
     settings_of,
 )
+from moe_fair.core.sizes import parse_bytes, parse_size
 
 DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 # what lets a model's files do more than be read: said by whoever runs it, never by a file
@@ -430,58 +429,9 @@ REPLACED = (
 )
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a YAML recipe; paths of statistics and plan in it are relative to it.
-
-    Raises:
-        ValueError: no such file, not YAML, an unknown key (names the nearest), a bad value, or
-            one of TRUST.
-    """
-    raw = renamed(read_settings(path))
-    try:
-        check_keys(raw, str(path))
-        check_trust(raw)
-        for name in MADE:
-            if isinstance(raw.get(name), str):
-                raw[name] = str(path.parent / raw[name])
-        return Recipe(**raw, given=frozenset(raw))
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-
-
 def renamed(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     """The same under the names that the settings have here."""
     return {name_of(k): v for k, v in settings.items()}
-
-
-def check_trust(raw: Mapping[Any, Any]) -> None:
-    """A file does not allow what only whoever runs it may allow; it may come with the model.
-
-    Raises:
-        ValueError: it tries to.
-    """
-    for name in TRUST:
-        if raw.get(name):
-            raise ValueError(
-                f"{name} is not taken from a file; read the model's files, then allow it with "
-                f"{flag(name)} on the command line"
-            )
-
-
-def read_settings(path: Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        ValueError: no such file, or no YAML of that kind.
-    """
-    if not path.is_file():
-        raise ValueError(f"no recipe at {path}")
-    from moe_fair.core.yaml_file import read_yaml
-
-    raw = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds no settings; a recipe is `key: value` lines")
-    return raw
 
 
 def check_taken(settings: Mapping[str, Any], command: str) -> None:
@@ -509,38 +459,3 @@ def check_keys(settings: Mapping[Any, Any], where: str) -> None:
         ValueError: one is not; names the nearest.
     """
     check_settings(settings, SETTINGS, f" in {where}")
-
-
-def parse_size(text: str) -> tuple[str, int]:
-    """`8B` or `1.5M` -> ("parameters", n); `20GB`, `16GiB` -> ("bytes", n).
-
-    Raises:
-        ValueError: neither form.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTB]?)(i?)(B?)\s*", text)
-    if found:
-        number, prefix, binary, byte = found.groups()
-        if not byte and not binary and prefix in ("K", "k", "M", "B", "T"):
-            scale = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[prefix]
-            return "parameters", round(float(number) * scale)
-        if byte and prefix != "B":
-            power = " kMGT".index(prefix.replace("K", "k") or " ")
-            return "bytes", round(float(number) * (1024 if binary else 1000) ** power)
-    raise ValueError(
-        f"--size {quote(text)}: write parameters as 8B or 900M, bytes as 20GB or 16GiB"
-    )
-
-
-def parse_bytes(flag: str, text: str) -> int:
-    """`20GB` or `16GiB` -> bytes.
-
-    Raises:
-        ValueError: another form.
-    """
-    try:
-        unit, number = parse_size(text)
-    except ValueError:
-        unit, number = "", 0
-    if unit != "bytes":
-        raise ValueError(f"{flag} {quote(text)}: write bytes as 20GB or 16GiB")
-    return number

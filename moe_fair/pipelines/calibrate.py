@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moe_fair.core.output import Place
-from moe_fair.core.recipe import Recipe, parse_bytes
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.sizes import parse_bytes
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.engines.batch import Batch, Losses
 from moe_fair.engines.processes import ALONE, Team, is_first

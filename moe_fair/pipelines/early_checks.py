@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moe_fair.core.made_files import find_plan, find_statistics
 from moe_fair.core.plan_parts import Target
-from moe_fair.core.recipe import Recipe, parse_size
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.sizes import parse_size
 from moe_fair.moe.folder_kind import check_folder, local_folder
 
 

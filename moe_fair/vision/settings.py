@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_fair.core.recipe import parse_bytes
 from moe_fair.core.registry import nearest, pick
+from moe_fair.core.sizes import parse_bytes
 from moe_fair.vision.run_settings import GRADUAL as WHILE_TRAINING
 from moe_fair.vision.run_settings import PRUNE, RUN, SCORE, TARGET, TRAIN, Subject, given
 

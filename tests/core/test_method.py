@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe_fair.core.method import join_method, parse_method
-from moe_fair.core.recipe import Recipe, check_taken, load_recipe
+from moe_fair.core.recipe import Recipe, check_taken
+from moe_fair.core.recipe_file import load_recipe
 
 SAME = {
     "reap": {"method": "reap"},

@@ -11,7 +11,8 @@ import pytest
 
 from moe_fair.cli.vision import _written
 from moe_fair.core.quote import quote
-from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.core.yaml_file import read_yaml
 from moe_fair.moe.device_map import read_map
 from moe_fair.publish.card import read_metadata

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.plan_checks import check_fits
-from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.core.units import STATISTICS_FORMAT, Scores, Statistics, UnitGroup
 from moe_fair.engines.shards import checkpoint_tensors, shard_files
 from moe_fair.moe.row_files import read_rows

@@ -16,7 +16,8 @@ import moe_fair
 from moe_fair.cli import main
 from moe_fair.core import registry
 from moe_fair.core.criterion import Criterion
-from moe_fair.core.recipe import Recipe, load_recipe
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.recipe_file import load_recipe
 from moe_fair.core.units import GroupView, Statistics
 from moe_fair.moe import criteria, statistics
 from moe_fair.moe.statistic import Pass, Statistic
