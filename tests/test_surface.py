@@ -69,6 +69,8 @@ VISIBLE = {
         "MODEL --data --batch-size --seed --weights --image-size --mean --std --revision "
         "--trust-remote-code --allow-pickle --device --sparsity --allocate --repair "
         "--shrinkage --samples --output --recipe --json --debug --set",
+    "vision export":
+        "OUT --to --output --trust-remote-code --json --debug",
 }  # fmt: skip
 # setting -> commands
 SETTINGS = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moe_fair.cli.options import Debug, Json, Output, RecipeFile, option
+from moe_fair.cli.options import Debug, Json, Output, Pruned, RecipeFile, option
 from moe_fair.cli.schema import Command, takes
 from moe_fair.cli.terminal import say
 from moe_fair.core.bundled_recipes import VISION, recipe_path
@@ -25,12 +28,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+ExportTo = Annotated[str, option("--to", text="Format: onnx, exported (.pt2) or torchscript")]
+ExportFile = Annotated[
+    Path | None, option("-o", "--output", text="File to write  [default: OUT.onnx, .pt2 or .pt]")
+]
+OwnCode = Annotated[
+    bool, option("--trust-remote-code", text="Run the model function that the checkpoint names")
+]
 Fresh = Annotated[bool, option("--fresh", text="Discard what a killed run left", panel=RUN)]
 
 
 @app.callback()
 def _vision() -> None:
-    pass
+    # a MODEL may be of a module of one's own; last, so that none hides what is installed
+    sys.path.append(os.getcwd())
 
 
 @app.command(cls=Command)
@@ -79,6 +90,25 @@ def sparsify(
         print(json.dumps(done.plain(), indent=1))
     else:
         render(summary(done.result, done.output))
+
+
+@app.command(cls=Command)
+def export(
+    out: Pruned, to: ExportTo, file: ExportFile = None, trust: OwnCode = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write a pruned classifier for onnxruntime, torch.export or LibTorch, and check it."""
+    from moe_fair.publish.classifier import export_classifier
+
+    made = export_classifier(out, to, file=file, trust_remote_code=trust, say=say)
+    if as_json:
+        print(json.dumps(asdict(made), default=str, indent=1))
+    else:
+        shape = " × ".join(map(str, made.shape))
+        print(
+            f"{made.file}: {made.bytes / 1e6:.2f} MB, takes {shape}; its outputs are within "
+            f"{made.difference:.1g} of the checkpoint's"
+        )
 
 
 def _check_named(given: dict[str, Any], wanted: dict[str, str]) -> None:

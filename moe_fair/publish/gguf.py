@@ -16,6 +16,7 @@ from moe_fair.core.layout import read_layout
 from moe_fair.core.output import fresh, partial_path
 from moe_fair.moe.padding import Padding, plan_padding, write_padded
 from moe_fair.pipelines.checks import check_disk
+from moe_fair.publish.made_file import check_file
 from moe_fair.report.numbers import amount
 
 ENGINE = "llama.cpp"
@@ -74,7 +75,7 @@ def export_gguf(
         padding = _padding(out, pad)
     script = find_converter(converter)
     file = file or out.absolute().with_name(f"{out.absolute().name}.gguf")
-    _check_file(file)
+    check_file(file)
     size = padding.bytes[1] if padding else _weights(out)
     check_disk(size * (2 if padding else 1), file, file.parent)
     work = partial_path(file.with_name(f"{file.name}.{os.getpid()}"))
@@ -145,20 +146,6 @@ def _padding(out: Path, pad: bool) -> Padding:
             f"layer, {amount(after)}B in place of {amount(before)}B, exact), or {other}"
         )
     return found
-
-
-def _check_file(file: Path) -> None:
-    """The file can be written.
-
-    Raises:
-        ValueError: it cannot; says why.
-    """
-    if file.is_symlink() or (file.exists() and not file.is_file()):
-        raise ValueError(f"-o {file} is a folder, a link or a device; give the name of a file")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"-o {file}: {file.parent} is no folder that can be written; write elsewhere"
-        )
 
 
 def _weights(out: Path) -> int:
