@@ -91,17 +91,22 @@ def _costs(result: dict[str, Any], more: Sequence[tuple[str, ...]] = ()) -> Tabl
 
 
 def _speed(row: dict[str, float]) -> tuple[str, ...]:
-    dense, pruned = row["dense"], row["pruned"]
-    faster = f"{dense / pruned:.2f} × as fast"
-    return f"ms at batch {row['batch']}", f"{dense:.2f}", f"{pruned:.2f}", faster
+    faster = f"{_faster(row)} as fast"
+    return f"ms at batch {row['batch']}", f"{row['dense']:.2f}", f"{row['pruned']:.2f}", faster
+
+
+def _faster(row: dict[str, float]) -> str:
+    """`1.50 × (1.42-1.61)`; results of earlier versions have the medians alone."""
+    if "faster" not in row:
+        return f"{row['dense'] / row['pruned']:.2f} ×"
+    return f"{row['faster']:.2f} × ({row['low']:.2f}–{row['high']:.2f})"
 
 
 def _latencies(result: dict[str, Any]) -> Table:
     return Table(
         ("batch", "dense", "pruned", "speed-up"),
         tuple(
-            (str(r["batch"]), f"{r['dense']:.2f}", f"{r['pruned']:.2f}",
-             f"{r['dense'] / r['pruned']:.2f} ×")
+            (str(r["batch"]), f"{r['dense']:.2f}", f"{r['pruned']:.2f}", _faster(r))
             for r in result["latency_ms"]
         ),
     )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader
 from moe_fair.vision.data import ImageSet
 from moe_fair.vision.graph import logits
 
-BATCHES = (1, 4, 8)
-RUNS = 15
+BATCHES = (1, 8)
+SECONDS = 3.0  # for each batch size
+FEWEST, MOST = 6, 50  # turns; the extremes of six hold a median with 97 %
 
 
 def top1(model: nn.Module, images: ImageSet, batch_size: int) -> float:
@@ -31,27 +33,57 @@ def top1(model: nn.Module, images: ImageSet, batch_size: int) -> float:
 
 
 def latency(
-    models: dict[str, nn.Module], image: Tensor, batches: Sequence[int] = BATCHES, runs: int = RUNS
+    models: Mapping[str, nn.Module],
+    image: Tensor,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = SECONDS,
 ) -> list[dict[str, float]]:
-    """Median milliseconds of one forward at each batch size, the models taking turns.
+    """Milliseconds of one forward at each batch size, the models taking turns.
 
     Args:
-        models: name -> model, on one device.
+        models: `dense` and `pruned`, on one device.
         image: [1, C, H, W].
+        seconds: after which a batch size has had its time; six turns it has in any case.
 
     Returns:
-        a row for each batch size: `batch`, and `NAME` in milliseconds.
+        a row for each batch size: `batch`, medians `dense` and `pruned` in milliseconds, `faster`,
+        the median over the turns of how many times as fast `pruned` is, and `low` and `high`, what
+        this median is between with 95 %, whatever the times are distributed like.
     """
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {n: [] for n in models}
-        for turn in range(runs + 2):
+        for model in models.values():  # to warm up
+            _forward(model, image, batch)
+        started = time.perf_counter()
+        while len(times["pruned"]) < FEWEST or (
+            len(times["pruned"]) < MOST and time.perf_counter() - started < seconds
+        ):
             for name, model in models.items():
-                spent = _forward(model, image, batch)
-                if turn >= 2:  # the first two warm up
-                    times[name].append(spent)
-        rows.append({"batch": batch, **{n: 1e3 * statistics.median(t) for n, t in times.items()}})
+                times[name].append(_forward(model, image, batch))
+        ratios = [d / p for d, p in zip(times["dense"], times["pruned"], strict=True)]
+        low, high = between(ratios)
+        rows.append({
+            "batch": batch,
+            **{n: 1e3 * statistics.median(t) for n, t in times.items()},
+            "faster": statistics.median(ratios), "low": low, "high": high,
+        })  # fmt: skip
     return rows
+
+
+def between(values: Sequence[float]) -> tuple[float, float]:
+    """The order statistics that hold the median with 95 %: how many values lie below is binomial.
+
+    Args:
+        values: six or more.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    outside, below = 0, 0  # ways in which the median lies under the value after `below`
+    while 2 * (outside + math.comb(count, below)) <= 0.05 * 2**count:
+        outside += math.comb(count, below)
+        below += 1
+    return ordered[below - 1], ordered[count - below]
 
 
 def _forward(model: nn.Module, image: Tensor, batch: int) -> float:

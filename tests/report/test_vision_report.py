@@ -45,7 +45,10 @@ def pruned(name: str = "conv", **step: Any) -> dict[str, Any]:
         "top1": {"dense": 0.875, "pruned": 0.25, "final": 0.75},
         "cost": {"dense": {"parameters": 2_000, "operations": 1_000},
                  "pruned": {"parameters": 1_500, "operations": 800}},
-        "latency_ms": [{"batch": 4, "dense": 3.0, "pruned": 2.0}],
+        "latency_ms": [
+            {"batch": 1, "dense": 3.0, "pruned": 2.0},  # as an earlier version wrote it
+            {"batch": 8, "dense": 9.0, "pruned": 4.0, "faster": 2.25, "low": 2.0, "high": 2.5},
+        ],
         "steps": [record, record],
         "left_whole": {f"{name} head": f"why {name}"},
     }  # fmt: skip
@@ -98,7 +101,9 @@ def test_pages_of_pruned_channels(plain: list[Document]) -> None:
         ["parameters", "2,000", "1,500", "-25.0%"], ["multiply-adds", "1,000", "800", "-20.0%"],
         ["top-1", "87.50%", "75.00%", "-12.50 points"],
     ]  # fmt: skip
-    assert latency[1:] == [["4", "3.00", "2.00", "1.50 ×"]]
+    assert latency[1:] == [
+        ["1", "3.00", "2.00", "1.50 ×"], ["8", "9.00", "4.00", "2.25 × (2.00–2.50)"],
+    ]  # fmt: skip
     assert [row[:4] for row in groups[1:]] == [
         [g.name, "6", str(len(g.kept)), str(g.depth)] for g in plan().groups
     ]

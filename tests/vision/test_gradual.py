@@ -273,7 +273,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = pipeline.latency
-    monkeypatch.setattr(pipeline, "latency", lambda models, x: stock(models, x, runs=2))
+    monkeypatch.setattr(pipeline, "latency", lambda models, x: stock(models, x, seconds=0))
     wanted = gradually(pictures)
     whole = pipeline.prune(wanted, tmp_path / "whole")
     assert len(whole.result["steps"][0]["removal"]) > 3
@@ -304,7 +304,7 @@ def test_the_command(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     stock = pipeline.latency
-    monkeypatch.setattr(pipeline, "latency", lambda models, x: stock(models, x, runs=2))
+    monkeypatch.setattr(pipeline, "latency", lambda models, x: stock(models, x, seconds=0))
     out = tmp_path / "out"
     run(NET, "--data", pictures, "--method", "taylor-fo", "--flops", "0.4", "--units-per-step", "2",
         "--minibatches", "2", "--momentum", "0.5", "--batch-size", "8", "--image-size", "16",
