@@ -131,7 +131,9 @@ def kept(plan: Plan | None) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, pytest.param(torch.no_grad, marks=pytest.mark.nightly)]
+)
 def test_within_torchs_modes(
     tmp_path: Path, settings: dict[str, Any], statistics_folder: Path, mode: Callable[[], Any]
 ) -> None:

@@ -23,7 +23,7 @@ from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.moe import open_model
 
 RECIPES = sorted((ROOT / "recipes" / "moe").glob("*.yaml"))
-BY_NIGHT = ("qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b")
+BY_NIGHT = ("deepseek-v2-lite", "qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b")
 # what decides the structure, from each model's own config.json
 REAL: dict[str, dict[str, Any]] = {
     "Qwen/Qwen1.5-MoE-A2.7B-Chat": {

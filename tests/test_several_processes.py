@@ -257,12 +257,12 @@ def kill_rank(launcher: subprocess.Popen[bytes], rank: int, sign: Path) -> float
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_rerun_goes_on(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "out.calibrating"
-    launcher = start([*torchrun(3), *LONG, "-o", str(out)], tmp_path / "log")
+    launcher = start([*torchrun(2), *LONG, "-o", str(out)], tmp_path / "log")
     killed = kill_rank(launcher, 0, work / "chunk-00001" / STATISTICS_FILE)
     assert launcher.wait(timeout=120) != 0
     assert time.monotonic() - killed < 30
     [line] = ours(tmp_path / "log")
-    assert f"process 0 of 3 on {socket.gethostname()} was killed" in line
+    assert f"process 0 of 2 on {socket.gethostname()} was killed" in line
     assert not out.exists()
     done = len(list(work.glob(f"*/{STATISTICS_FILE}")))
     assert f"going on: {done} of 21 chunks" in run_alone(tmp_path / "log", *LONG, "-o", str(out))

@@ -72,7 +72,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"pyramid_num_routed": [4]},  # one layer, with experts
     "phimoe": {"num_experts_per_tok": 2},  # what its router does whatever the config says
     "beam": {"mlp_layer_types": ["dense", "sparse"] * 2},
-    "nemotron_h": {"layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
+    "nemotron_h": {
+        "layers_block_type": ["moe", "linear_attention", "moe", "full_attention"],
+        "chunk_size": 8, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    },
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"] * 2},
     "doge": {"is_moe": True, "num_experts": 16},
     "jetmoe": {"kv_channels": 16},

@@ -278,6 +278,7 @@ def test_a_killed_run_goes_on_and_other_batch_sizes_do_not_mix(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_machine_with_less_memory(tmp_path: Path) -> None:
     run = [
         "calibrate", MODEL, "-c", CALIBRATION / "python.jsonl", "--samples", 16, "--length", 512,

@@ -63,7 +63,9 @@ def run(*arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["resident", "streaming"])
+@pytest.mark.parametrize(
+    "engine", ["resident", pytest.param("streaming", marks=pytest.mark.nightly)]
+)
 def test_the_result_is_that_of_the_same_weights_in_safetensors(
     pickled: Path, tmp_path: Path, temporary: Path, engine: str
 ) -> None:

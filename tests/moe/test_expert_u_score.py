@@ -106,6 +106,7 @@ def test_streaming_gives_the_same_bits_and_the_file_brings_them_back(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_sketch_is_within_a_percent_on_the_reference_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

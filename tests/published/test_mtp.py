@@ -533,13 +533,17 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
     "settings",
     [
         {"method": "fair"},
-        {"method": "counterfactual-measured"},
+        pytest.param({"method": "counterfactual-measured"}, marks=pytest.mark.nightly),
         {"method": "naee"},
         {"allocate": "curves", "curve_samples": 2},
         {"reduce": "merge"},
-        {"repair": "scale", "heldout": str(HELDOUT), "heldout_samples": 4},
+        pytest.param(
+            {"repair": "scale", "heldout": str(HELDOUT), "heldout_samples": 4},
+            marks=pytest.mark.nightly,
+        ),
         {"engine": "streaming", "repair": "distill"},
-        {"samples": 80, "trial_samples": 8},  # plans are tried
+        # plans are tried
+        pytest.param({"samples": 80, "trial_samples": 8}, marks=pytest.mark.nightly),
     ],
     ids=lambda s: "-".join(map(str, s.values()))[:20],
 )

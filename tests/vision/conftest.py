@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import python
 
 from moe_fair.vision import reload
 
+STARTED = "test_models_whose_states_are_peculiar[versioned]"
 CLASSES = ("blue", "green", "red")
 
 
 @pytest.fixture(autouse=True)
 def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are built anew in this process but in the tests of that, and of the command."""
-    if request.module.__name__.endswith("test_reload") or request.node.name == "test_the_command":
+    """Results are built anew in this process; in the tests of that by one that is forked from what
+    has torch; by one that is started in a single test, and in that of the command."""
+    if request.node.name in (
+        "test_models_whose_states_are_peculiar[versioned]",
+        "test_the_command",
+    ):
+        return
+    if request.module.__name__.endswith("test_reload"):
+
+        def forked(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+            path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+            env = {**os.environ, "PYTHONPATH": path}
+            return python("-m", "moe_fair.vision.reload", *arguments, env=env)
+
+        monkeypatch.setattr(reload, "_elsewhere", forked)
         return
 
     def here(arguments: list[str]) -> subprocess.CompletedProcess[str]:

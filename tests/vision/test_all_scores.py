@@ -26,11 +26,13 @@ def usable() -> list[str]:
 
 
 def pairs() -> list[Any]:
-    """Every score with every such allocator: one quickly, each once in CI, the rest nightly."""
+    """Every score with every such allocator: one quickly, some in CI, the rest nightly."""
     found = []
     for score in criteria():
         for allocate in usable():
-            mark = pytest.mark.slow if allocate == "uniform" else pytest.mark.nightly
+            # a score of activations, of gradients, of weights, of a pass of its own
+            some = score in ("u-score", "taylor-so", "bn-scale", "hrank")
+            mark = pytest.mark.slow if allocate == "uniform" and some else pytest.mark.nightly
             marks = () if (score, allocate) == ("taylor", "uniform") else (mark,)
             found.append(pytest.param(score, allocate, marks=marks))
     return found

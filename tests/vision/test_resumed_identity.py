@@ -99,7 +99,12 @@ def code(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(weights, "weights"), (images, "images"), (labels, "images"), (code, "code")],
+    [
+        (weights, "weights"),
+        (labels, "images"),
+        (code, "code"),
+        pytest.param(images, "images", marks=pytest.mark.nightly),
+    ],
 )
 def test_what_another_model_left_is_not_taken_up(
     run: Callable[..., tuple[Path, list[str]]],

@@ -218,9 +218,9 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("module", "place"),
     [
-        (pipeline, "cut"),
+        pytest.param(pipeline, "cut", marks=pytest.mark.nightly),
         (pipeline, "finetune"),
-        (step_folder, "save_pruned"),
+        pytest.param(step_folder, "save_pruned", marks=pytest.mark.nightly),
         (pipeline, "write_document"),
     ],
 )
