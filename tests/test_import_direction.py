@@ -178,6 +178,7 @@ def test_commands_that_need_nothing_heavy(statistics_folder: Path, tmp_path: Pat
         assert not names, arguments
 
 
+@pytest.mark.slow
 def test_commands_that_need_no_transformers(statistics_folder: Path, tmp_path: Path) -> None:
     """Plans, reports and names of methods take torch and numpy; drawing takes matplotlib."""
     out = tmp_path / "out"

@@ -31,6 +31,7 @@ def run(*arguments: object) -> None:
         main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_self_alone_to_a_pruned_model_and_its_recipe_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +50,7 @@ def test_self_alone_to_a_pruned_model_and_its_recipe_again(
         assert kept.read_bytes() == made.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_statistics_bring_their_own_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +70,7 @@ def test_statistics_bring_their_own_text(
     assert kept.read_bytes() == (tmp_path / "stats" / "self.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_edited_text_is_not_taken_for_the_models(tmp_path: Path) -> None:
     moe_fair.calibrate(str(MODEL), tmp_path / "stats", calibration="self", **SMALL)
     file = tmp_path / "stats" / "self.jsonl"

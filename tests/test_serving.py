@@ -84,6 +84,7 @@ def test_rivals_are_those_with_equal_counts() -> None:
     assert set(found) == {"reap/uniform", "mone/uniform", "frequency/uniform"}
 
 
+@pytest.mark.slow
 def test_results_say_who_serves_them(
     tmp_path: Path, statistics_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

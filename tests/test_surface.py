@@ -131,6 +131,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_what_fields_hold_is_said_by_role(
     fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_one_bit_of_one_weight(out: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "differs from the original's" in verify(out, Checkpoint(str(MODEL))).wrong
 
 
+@pytest.mark.slow
 def test_experts_in_each_others_places(out: Path, original: Checkpoint) -> None:
     file = out / "model.safetensors"
     tensors = load_file(file)

@@ -98,6 +98,7 @@ def test_prune_collects_what_its_plans_need(
     assert found.backward is backward
 
 
+@pytest.mark.slow
 def test_the_file_holds_just_that_and_the_plan_says_what_is_missing(
     tmp_path: Path, fails: Fails
 ) -> None:
@@ -256,6 +257,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     forget()
 
 
+@pytest.mark.slow
 def test_a_statistic_of_another_package(
     installed: Callable[..., None], tmp_path: Path, fails: Fails
 ) -> None:

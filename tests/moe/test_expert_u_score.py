@@ -81,6 +81,7 @@ def test_shards_padding_and_gradients_leave_no_trace() -> None:
         )
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_same_bits_and_the_file_brings_them_back(tmp_path: Path) -> None:
     model_of().save_pretrained(tmp_path / "model")
     model = type(model_of()).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()

@@ -39,6 +39,7 @@ def test_where_a_document_starts(author: Author) -> None:
     assert author.start_name == "bos_token_id of generation_config.json (<|endoftext|>)"
 
 
+@pytest.mark.slow
 def test_the_texts_follow_the_seed_alone(author: Author, writer: ModelWriter) -> None:
     """Not what was drawn before, and nothing that is drawn afterwards follows from it."""
     torch.manual_seed(1)
@@ -100,6 +101,7 @@ class Recorded:
         return made
 
 
+@pytest.mark.slow
 def test_what_only_runs_in_circles_is_left_out() -> None:
     two = Recorded(2)
     made = write_batch(two.author, two, index=0, documents=4, length=160, seed=0)
@@ -107,6 +109,7 @@ def test_what_only_runs_in_circles_is_left_out() -> None:
     assert made.loops == 4 * (AGAIN + 1) == len(two.found)
 
 
+@pytest.mark.slow
 def test_loops_are_written_anew() -> None:
     """Of a model's texts that repeat themselves half of the time."""
     three = Recorded(3)
@@ -119,6 +122,7 @@ def test_loops_are_written_anew() -> None:
     assert len(made.rows) + made.missing == 24 < len(three.found)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_full_is_given_half(
     author: Author, writer: ModelWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

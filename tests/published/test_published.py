@@ -198,6 +198,7 @@ def _check_side_files(layout: Layout, folder: Path, out: Path, stock: bool) -> N
     assert len(tokenizers[0]("def f(x):")["input_ids"]) > 1
 
 
+@pytest.mark.slow
 def test_repaired_values_are_written_in_the_stored_layout(tmp_path: Path) -> None:
     """Experts stored transposed: the repaired result is that of the model's own layout, turned."""
     layout = next(x for x in LAYOUTS if "Qwen3-VL" in x.name)

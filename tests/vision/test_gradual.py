@@ -300,6 +300,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
     assert not (tmp_path / "out.pruning").exists()
 
 
+@pytest.mark.slow
 def test_the_command(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

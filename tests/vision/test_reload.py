@@ -165,6 +165,7 @@ def test_a_result_that_another_process_reads_otherwise_gets_no_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_result_that_another_process_cannot_build_says_why(
     tmp_path: Path, pictures: Path
 ) -> None:

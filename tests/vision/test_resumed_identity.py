@@ -123,6 +123,7 @@ def test_what_another_model_left_is_not_taken_up(
     assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_goes_on(run: Callable[..., tuple[Path, list[str]]], tmp_path: Path) -> None:
     run("out", ends=True)
     _, said = run("out")

@@ -177,6 +177,7 @@ def test_labels_do_not_matter(pictures: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, files[1][name])  # sums in another order
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_output(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

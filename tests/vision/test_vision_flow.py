@@ -58,6 +58,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run(NET, "--data", pictures, "--ratio", "0.5", *QUICK, "--finetune-epochs", "1", "-o", out)
@@ -116,6 +117,7 @@ def test_weights_that_are_not_finite_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_result_that_does_not_verify_gets_no_name(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +200,7 @@ def test_labels_of_a_folder_follow_the_names_of_the_model(pictures: Path) -> Non
     assert matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
 
 
+@pytest.mark.slow
 def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> None:
     done = pipeline.prune(
         settings(pictures, steps=3, finetune_epochs=1, ratio=0.6), tmp_path / "out"
