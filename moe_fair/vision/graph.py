@@ -25,6 +25,8 @@ from moe_fair.vision.trace import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OUTPUTS = "sets the model's outputs"
+# attribute of a model that says where in what it gives the logits are
+CHOSEN = "moe_fair_logits"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -76,24 +78,51 @@ class Graph:
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """[S, classes]: what a module gives, its `logits`, or the one tensor in its tuple or list.
 
+    Of a model that was built with a name or a number for its logits, what lies there.
+
     Raises:
         ValueError: something else.
     """
     out = model(images)
+    if (chosen := getattr(model, CHOSEN, None)) is not None:
+        return _chosen(out, chosen)
     if isinstance(out, Tensor):
         return out
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(named, Tensor):
         return named
-    within: list[object] = []
-    if isinstance(out, (Mapping, tuple, list)):
-        within = list(out.values() if isinstance(out, Mapping) else out)
+    names, within = _within(out)
     if len(within) == 1 and isinstance(within[0], Tensor):
         return within[0]
+    which = f" ({', '.join(names)})" if names else ""
     raise ValueError(
-        f"the model gives a {type(out).__name__} of {len(within)} things, of which none is named "
-        "`logits`: wrap it in a module that returns them alone"
+        f"the model gives a {type(out).__name__} of {len(within)} things{which}, of which none is "
+        "named `logits`: say which they are, by name or number, with --logits"
     )
+
+
+def _within(out: object) -> tuple[list[str], list[object]]:
+    """The names and values that a model's output holds."""
+    if isinstance(out, Mapping):
+        return [str(k) for k in out], list(out.values())
+    if isinstance(out, (tuple, list)):
+        return [str(i) for i in range(len(out))], list(out)
+    found = dict(vars(out)) if hasattr(out, "__dict__") else {}
+    return list(found), list(found.values())
+
+
+def _chosen(out: object, name: str) -> Tensor:
+    """What lies under a name or number of a model's output.
+
+    Raises:
+        ValueError: nothing, or no tensor.
+    """
+    names, within = _within(out)
+    found = dict(zip(names, within, strict=True)).get(name)
+    if not isinstance(found, Tensor):
+        what = ", ".join(names) or f"a {type(out).__name__} without parts"
+        raise ValueError(f"--logits {name}: the model gives {what}; name what is a tensor")
+    return found
 
 
 def is_depthwise(layer: nn.Module) -> bool:

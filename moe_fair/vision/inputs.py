@@ -26,6 +26,7 @@ def open_inputs(settings: Subject) -> tuple[Source, Data]:
         image_size=settings.image_size,
         mean=settings.mean,
         std=settings.std,
+        logits=settings.logits,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         allow_pickle=settings.allow_pickle,

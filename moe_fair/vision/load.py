@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_fair.engines.pickles import read
 from moe_fair.vision.data import Preprocessing, Transform
+from moe_fair.vision.graph import CHOSEN
 from moe_fair.vision.pictures import converted
 from moe_fair.vision.trace import detach_computed
 
@@ -122,7 +123,10 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
         raise ValueError(f"{module}:{base['function']}: {e}") from e
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{base['function']} gives no torch.nn.Module")
-    return _plain(model, f"{module}:{base['function']}")
+    model = _plain(model, f"{module}:{base['function']}")
+    if base.get("logits") is not None:
+        setattr(model, CHOSEN, str(base["logits"]))
+    return model
 
 
 def _plain(model: nn.Module, name: str) -> nn.Module:

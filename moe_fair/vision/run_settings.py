@@ -69,6 +69,10 @@ class Subject:
     std: tuple[float, ...] | None = given(
         None, "Likewise", MODEL, BOTH, usual="0.5", parse=numbers("--std")
     )
+    logits: str | None = given(
+        None, "Where in what the model gives they are, by name or number", MODEL, BOTH,
+        usual="what is named logits, or all",
+    )  # fmt: skip
     revision: str | None = given(None, "Branch, tag or commit on the Hub", RUN, BOTH)
     trust_remote_code: bool = given(False, "Run code that a model brings or names", RUN, BOTH)
     allow_pickle: bool = given(

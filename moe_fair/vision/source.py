@@ -23,6 +23,7 @@ def open_source(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    logits: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -32,21 +33,25 @@ def open_source(
     Args:
         weights: safetensors file of a `module:function` model's weights.
         allow_pickle: also read pickled weights, their tensors alone; see `engines.pickles`.
+        logits: where in what a `module:function` model gives they are, by name or number.
         image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
 
     Raises:
         ValueError: there is no such model; says what was tried.
     """
     own = {"size": image_size, "mean": mean, "std": std}
-    if (Path(spec) / PRUNED_FILE).is_file():
+    pruned = (Path(spec) / PRUNED_FILE).is_file()
+    function = None if pruned else parse_function(spec)
+    for name, value in (("weights", weights), ("logits", logits)):
+        if value is not None and function is None:
+            raise ValueError(f"--{name} belongs to a `module:function` model; others bring theirs")
+    if pruned:
         return open_pruned(Path(spec), trust_remote_code=trust_remote_code)
-    if function := parse_function(spec):
-        base = {"kind": "function", **function}
+    if function:
+        base = {"kind": "function", **function, **({"logits": logits} if logits else {})}
         model = build(base, trusted=True)
         if weights is not None:
             load_weights(model, weights, allow_pickle=allow_pickle)
         preprocessing = own_preprocessing(first_channels(model), own)
         return Source(model.eval(), base, preprocessing, preprocessing, None, None)
-    if weights is not None:
-        raise ValueError("--weights belongs to a `module:function` model; others bring theirs")
     return open_transformers(spec, own, revision, trust_remote_code, allow_pickle)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 from vision.architectures import images
 
 from moe_fair.vision import trace
+from moe_fair.vision.graph import CHOSEN, logits
 from moe_fair.vision.proof import find_groups
 
 
@@ -146,5 +149,28 @@ class Several(Net):
 
 
 def test_outputs_among_which_none_is_named_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"a tuple of 2 things, .*: wrap it"):
+    with pytest.raises(ValueError, match=r"a tuple of 2 things \(0, 1\), .*: say which .*--logits"):
         find_groups(Several().eval(), images(2))
+
+
+def test_a_name_or_number_says_where_the_logits_are() -> None:
+    @dataclass
+    class Parts:
+        features: Tensor
+        scores: Tensor
+
+    class Named(Net):
+        def forward(self, x: Tensor) -> Parts:  # type: ignore[override]
+            return Parts(x, super().forward(x))
+
+    for net, name in ((Several(), "1"), (Dict(), "logits"), (Named(), "scores")):
+        setattr(net, CHOSEN, name)
+        assert [g.name for g in find_groups(net.eval(), images(2)).groups] == ["a", "b", "c", "d"]
+    for net, name, said in (
+        (Several(), "2", "the model gives 0, 1; name what is a tensor"),
+        (Named(), "score", "the model gives features, scores; name"),
+        (Net(), "0", "the model gives a Tensor without parts"),
+    ):
+        setattr(net, CHOSEN, name)
+        with pytest.raises(ValueError, match=f"--logits {name}: {said}"):
+            logits(net.eval(), images(2))

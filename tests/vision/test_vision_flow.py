@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,38 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     Statistics.load(out / "moe_fair")
 
 
+class Both(torch.nn.Module):
+    """Gives its features beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.first(x).relu().mean((2, 3))
+        return features, self.head(features)
+
+
+@pytest.mark.slow
+def test_a_result_knows_where_its_logits_are(
+    pictures: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    common = ["--data", pictures, "--ratio", ".5", *QUICK]
+    net = "vision.test_vision_flow:Both"
+    assert "say which they are, by name or number, with --logits" in fails(
+        "vision", "prune", net, *common, "-o", tmp_path / "out"
+    )
+    run(net, *common, "--logits", 1, "-o", tmp_path / "out")
+    run(tmp_path / "out", *common, "--trust-remote-code", "-o", tmp_path / "again")
+    model = load_pruned(tmp_path / "again", trust_remote_code=True)
+    assert logits(model, torch.rand(4, 3, 16, 16)).shape == (4, 3)
+    assert model.first.out_channels == 2  # type: ignore[union-attr]
+    assert "--logits belongs to a `module:function` model" in fails(
+        "vision", "prune", tmp_path / "out", *common, "--logits", 1, "-o", tmp_path / "third"
+    )
+
+
+@pytest.mark.slow
 def test_json_and_a_second_pruning_of_the_result(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
