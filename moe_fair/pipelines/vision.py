@@ -20,7 +20,7 @@ from moe_fair.core.units import Scores, Statistics
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.report.vision import document
 from moe_fair.report.write import write_document
-from moe_fair.vision.accuracy import latency, top1
+from moe_fair.vision.accuracy import GUESSED, guessed, latency, top1
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.collect import MeasureConfig, collect
 from moe_fair.vision.data import sample
@@ -85,6 +85,8 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
     run.check()
     dense = run.evaluate(run.dense)
     say(f"top-1 of the dense model: {dense:.2%} on {len(run.data.test):,} images")
+    if guessed(dense, run.data.test):
+        say(f"note: {GUESSED}")
     source, records = run.source, []
     for step in range(1, settings.steps + 1):
         source, record = run.step(source, step)
@@ -117,7 +119,7 @@ class _Pruning:
         """Find the units, and whether the target can be met; that depends on no score."""
         settings, source = self.settings, self.source
         check_reloads(source, self.example)
-        graph, sizes = self._units(copy.deepcopy(source.model).cpu())
+        graph, sizes = self.first = self._units(copy.deepcopy(source.model).cpu())
         if settings.method:
             check_method(source.model, graph.groups, settings.method)
         self.whole, self.units = sizes.whole, sum(g.size for g in graph.units)
@@ -152,8 +154,11 @@ class _Pruning:
         self, source: Source, step: int, kept: StepFolder, said: str
     ) -> tuple[Source, Record]:
         """Measure, decide and cut; with a method the units leave while the model trains."""
-        graph, sizes = self._units(source.model.cpu())
-        source.model.to(self.device)
+        if step == 1:  # proven on this very model when the run began
+            graph, sizes = self.first
+        else:
+            graph, sizes = self._units(source.model.cpu())
+            source.model.to(self.device)
         statistics: Statistics | None = None
         history: dict[str, Any] = {}
         if self.settings.method:
@@ -170,6 +175,7 @@ class _Pruning:
             "top1_cut": self.evaluate(source.model),
             "units": counts,
             "cost": asdict(sizes.at(counts)),
+            "shares": sizes.shares(),
             "left_whole": graph.whole,
             **history,
         }
@@ -251,6 +257,12 @@ class _Pruning:
         cost, last = Sizes(pruned, (), self.example).whole, records[-1]
         return {
             "settings": self.settings.plain(),
+            "images": {
+                "train": len(self.data.train),
+                "test": len(self.data.test),
+                "classes": len(self.data.test.classes),
+            },
+            "notes": [GUESSED] if guessed(dense, self.data.test) else [],
             "top1": {"dense": dense, "pruned": last["top1_cut"], "final": last["top1"]},
             "steps": records,
             "cost": {"dense": asdict(self.whole), "pruned": asdict(cost)},

@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 
 from moe_fair.core.printable import printable
 from moe_fair.report.figures import BLUE, ORANGE, RED, WIDTH, Curve, drawing
+from moe_fair.report.numbers import clipped
 
 PALE = "#d9dfe6"
+NAMED = 24  # groups whose names have room along an axis or in a legend
 TALLEST = 200.0  # inches: of more layers than have room the names lie over each other
 
 
@@ -37,28 +39,36 @@ def kept_shares(
 
 
 def tod_lines(curves: Sequence[Curve], tolerance: float | None) -> bytes:
-    """ToD against the share removed, a line for each group; the dot is the cut."""
+    """ToD against the share removed, a line for each group; the dot is the cut.
+
+    Lines have their names in the legend where there is room, else the first and the last have.
+    """
     with drawing(WIDTH, 3.8) as (figure, done):
         axes = figure.subplots()
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
-        for c, colour in zip(curves, colours, strict=True):
+        named = range(len(curves)) if len(curves) <= NAMED else (0, len(curves) - 1)
+        for i, (c, colour) in enumerate(zip(curves, colours, strict=True)):
             x = np.linspace(0, 1, len(c.tod))
-            axes.plot(x, c.tod, color=colour, lw=1)
+            name = clipped(printable(c.label)) if i in named else None
+            axes.plot(x, c.tod, color=colour, lw=1, label=name)
             axes.plot(x[c.depth], c.tod[c.depth], "o", color=colour, ms=4)
-        axes.plot([0, 1], [0, 1], "--", color="#888", lw=1)
+        axes.plot([0, 1], [0, 1], "--", color="#888", lw=1, label="unrelated rankings")
+        axes.plot([], [], "o", color="#888", ms=4, label="depth chosen")
         if tolerance is not None:
             axes.axhline(tolerance, color=ORANGE, lw=1)
             axes.annotate(f"α = {tolerance:.3g}", (0.995, tolerance), ha="right", va="bottom",
                           color=ORANGE)  # fmt: skip
         axes.set(xlabel="share of the group removed (dark lines: first layers)", ylabel="ToD")
+        figure.legend(loc="outside right upper", fontsize=7)
     return done()
 
 
-def score_boxes(kinds: Sequence[tuple[str, Sequence[np.ndarray]]]) -> bytes:
+def score_boxes(kinds: Sequence[tuple[str, Sequence[np.ndarray]]], names: Sequence[str]) -> bytes:
     """Distribution of each group's scores over the group's mean, one panel a kind of score.
 
     Args:
         kinds: title, and the scores of every group in the model's order.
+        names: of the groups.
     """
     with drawing(WIDTH, 3.4) as (figure, done):
         [panels] = figure.subplots(1, len(kinds), squeeze=False)
@@ -67,8 +77,9 @@ def score_boxes(kinds: Sequence[tuple[str, Sequence[np.ndarray]]]) -> bytes:
             shares = [v / m if m > 0 else v for v, m in zip(groups, means, strict=True)]
             axes.boxplot(shares, whis=(5, 95), showfliers=False, widths=0.6)
             axes.set(title=printable(title), xlabel="group, in model order")
-            places = np.arange(1, len(groups) + 1, max(1, len(groups) // 12))
-            axes.set_xticks(places, [str(p - 1) for p in places])
+            places = np.arange(0, len(groups), max(1, -(-len(groups) // NAMED)))
+            labels = [clipped(printable(names[int(p)])) for p in places]
+            axes.set_xticks(places + 1, labels, rotation=90, fontsize=6)
         panels[0].set_ylabel("score / mean of the group")
     return done()
 

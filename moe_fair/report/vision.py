@@ -19,6 +19,7 @@ from moe_fair.report.figures import Curve
 from moe_fair.report.numbers import bar, change, clipped, depths, loading, method
 
 GROUP_COLUMNS = ("group", "units", "kept", "removed", "ToD", "null depth")
+SHARES = ("parameters", "multiply-adds")
 
 
 def document(plans: Sequence[Plan], result: dict[str, Any]) -> Document:
@@ -30,9 +31,9 @@ def document(plans: Sequence[Plan], result: dict[str, Any]) -> Document:
     """
     plan, settings, steps = plans[-1], result["settings"], result["steps"]
     parts: list[tuple[str, Iterable[Block]]] = [
-        ("In short", [_costs(result), *_notes(plan)]),
+        ("In short", [_costs(result), *_images(result), *_notes(plan, result)]),
         ("Latency, median ms per forward", [_latencies(result)]),
-        ("Units kept and removed", _budget(plan)),
+        ("Units kept and removed", _budget(plan, steps[-1].get("shares"))),
     ]
     if plan.protection is not None:
         parts.append(("Tolerance of Difference", _tod(plan)))
@@ -53,17 +54,18 @@ def document(plans: Sequence[Plan], result: dict[str, Any]) -> Document:
 
 def summary(plans: Sequence[Plan], result: dict[str, Any], output: Path) -> Document:
     """The screen: the last plan, what the model costs now, how fast and how good it is."""
-    plan, top = plans[-1], result["top1"]
+    plan = plans[-1]
     groups = Table(
         (*GROUP_COLUMNS, "kept of all"),
         tuple((*_group(g, clipped(g.name)), bar(len(g.kept) / g.size)) for g in plan.groups),
         words=(0, len(GROUP_COLUMNS)),
     )
     costs: list[Block] = [_costs(result, [_speed(r) for r in result["latency_ms"]])]
-    if top["pruned"] != top["final"]:
-        costs.append(Text(f"top-1 before the last fine-tuning: {top['pruned']:.2%}"))
     return screen(
-        [groups], [Text(_kept(plans)), *_notes(plan)], costs, [loading(output, "the scores")]
+        [groups],
+        [Text(_kept(plans)), *_notes(plan, result)],
+        costs,
+        [loading(output, "the scores")],
     )
 
 
@@ -74,8 +76,20 @@ def _kept(plans: Sequence[Plan]) -> str:
     return f"{kept:,} of {units:,} units kept{last}, {method(plan)}"
 
 
-def _notes(plan: Plan) -> list[Text]:
-    return [Text(note, note=True) for note in plan.notes]
+def _notes(plan: Plan, result: dict[str, Any]) -> list[Text]:
+    return [Text(note, note=True) for note in [*plan.notes, *result.get("notes", [])]]
+
+
+def _images(result: dict[str, Any]) -> list[Text]:
+    """Of which data; results of earlier versions do not say."""
+    if (of := result.get("images")) is None:
+        return []
+    return [
+        Text(
+            f"{of['train']:,} images to score and train on, {of['test']:,} to test on, "
+            f"{of['classes']:,} classes."
+        )
+    ]
 
 
 def _costs(result: dict[str, Any], more: Sequence[tuple[str, ...]] = ()) -> Table:
@@ -85,8 +99,12 @@ def _costs(result: dict[str, Any], more: Sequence[tuple[str, ...]] = ()) -> Tabl
     for name, label in (("parameters", "parameters"), ("operations", "multiply-adds")):
         before, after = cost["dense"][name], cost["pruned"][name]
         rows.append((label, f"{before:,}", f"{after:,}", change(before, after)))
-    points = f"{100 * (top['final'] - top['dense']):+.2f} points"
-    rows.append(("top-1", f"{top['dense']:.2%}", f"{top['final']:.2%}", points))
+    stages = [("top-1", "final")]
+    if top["pruned"] != top["final"]:
+        stages = [("top-1 after the last cut", "pruned"), ("top-1 after fine-tuning", "final")]
+    for label, name in stages:
+        points = f"{100 * (top[name] - top['dense']):+.2f} points"
+        rows.append((label, f"{top['dense']:.2%}", f"{top[name]:.2%}", points))
     return Table(("", "dense", "pruned", "change"), (*rows, *more))
 
 
@@ -116,7 +134,7 @@ def _group(g: GroupPlan, name: str) -> tuple[str, ...]:
     return name, str(g.size), str(len(g.kept)), str(g.depth), *depths(g)
 
 
-def _budget(plan: Plan) -> Iterator[Block]:
+def _budget(plan: Plan, shares: dict[str, Sequence[float]] | None) -> Iterator[Block]:
     groups = plan.groups
     null = None
     reading = "Blue: units kept; grey: removed. In brackets the units that there were."
@@ -127,7 +145,12 @@ def _budget(plan: Plan) -> Iterator[Block]:
         [f"{g.name}  ({g.size})" for g in groups], [len(g.kept) / g.size for g in groups], null
     )
     yield Figure("kept", picture, "Bars of units kept and removed in every group", reading)
-    yield Table(GROUP_COLUMNS, tuple(_group(g, g.name) for g in groups))
+    if shares is None:  # of an earlier version
+        yield Table(GROUP_COLUMNS, tuple(_group(g, g.name) for g in groups))
+        return
+    columns = (*GROUP_COLUMNS, *(f"of the {s}" for s in SHARES))
+    rows = ((*_group(g, g.name), *(f"{s:.1%}" for s in shares[g.name])) for g in groups)
+    yield Table(columns, tuple(rows))
 
 
 def _tod(plan: Plan) -> Iterator[Block]:
@@ -158,7 +181,7 @@ def _scores(plan: Plan) -> Iterator[Block]:
     ]
     yield Figure(
         "scores",
-        channel_figures.score_boxes(panels),
+        channel_figures.score_boxes(panels, [g.name for g in plan.groups]),
         f"Box plots of the {' and '.join(kind for kind, _ in kinds)} scores of every group",
         "Scores over their group's mean: the box holds the middle half, the whiskers nine tenths.",
     )

@@ -15,6 +15,10 @@ from moe_fair.vision.data import ImageSet
 from moe_fair.vision.graph import logits
 
 BATCHES = (1, 8)
+GUESSED = (
+    "the dense model is no better than guessing on these images: are its classes in their order, "
+    "and --mean, --std and --image-size those that it was trained with?"
+)
 SECONDS = 3.0  # for each batch size
 FEWEST, MOST = 6, 50  # turns; the extremes of six hold a median with 97 %
 
@@ -30,6 +34,17 @@ def top1(model: nn.Module, images: ImageSet, batch_size: int) -> float:
             right += int((logits(model, x.to(device)).argmax(-1) == y.to(device)).sum())
     model.train(training)
     return right / len(images)
+
+
+def guessed(share: float, images: ImageSet) -> bool:
+    """A top-1 that always naming the largest class of these images would reach as well.
+
+    Args:
+        share: right answers, 0 to 1.
+    """
+    largest = float(images.labels.bincount().max()) / len(images)
+    error = math.sqrt(largest * (1 - largest) / len(images))
+    return share <= largest + 2 * error
 
 
 def latency(

@@ -83,6 +83,20 @@ class Sizes:
         costs = [layer.cost(removed) for layer in self._layers]
         return Cost(self._rest + sum(c.parameters for c in costs), sum(c.operations for c in costs))
 
+    def shares(self) -> dict[str, tuple[float, float]]:
+        """Group name -> shares of the parameters and multiply-adds that its units carry.
+
+        What two groups carry together, as a layer between them does, counts in both.
+        """
+        whole, found = self.whole, {}
+        for name in self._groups:
+            left = self.at({name: 0})
+            found[name] = (
+                1 - left.parameters / max(1, whole.parameters),
+                1 - left.operations / max(1, whole.operations),
+            )
+        return found
+
     @property
     def whole(self) -> Cost:
         """Cost of the model as it is."""

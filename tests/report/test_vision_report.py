@@ -99,7 +99,8 @@ def test_pages_of_pruned_channels(plain: list[Document]) -> None:
     costs, latency, groups, steps, whole = scored.tables
     assert costs[1:] == [
         ["parameters", "2,000", "1,500", "-25.0%"], ["multiply-adds", "1,000", "800", "-20.0%"],
-        ["top-1", "87.50%", "75.00%", "-12.50 points"],
+        ["top-1 after the last cut", "87.50%", "25.00%", "-62.50 points"],
+        ["top-1 after fine-tuning", "87.50%", "75.00%", "-12.50 points"],
     ]  # fmt: skip
     assert latency[1:] == [
         ["1", "3.00", "2.00", "1.50 ×"], ["8", "9.00", "4.00", "2.25 × (2.00–2.50)"],
@@ -174,3 +175,19 @@ def test_the_terminal_draws_any_document(capsys: pytest.CaptureFixture[str]) -> 
     assert sum(line.count("long") for line in said[8:12]) == 30
     assert max(map(len, said[8:12])) <= 80
     assert said[-5:] == ["picture: A map", "run", "  it", "", "end"]
+
+
+def test_a_page_says_of_which_images_and_what_every_group_carries() -> None:
+    made = plan()
+    shares = {g.name: [0.125, 0.5] for g in made.groups}
+    result = {
+        **pruned(shares=shares),
+        "images": {"train": 1_200, "test": 300, "classes": 7},
+        "notes": ["a note of the run"],
+    }
+    page = Page(html.render(vision.document([made], result), "f"))
+    assert "1,200 images to score and train on, 300 to test on, 7 classes." in page.text
+    assert "a note of the run" in page.text
+    [groups] = [t for t in page.tables if "units" in t[0]]
+    assert groups[0][-2:] == ["of the parameters", "of the multiply-adds"]
+    assert [row[-2:] for row in groups[1:]] == [["12.5%", "50.0%"]] * len(made.groups)

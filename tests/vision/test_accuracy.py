@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import binom
 from torch import nn, rand
 
-from moe_fair.vision.accuracy import FEWEST, MOST, between, latency
+from moe_fair.vision.accuracy import FEWEST, MOST, between, guessed, latency
+from moe_fair.vision.data import ImageSet
 
 
 @pytest.mark.parametrize("count", [FEWEST, 7, 13, 25, MOST])
@@ -42,3 +43,18 @@ def test_turns_are_taken_until_the_time_is_up_and_six_in_any_case() -> None:
     assert one["low"] <= one["faster"] <= one["high"]
     latency(models, rand(1, 3, 2, 2), batches=(1,), seconds=60)
     assert calls["dense"] == 2 * (FEWEST + 1) + MOST + 1
+
+
+@pytest.mark.parametrize(
+    ("share", "labels", "said"),
+    [
+        (0.5, [0, 1] * 50, True),
+        (0.59, [0, 1] * 50, True),  # within two standard errors of a half
+        (0.61, [0, 1] * 50, False),
+        (0.9, [0] * 90 + [1] * 10, True),  # naming one class does as well
+        (0.99, [0] * 90 + [1] * 10, False),
+    ],
+)
+def test_a_model_that_guesses_is_told(share: float, labels: list[int], said: bool) -> None:
+    images = ImageSet(lambda i: None, labels, ("a", "b"), lambda x: x, "images")
+    assert guessed(share, images) is said

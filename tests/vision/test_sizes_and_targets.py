@@ -138,3 +138,25 @@ def test_the_order_of_cuts_does_not_matter() -> None:
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
+
+
+def test_shares_are_what_a_groups_layers_hold() -> None:
+    """A convolution's own weights and the next one's that read it, counted by hand."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    ).eval()  # fmt: skip
+    x = torch.rand(2, 3, 6, 6)
+    first, second, head = 3 * 8 * 9 + 8, 8 * 4 * 9 + 4, 4 * 5 + 5
+    places = 36
+    operations = places * (3 * 8 * 9 + 8 * 4 * 9) + 4 * 5
+    graph = find_groups(net, x)
+    found = Sizes(net, graph.groups, x).shares()
+    assert [g.name for g in graph.groups] == ["0", "2"]
+    whole = first + second + head
+    assert found["0"] == pytest.approx(
+        ((first + 8 * 4 * 9) / whole, places * (3 * 8 * 9 + 8 * 4 * 9) / operations)
+    )
+    assert found["2"] == pytest.approx(
+        ((second + 4 * 5) / whole, (places * 8 * 4 * 9 + 4 * 5) / operations)
+    )
