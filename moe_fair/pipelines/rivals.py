@@ -7,7 +7,7 @@ from moe_fair.core.method import parse_method
 from moe_fair.core.recipe import Recipe
 
 RIVALS = (
-    "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
+    "fair", "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
     "frequency/uniform",
 )  # fmt: skip
 
