@@ -24,7 +24,9 @@ from moe_fair.core.units import Statistics
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import (
     BATCH_NORMS,
-    CONVOLUTIONS,
+    NORMS,
+    SPATIAL,
+    TRANSPOSED,
     ChannelGroup,
     Graph,
     Member,
@@ -175,7 +177,8 @@ def taylor(
                 total = torch.zeros(g.units.size, dtype=torch.float64)
                 for m in _filters(model, g):
                     p = filters[m.module]
-                    product = (p.detach() * p.grad).double().flatten(1).sum(1).cpu()
+                    product = by_output(model.get_submodule(m.module), p.detach() * p.grad)
+                    product = product.double().flatten(1).sum(1).cpu()
                     total += product[_index(m)].sum(1) / len(images)
                 sums[g.name] = total
         return rows, sums
@@ -254,7 +257,7 @@ def feature_ranks(
     taps = [Tap(g.name, m.module, 0, _index(m)) for g in graph.groups for m in g.consumers]
 
     def rank(tap: Tap, x: Tensor, layer: nn.Module) -> None:
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             maps = x[:, tap.index[:, 0].to(x.device)]
             ranks = torch.linalg.matrix_rank(maps.float())
         else:  # no map is left: 1 where the unit is on
@@ -277,7 +280,7 @@ class Tap:
 
 def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
     """[S, n, P]: every unit's output in a consumer's input."""
-    x = x if isinstance(layer, CONVOLUTIONS) else x.movedim(-1, 1)
+    x = x if isinstance(layer, SPATIAL) else x.movedim(-1, 1)
     flat = x.reshape(*x.shape[:2], -1)
     index = tap.index.to(x.device)
     if index.shape[1] == 1 and torch.equal(
@@ -395,16 +398,27 @@ def _filters(model: nn.Module, group: ChannelGroup) -> list[Member]:
         m
         for m in group.members
         if m.side == "out"
-        and not isinstance(model.get_submodule(m.module), BATCH_NORMS)
+        and not isinstance(model.get_submodule(m.module), NORMS)
         and not is_depthwise(model.get_submodule(m.module))
     ]
+
+
+def by_output(layer: nn.Module, values: Tensor | None = None) -> Tensor:
+    """[out, ...] a layer's weight, or values in its shape; a transposed one has [in, out]."""
+    values = layer.weight if values is None else values  # type: ignore[assignment]
+    assert values is not None
+    return values.transpose(0, 1) if isinstance(layer, TRANSPOSED) else values
 
 
 def _weights(model: nn.Module, group: ChannelGroup, name: str) -> Tensor:
     """[N] a norm of each unit's filters, or its batch normalisation scales, summed over members."""
     total = torch.zeros(group.units.size, dtype=torch.float64)
     if name == "bn_scale":
-        norms = [m for m in group.members if isinstance(model.get_submodule(m.module), BATCH_NORMS)]
+        norms = [
+            m
+            for m in group.members
+            if isinstance(norm := model.get_submodule(m.module), BATCH_NORMS) and norm.affine
+        ]
         if not norms:
             raise ValueError(
                 f"criterion 'bn-scale' needs batch normalisation, and {group.name} has none; "
@@ -416,8 +430,7 @@ def _weights(model: nn.Module, group: ChannelGroup, name: str) -> Tensor:
             total += scale[_index(m)].sum(1)
         return total
     for m in _filters(model, group):
-        w: Any = model.get_submodule(m.module).weight
-        w = w.detach().double().cpu().flatten(1)
+        w = by_output(model.get_submodule(m.module)).detach().double().cpu().flatten(1)
         rows = w[_index(m).flatten()].reshape(group.units.size, -1)
         total += rows.norm(p=1 if name == "l1_norm" else 2, dim=1)
     return total

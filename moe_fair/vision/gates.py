@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_fair.vision.graph import CONVOLUTIONS, ChannelGroup
+from moe_fair.vision.graph import SPATIAL, ChannelGroup
 
 
 def channel_axis(layer: nn.Module) -> int:
     """The axis of a layer's input, and of its output, along which channels lie."""
-    if isinstance(layer, CONVOLUTIONS):
+    if isinstance(layer, SPATIAL):
         return -layer.weight.dim() + 1
     return -1
 
@@ -46,7 +46,7 @@ class Gates:
             for m in g.consumers:
                 layer = model.get_submodule(m.module)
                 if m.module not in self._maps:
-                    side = "in_channels" if isinstance(layer, CONVOLUTIONS) else "in_features"
+                    side = "in_channels" if isinstance(layer, SPATIAL) else "in_features"
                     self._maps[m.module] = torch.full((getattr(layer, side),), self.total)
                 for unit, positions in enumerate(m.index):
                     self._maps[m.module][list(positions)] = at + unit

@@ -337,7 +337,11 @@ def _there(graph: Graph, plan: Plan) -> Tensor:
 
 
 def _norms(model: nn.Module, group: ChannelGroup) -> list:
-    return [m for m in group.members if isinstance(model.get_submodule(m.module), BATCH_NORMS)]
+    return [
+        m
+        for m in group.members
+        if isinstance(norm := model.get_submodule(m.module), BATCH_NORMS) and norm.affine
+    ]
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, state: Removal, work: Path) -> None:

@@ -4,8 +4,9 @@ Torch-Pruning traces the model and says, for the output channels of a layer, whi
 other layers belong to them: the other producers of a residual stream, batch normalisations,
 depthwise convolutions, and the consumers whose inputs they are. Each channel with all its slices is
 one unit. What cannot be cut exactly is left whole, with the reason: channels that set the model's
-outputs, and streams that are normalised over their channels (LayerNorm, GroupNorm), because the
-remaining channels would change when one leaves.
+outputs, and streams that are normalised over all their channels (LayerNorm), because the remaining
+channels would change when one leaves. Where GroupNorm normalises some of them together, these are
+one unit.
 
 Every group is then proven on the model itself (`proof`): cut and masked model must agree.
 
@@ -24,10 +25,15 @@ from moe_fair.core.units import UnitGroup
 from moe_fair.vision.trace import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SPATIAL = (*CONVOLUTIONS, *TRANSPOSED)
 OUTPUTS = "sets the model's outputs"
 # attribute of a model that says where in what it gives the logits are
 CHOSEN = "moe_fair_logits"
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# what normalises every channel by itself, and what does so with several of them together
+CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*CHANNEL_NORMS, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -199,10 +205,10 @@ def _members(
             if len(owners[p]) > 1:
                 return f"{' and '.join(owners[p])} share a parameter"
         out = graph.is_out_channel_pruning_fn(dependency.handler)  # type: ignore[attr-defined]
-        if isinstance(layer, BATCH_NORMS) or is_depthwise(layer):
+        if isinstance(layer, NORMS) or is_depthwise(layer):
             side = "out"
-        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and not getattr(
-            layer, "transposed", False
+        elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or (
+            isinstance(layer, TRANSPOSED) and layer.groups == 1
         ):
             side = "out" if out else "in"
         elif any(True for _ in layer.parameters()):
@@ -230,7 +236,7 @@ def _members(
 
 def _width(layer: nn.Module, side: str) -> int:
     """Channels of a layer on a side."""
-    for name in ("num_features", f"{side}_channels", f"{side}_features"):
+    for name in ("num_features", "num_channels", f"{side}_channels", f"{side}_features"):
         if isinstance(width := getattr(layer, name, None), int):
             return width
     raise AssertionError(type(layer))
@@ -250,11 +256,15 @@ def _group(
     if size % blocks or size == blocks:
         return f"grouped convolutions split its {size} channels into {blocks}"
     width = _head_width(model, members)
-    if width:
-        if not heads:
-            return "attention heads (offered with --heads)"
+    if width and not heads:
+        return "attention heads (offered with --heads)"
+    what = f"heads of {width}"
+    if not width:
+        width = _together(model, members)
+        what = f"groups of {width} that GroupNorm normalises together"
+    if width > 1:
         if size % width or size == width:
-            return f"{size} channels are no whole number of heads of {width}"
+            return f"its {size} channels are not several {what}"
         members = [
             Member(
                 m.module, m.side, tuple(_joined(m.index, i, width) for i in range(size // width))
@@ -262,6 +272,9 @@ def _group(
             for m in members
         ]
         size //= width
+        for m in members:
+            if not _whole_groups(model.get_submodule(m.module), m):
+                return f"its channels reach {m.module} across the groups that it normalises"
     order = {n: i for i, (n, _) in enumerate(model.named_modules())}
     return ChannelGroup(
         UnitGroup(name=name, layer=place, size=size, floor=blocks, blocks=blocks),
@@ -278,6 +291,27 @@ def _head_width(model: nn.Module, members: list[Member]) -> int:
             if isinstance(getattr(module, attribute, None), int):
                 return int(getattr(module, attribute))
     return 0
+
+
+def _together(model: nn.Module, members: list[Member]) -> int:
+    """So many neighbouring channels are normalised together; 1 where each is by itself."""
+    norms = [model.get_submodule(m.module) for m in members]
+    return math.lcm(*(_group_width(n) for n in norms if isinstance(n, nn.GroupNorm)))
+
+
+def _group_width(norm: nn.GroupNorm) -> int:
+    return norm.num_channels // norm.num_groups
+
+
+def _whole_groups(layer: nn.Module, member: Member) -> bool:
+    """Every unit has all or nothing of what a GroupNorm normalises together."""
+    if not isinstance(layer, nn.GroupNorm):
+        return True
+    width = _group_width(layer)
+    return all(
+        set(row) == {i // width * width + k for i in row for k in range(width)}
+        for row in member.index
+    )
 
 
 def _joined(index: tuple[tuple[int, ...], ...], unit: int, width: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_fair.vision.graph import BATCH_NORMS, CONVOLUTIONS, ChannelGroup, is_depthwise, logits
+from moe_fair.vision.graph import NORMS, SPATIAL, TRANSPOSED, ChannelGroup, is_depthwise, logits
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Layer:
     kernel: int
     groups: int
     bias: bool
-    places: int  # outputs per channel, over all calls of one forward
+    places: int  # where the kernel is applied, over all calls of one forward
     per_in: dict[str, int]
     per_out: dict[str, int]
 
@@ -59,9 +59,7 @@ class Sizes:
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor) -> None:
         self._groups = {g.name: g.units.size for g in groups}
         layers = {
-            n: m
-            for n, m in model.named_modules()
-            if isinstance(m, (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS))
+            n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *SPATIAL, *NORMS))
         }
         places = _places(model, layers, images[:1])
         sides: dict[tuple[str, str], dict[str, int]] = {}
@@ -104,12 +102,13 @@ class Sizes:
 
 
 def _layer(m: nn.Module, places: int, per_in: dict[str, int], per_out: dict[str, int]) -> _Layer:
-    if isinstance(m, BATCH_NORMS):
-        return _Layer("norm", 0, m.num_features, 0, 1, bool(m.affine), 0, {}, per_out)
+    if isinstance(m, NORMS):
+        channels = m.num_channels if isinstance(m, nn.GroupNorm) else m.num_features
+        return _Layer("norm", 0, channels, 0, 1, bool(m.affine), 0, {}, per_out)
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
         return _Layer("plain", m.in_features, m.out_features, 1, 1, bias, places, per_in, per_out)
-    assert isinstance(m, CONVOLUTIONS)
+    assert isinstance(m, SPATIAL)
     kernel = m.weight[0, 0].numel()
     kind = "depthwise" if is_depthwise(m) else "plain"
     return _Layer(
@@ -121,8 +120,10 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) ->
     found = dict.fromkeys(layers, 0)
 
     def hook(name: str):  # type: ignore[no-untyped-def]
-        def count(layer: nn.Module, _: object, out: Tensor) -> None:
-            if not isinstance(layer, BATCH_NORMS):
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            if isinstance(layer, TRANSPOSED):  # at every place of its input
+                out = inputs[0]
+            if not isinstance(layer, NORMS):
                 width = out.shape[-1 if isinstance(layer, nn.Linear) else 1]
                 found[name] += out.numel() // (width * len(image))
 

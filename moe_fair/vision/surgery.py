@@ -12,7 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_fair.vision.graph import BATCH_NORMS, CONVOLUTIONS, ChannelGroup, is_depthwise
+from moe_fair.vision.graph import (
+    CHANNEL_NORMS,
+    CONVOLUTIONS,
+    TRANSPOSED,
+    ChannelGroup,
+    is_depthwise,
+)
 
 Cut = tuple[str, str, list[int]]
 
@@ -47,8 +53,12 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
             raise ValueError(f"the model has no layer {module!r}: the cuts are another's") from None
         if side not in ("in", "out"):
             raise ValueError(f"{module}: a cut is on side 'in' or 'out', not {side!r}")
-        if isinstance(layer, BATCH_NORMS):
-            _cut_batch_norm(layer, _kept(module, layer.num_features, ids))
+        if isinstance(layer, CHANNEL_NORMS):
+            _cut_channel_norm(layer, _kept(module, layer.num_features, ids))
+        elif isinstance(layer, nn.GroupNorm):
+            _cut_group_norm(layer, module, _kept(module, layer.num_channels, ids))
+        elif isinstance(layer, TRANSPOSED):
+            _cut_transposed(layer, module, side, ids)
         elif isinstance(layer, CONVOLUTIONS):
             _cut_convolution(layer, module, side, ids)
         elif isinstance(layer, nn.Linear):
@@ -76,10 +86,31 @@ def _take(layer: nn.Module, name: str, kept: Tensor, axis: int) -> None:
         setattr(layer, name, new)
 
 
-def _cut_batch_norm(layer: nn.Module, kept: Tensor) -> None:
+def _cut_channel_norm(layer: nn.Module, kept: Tensor) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         _take(layer, name, kept, 0)
     layer.num_features = len(kept)  # type: ignore[assignment]
+
+
+def _cut_group_norm(layer: nn.GroupNorm, module: str, kept: Tensor) -> None:
+    width = layer.num_channels // layer.num_groups
+    counts = torch.bincount(kept // width)
+    if not bool(((counts == 0) | (counts == width)).all()):
+        raise ValueError(f"{module}: a part of what it normalises together would leave")
+    for name in ("weight", "bias"):
+        _take(layer, name, kept, 0)
+    layer.num_channels, layer.num_groups = len(kept), len(kept) // width
+
+
+def _cut_transposed(layer: nn.Module, module: str, side: str, ids: Sequence[int]) -> None:
+    """A transposed convolution of one group: its weight is [in, out, ...]."""
+    if layer.groups != 1:
+        raise ValueError(f"{module}: {type(layer).__name__} in groups cannot be cut")
+    kept = _kept(module, int(getattr(layer, f"{side}_channels")), ids)
+    _take(layer, "weight", kept, 1 if side == "out" else 0)
+    if side == "out":
+        _take(layer, "bias", kept, 0)
+    setattr(layer, f"{side}_channels", len(kept))
 
 
 def _cut_linear(layer: nn.Linear, module: str, side: str, ids: Sequence[int]) -> None:

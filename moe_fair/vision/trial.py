@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.gates import Gates
-from moe_fair.vision.graph import BATCH_NORMS, CONVOLUTIONS, ChannelGroup, logits
+from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits
 
 TINY = 1e-3  # a tensor without a larger number is filled
-LAYERS = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS)
+LAYERS = (nn.Linear, *SPATIAL, *NORMS)
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     with torch.no_grad():
         for layer in trial.modules():
-            if isinstance(layer, BATCH_NORMS):
+            if isinstance(layer, NORMS):
                 fill(layer.weight, 0.5, 1.5)
                 fill(layer.bias, -0.5, 0.5)
-                fill(layer.running_mean, -0.5, 0.5)
-                fill(layer.running_var, 0.5, 1.5)
+                fill(getattr(layer, "running_mean", None), -0.5, 0.5)
+                fill(getattr(layer, "running_var", None), 0.5, 1.5)
                 continue
             bare = next(layer.children(), None) is not None
             for name, p in layer.named_parameters(recurse=False):

@@ -191,7 +191,7 @@ class Normalised(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+        self.a, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8)
         self.b, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
