@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
-from moe_fair.vision.graph import ChannelGroup, logits
+from moe_fair.vision.graph import TRANSPOSED, ChannelGroup, logits
 from moe_fair.vision.load import example
 from moe_fair.vision.proof import find_groups, uneven_plan
 from moe_fair.vision.size import Sizes
@@ -95,6 +95,7 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     """What became of one net."""
     torch.manual_seed(0)
     source = open_source(spec, image_size=size)
+    liven(source.model)
     x = example(source)
     started = time.perf_counter()
     graph = find_groups(source.model, x)
@@ -129,6 +130,14 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     return {"what": "partly" if found["whole"] else "ok", **found}
 
 
+def liven(model: nn.Module) -> None:
+    """Give heads and branches that start at zero something to say."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1 and not bool(p.any()):
+                p.normal_(std=0.02)
+
+
 def share_removed(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
@@ -153,9 +162,12 @@ def silenced(
                 layer: Any = masked.get_submodule(m.module)
                 rows = [i for unit in gone for i in m.index[unit]]
                 if m.side == "in":  # an activation that is not 0 at 0 makes something of silence
-                    layer.weight[:, columns(layer, rows)] = 0
-                else:
-                    layer.weight[rows] = 0
+                    weight = layer.weight
+                    weight = weight if isinstance(layer, TRANSPOSED) else weight.transpose(0, 1)
+                    weight[columns(layer, rows)] = 0
+                elif layer.weight is not None:
+                    weight = layer.weight
+                    (weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)[rows] = 0
                     if layer.bias is not None:
                         layer.bias[rows] = 0
     return masked
