@@ -8,25 +8,28 @@ it ends there: one layer's backward, never the model's. AdamW (arXiv 1711.05101)
 the weights' data type; the step is relative to each tensor's root mean square, so that one setting
 serves models of any width. The epoch that is best on the held-out sequences is kept.
 
-Shape legend: B sequences, L tokens, D model.
+While the rate still rises, within a quarter of an epoch, the held-out sequences are asked whether
+anything is gained: a fit that the text is too short to better is left as it is.
+
+Shape legend: B sequences, L tokens, N tokens that are kept, D model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import LayerCall
+from moe_fair.moe.layer_examples import Examples
 
 STEP = 0.02  # of a tensor's root mean square, at the schedule's peak
-WARM = 0.1  # share of the steps in which the rate rises; then it falls to zero along a cosine
+RISE = 0.4  # of an epoch, in which the rate rises; then it falls to zero along a cosine
+# of an epoch: trained no further where the held-out error is above the first at all of them
+LOOKS = (0.125, 0.25)
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm, where the loss is 1 for a layer that does nothing
 STEP_TOKENS = 1024  # about so many tokens to a step
@@ -53,108 +56,106 @@ def epochs_for(batches: Sequence[Batch]) -> int:
 
 
 def distill_layer(
-    layer: nn.Module,
-    block: nn.Module,
-    calls: Sequence[LayerCall],
-    batches: Sequence[Batch],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    held: Callable[[Batch], Tensor],
-    *,
-    epochs: int,
-    seed: int = 0,
+    examples: Examples, block: nn.Module, *, epochs: int, seed: int = 0, look: bool = True
 ) -> Distillation:
-    """Train `block` inside `layer`, in place.
+    """Train `block` on the examples, in place.
 
     Args:
-        calls, batches: what the model hands to the layer with each batch.
-        inputs, targets: [B, L, D] hidden states into the pruned layer, and wanted out of it.
-        held: batch -> [B] which sequences judge instead of teach.
+        look: stop early where nothing is gained.
 
     Returns:
         what became of the held-out error. Nothing is changed where no epoch improves it.
     """
-    names = {n: p for n, p in layer.named_parameters() if any(p is q for q in block.parameters())}
-    masters = {n: p.detach().float().clone() for n, p in names.items()}
-    # what runs: the masters, rounded to the weights' own type; gradients are of that type too
-    cast = {n: p.detach().clone().requires_grad_(True) for n, p in names.items()}
-    size = {n: float(m.square().mean().sqrt()) for n, m in masters.items()}
-    optimizer = torch.optim.AdamW(
-        [{"params": [m], "lr": STEP * size[n]} for n, m in masters.items()],
-        betas=BETAS,
-        weight_decay=0.0,
-        fused=True,  # one pass over the weights and their moments: memory traffic is what it costs
-    )
-    judges = [held(b) for b in batches]
-    teach = [(b.mask.bool() & ~j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
-    judge = [(b.mask.bool() & j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
-    work = sum(float(_squares(t, x, m)) for t, x, m in zip(targets, inputs, teach, strict=True))
-    unit = work / max(1, sum(int(m.sum()) for m in teach))
-
-    def run(j: int) -> Tensor:
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            return functional_call(layer, cast, arguments, keywords)
-
-        return calls[j].run(forward, inputs[j])
-
-    @torch.no_grad()
-    def judged() -> float:
-        error = size = 0.0
-        for j, mask in enumerate(judge):
-            if bool(mask.any()):
-                error += float(_squares(targets[j], run(j), mask))
-                size += float(_squares(targets[j], inputs[j], mask))
-        return error / max(size, 1e-300)
-
-    usable = [j for j, m in enumerate(teach) if bool(m.any())]
+    training = _Training(examples, block, epochs)
     order = torch.Generator().manual_seed(seed)
-    steps = epochs * len(usable)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
-    best = before = judged()
-    kept, epoch = None, 0
+    usable, steps = examples.teaching, 0
+    looks = {max(n, round(share * len(usable))) for n, share in enumerate(LOOKS, 1)}
+    best = before = training.judged()
+    kept: dict[str, Tensor] | None = None
+    epoch = 0
     for number in range(1, epochs + 1):
         for i in torch.randperm(len(usable), generator=order).tolist():
-            j = usable[i]
-            with torch.enable_grad():
-                loss = _squares(targets[j], run(j), teach[j]) / (int(teach[j].sum()) * unit)
-                loss.backward()
-            _step(optimizer, masters, cast)
-            schedule.step()
-        now = judged()
+            training.step(usable[i])
+            steps += 1
+            if look and steps in looks:
+                look = not training.judged() < before
+                if look and steps == max(looks):
+                    return Distillation(before, before, 0)
+        now = training.judged()
         if now < best:
             best, epoch = now, number
-            kept = {n: m.detach().clone() for n, m in masters.items()}
+            kept = training.weights() if number < epochs else training.masters
     if kept is not None:
-        for n, p in names.items():
+        for n, p in training.names.items():
             p.data.copy_(kept[n])
     return Distillation(before, best, epoch)
 
 
-@torch.no_grad()
+class _Training:
+    """A block's weights in float32 with AdamW's moments, and what runs: the weights rounded."""
+
+    def __init__(self, examples: Examples, block: nn.Module, epochs: int) -> None:
+        self.examples = examples
+        own = {id(p) for p in block.parameters()}
+        self.names = {n: p for n, p in examples.module.named_parameters() if id(p) in own}
+        self.masters = {n: p.detach().float().clone() for n, p in self.names.items()}
+        # the masters, rounded to the weights' own type; gradients are of that type too
+        self.cast = {n: p.detach().clone().requires_grad_(True) for n, p in self.names.items()}
+        size = {n: float(m.square().mean().sqrt()) for n, m in self.masters.items()}
+        # one pass over the weights and their moments: memory traffic is what it costs
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [m], "lr": STEP * size[n]} for n, m in self.masters.items()],
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True,
+        )
+        each = len(examples.teaching)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda s: _rate(s, each, epochs)
+        )
+        self.unit = examples.unit
+
+    def step(self, j: int) -> None:
+        """Move the masters along the gradient of one batch's error."""
+        with torch.enable_grad():
+            error, tokens = self.examples.error(j, self.cast, judging=False)
+            (error / (tokens * self.unit)).backward()
+        with torch.no_grad():
+            _step(self.optimizer, self.masters, self.cast)
+        self.schedule.step()
+
+    @torch.no_grad()
+    def judged(self) -> float:
+        """The error on what judges."""
+        judging = self.examples.judging
+        error = sum(self.examples.error(j, self.cast, judging=True)[0] for j in judging)
+        return float(error) / max(self.examples.size, 1e-300)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As they are now."""
+        return {n: m.detach().clone() for n, m in self.masters.items()}
+
+
 def _step(
-    optimizer: torch.optim.Optimizer, masters: dict[str, Tensor], cast: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, masters: Mapping[str, Tensor], cast: Mapping[str, Tensor]
 ) -> None:
     """Move the masters along the gradients of what ran; both are of the same names."""
-    ran = [p for p in cast.values() if p.grad is not None]
-    nn.utils.clip_grad_norm_(ran, CLIP, foreach=True)
+    ran = [p.grad for p in cast.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm(ran, foreach=True)
     for n, m in masters.items():
         grad = cast[n].grad
         m.grad = None if grad is None else grad.float()
         cast[n].grad = None
+    # the fused kernel divides by it: no pass of its own for the clipping
+    optimizer.grad_scale = (norm.float() / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     torch._foreach_copy_(list(cast.values()), list(masters.values()))
 
 
-def _squares(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Σ (a - b)² over the masked tokens of [B, L, D]: streams are far larger than what is between
-    them, so they are subtracted in float32."""
-    return ((a.float() - b.float()).square().sum(-1) * mask).sum()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the peak rate."""
-    rise = max(1, int(WARM * steps))
+def _rate(step: int, each: int, epochs: int) -> float:
+    """Share of the peak rate, of epochs of so many steps."""
+    rise, steps = max(1, round(RISE * each)), each * epochs
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

@@ -31,7 +31,9 @@ from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import distill_layer, epochs_for
+from moe_fair.moe.layer_examples import BlockExamples, Examples, LayerExamples, change
 from moe_fair.moe.layer_repair import LayerRepair
+from moe_fair.moe.layer_split import split_of
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
@@ -121,6 +123,7 @@ class Repairer:
     ) -> LayerRepair:
         """Cut and repair one layer; both streams go past it."""
         share = _uptake(layer, block, calls[0], original[0])
+        split = split_of(layer, block.block, calls[0], original[0])
         watch = BlockRecorder(block)
         # the original layer's output, or its routed output
         wanted = HiddenStates((), self.engine.layered.device, apart=self.sparing)
@@ -132,32 +135,55 @@ class Repairer:
         originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
         found = self._earlier(block)
-        if found is None:
-            text = _Text(self.sparing)
-            for j, batch in enumerate(batches):
+        if found is not None:
+            for j in range(len(batches)):
+                pruned[j] = calls[j].run(layer, pruned[j])
+            return found
+        text = _Text(self.sparing)
+        given = HiddenStates((), self.engine.layered.device, apart=self.sparing)
+        changes = torch.zeros(2, dtype=torch.float32, device=self.engine.layered.device)
+        for j, batch in enumerate(batches):
+            if split is None:
                 with watch:
                     out = calls[j].run(layer, pruned[j])
-                if share is None:
-                    target = wanted[j].flatten(0, -2)
-                else:  # the difference of two streams is small beside them: not in their own type
-                    missing = (_precise(original[j]) - _precise(out)).flatten(0, -2)
-                    target = _precise(watch.y) + missing / share
-                text.add(batch, watch, target)
-            found = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
-            if self.trains:
-                tuned = distill_layer(
-                    layer, block.block, calls, batches, pruned, original, judges,
-                    epochs=epochs_for(batches),
-                )  # fmt: skip
-                found = replace(
-                    found,
-                    epoch=tuned.epoch,
-                    tuned_before=tuned.before,
-                    tuned_after=tuned.after,
+                rest = out
+            else:  # from here on a rest, to which the block adds
+                changes += change(batch, original[j], pruned[j], judges)
+                x, rest = split.parts(calls[j], pruned[j])
+                given.append(x)
+                pruned[j] = rest
+                # where the experts' output simply adds, it is what the fit is about
+                with watch if share is None else watch.silent():
+                    rest = rest + split.run(x)
+            if share is None:
+                target = wanted[j].flatten(0, -2)
+            else:  # the difference of two streams is small beside them: not in their own type
+                target = (_precise(original[j]) - _precise(rest)).flatten(0, -2) / share
+                if split is None:
+                    target += watch.y
+            text.add(batch, watch, target)
+        found, on_all = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
+        if self.trains:
+            examples: Examples
+            if split is None:
+                examples = LayerExamples(layer, calls, batches, pruned, original, judges)
+            else:
+                learned, judged = changes.tolist()
+                examples = BlockExamples(
+                    split, batches, given, pruned, original, judges, (learned, judged)
                 )
-            self._save(block, found, originals)
+            tuned = distill_layer(examples, block.block, epochs=epochs_for(batches))
+            found = replace(
+                found, epoch=tuned.epoch, tuned_before=tuned.before, tuned_after=tuned.after
+            )
+        if on_all is not None and not found.epoch:
+            write_down(block.experts, on_all)
+        self._save(block, found, originals)
         for j in range(len(batches)):
-            pruned[j] = calls[j].run(layer, pruned[j])
+            if split is None:
+                pruned[j] = calls[j].run(layer, pruned[j])
+            else:
+                pruned[j] = pruned[j] + split.run(given[j])
         return found
 
     def _path(self, block: MoeBlock) -> Path | None:
@@ -253,21 +279,24 @@ class _Text:
 
     def __init__(self, apart: bool) -> None:
         self.apart = apart
-        self._parts: list[tuple[Tensor, ...]] = []
+        self._parts: dict[bool, list[tuple[Tensor, ...]]] = {False: [], True: []}
 
     def add(self, batch: Batch, watch: BlockRecorder, target: Tensor) -> None:
         real = batch.mask.flatten().bool()
         judge = judges(batch).repeat_interleave(batch.mask.shape[1])
-        part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target, judge)
-        part = part if bool(real.all()) else tuple(t[real] for t in part)
+        part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target)
         self.device = target.device
-        self._parts.append(tuple(t.cpu() for t in part) if self.apart else part)
+        for judging, its in ((False, real & ~judge), (True, real & judge)):
+            kept = part if bool(its.all()) else tuple(t[its] for t in part)
+            self._parts[judging].append(tuple(t.cpu() for t in kept) if self.apart else kept)
 
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        columns = zip(*self._parts, strict=True)
-        x, ids, weights, target, judge = (torch.cat(t).to(self.device) for t in columns)
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Those that teach, then those that judge; how many teach."""
+        learn = sum(len(part[0]) for part in self._parts[False])
+        columns = zip(*self._parts[False], *self._parts[True], strict=True)
+        x, ids, weights, target = (torch.cat(t).to(self.device) for t in columns)
         self._parts.clear()
-        return x, ids, weights, target, judge
+        return x, ids, weights, target, learn
 
 
 def _fit(
@@ -277,36 +306,41 @@ def _fit(
     ids: Tensor,
     weights: Tensor,
     target: Tensor,
-    judge: Tensor,
+    learn: int,
     *,
     keep: bool = True,
-) -> LayerRepair:
-    """Choose the ridge on the held-out tokens, fit on all, write the weights into the block.
+) -> tuple[LayerRepair, Tensor | None]:
+    """Choose the ridge on the held-out tokens, and write the fit on the others into the block.
 
     Args:
+        learn: so many tokens teach, the rest judge.
         keep: of the experts' hidden activations what is small, see `RoutedOutput`.
+
+    Returns:
+        what was done, and the down projections that were fitted to all tokens: what judges has
+        taught them, so that nothing that comes after can be compared with them.
     """
     target = _precise(target)
-    if not bool(judge.any()) or bool(judge.all()):
+    if not 0 < learn < len(x):
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
-    learn = ~judge
-    routed = RoutedOutput(block.experts, x[judge], ids[judge], weights[judge], keep=keep)
-    before = error(routed.output(read_down(block.experts)), target[judge])
-    fitting = RoutedOutput(block.experts, x[learn], ids[learn], weights[learn], keep=keep)
+        order = torch.argsort(judge.to(torch.uint8), stable=True)
+        x, ids, weights, target = x[order], ids[order], weights[order], target[order]
+        learn = len(x) - len(x) // HELD_OUT
+    routed = RoutedOutput(block.experts, x, ids, weights, keep=keep)
+    fitting, judging = routed.split(learn)
+    before = error(judging.output(read_down(block.experts)), target[learn:])
     path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
     after, ridge, best = float("inf"), 0.0, None
-    for tried, w in path(fitting, target[learn], kind.ridges):
-        now = error(routed.output(w), target[judge])
+    for tried, w in path(fitting, target[:learn], kind.ridges):
+        now = error(judging.output(w), target[learn:])
         if (now, tried) < (after, ridge):
             after, ridge, best = now, tried, w
-    del fitting, routed
-    if not after < before or before < ROUNDING:
-        return LayerRepair(block.name, "none", 0.0, before, before)
-    every = RoutedOutput(block.experts, x, ids, weights, keep=keep)
-    [(_, w)] = path(every, target, [ridge], best)
-    write_down(block.experts, w)
-    return LayerRepair(block.name, kind.name, ridge, before, after)
+    if best is None or not after < before or before < ROUNDING:
+        return LayerRepair(block.name, "none", 0.0, before, before), None
+    [(_, w)] = path(routed, target, [ridge], best)
+    write_down(block.experts, best)
+    return LayerRepair(block.name, kind.name, ridge, before, after), w.to(x.dtype)
 
 
 def _one_by_one(

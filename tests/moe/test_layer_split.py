@@ -1,0 +1,165 @@
+"""A layer parted into its MoE block and the rest; training on the block alone is the layer's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+
+from moe_fair.engines.batch import Batch
+from moe_fair.engines.loaded import LoadedLayers
+from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.moe import layer_distillation
+from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.layer_distillation import distill_layer
+from moe_fair.moe.layer_examples import BlockExamples, LayerExamples, change
+from moe_fair.moe.layer_split import LayerSplit, split_of
+from moe_fair.moe.repair import judges
+from moe_fair.moe.routed_output import RoutedOutput, read_down
+
+
+def batches(count: int = 3) -> list[Batch]:
+    """Of five sequences each, of which the last judges; some are padded."""
+    g = torch.Generator().manual_seed(3)
+    made = []
+    for number in range(count):
+        ids = torch.randint(3, 128, (5, 12), generator=g)
+        mask = torch.ones_like(ids)
+        mask[1, 7:] = mask[4, 9:] = 0
+        made.append(Batch(ids, mask, torch.arange(5) + 5 * number, 0))
+    return made
+
+
+def last_layer(kind: str) -> tuple[Any, MoeBlock, list[LayerCall], list[Tensor]]:
+    model = tiny_model(kind).eval().requires_grad_(False)
+    engine = StreamingEngine(LoadedLayers(model))
+    calls, hidden = engine.embed(batches())
+    block = find_blocks(model)[-1]
+    its = [row[block.layer] for row in calls]
+    return engine.layered.decoder.layers[block.layer], block, its, hidden
+
+
+# a tuple, a shared expert, groups and a bias of the choice
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss", "deepseek_v3", "mixtral"])
+def test_the_sum_is_the_layers_own_output(kind: str) -> None:
+    layer, block, calls, hidden = last_layer(kind)
+    split = split_of(layer, block.block, calls[0], hidden[0])
+    assert split is not None
+    with torch.no_grad():
+        for call, h in zip(calls, hidden, strict=True):
+            x, rest = split.parts(call, h)
+            assert torch.equal(rest + split.run(x), call.run(layer, h))
+            alone = split.run(x[:, 3:4])  # a token beside others is as it is by itself
+            torch.testing.assert_close(alone, split.run(x)[:, 3:4], rtol=1e-4, atol=1e-6)
+    assert "forward" not in vars(block.block)
+
+
+def test_there_is_no_split_where_the_output_is_no_sum() -> None:
+    layer, block, calls, hidden = last_layer("granitemoe")
+    layer.residual_multiplier = 0.5  # a factor follows the block
+    assert split_of(layer, block.block, calls[0], hidden[0]) is None
+    layer, block, calls, hidden = last_layer("qwen2_moe")
+    assert split_of(layer, layer, calls[0], hidden[0]) is None
+    stock = type(block.block).forward
+
+    def mixing(self: Any, hidden_states: Tensor) -> Tensor:
+        return stock(self, hidden_states) + hidden_states.mean((0, 1))
+
+    type(block.block).forward = mixing
+    try:
+        assert split_of(layer, block.block, calls[0], hidden[0]) is None
+    finally:
+        type(block.block).forward = stock
+
+
+def examples(
+    layer: Any, split: LayerSplit, calls: list[LayerCall], hidden: list[Tensor]
+) -> tuple[LayerExamples, BlockExamples]:
+    """The same by both ways: wanted is what the layer gives with other weights."""
+    other, text = copy.deepcopy(layer), batches()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in other.mlp.parameters():
+            p += 0.1 * p.std() * torch.randn(p.shape, generator=g)
+        targets = [c.run(other, h) for c, h in zip(calls, hidden, strict=True)]
+        parts = [split.parts(c, h) for c, h in zip(calls, hidden, strict=True)]
+        rows = zip(text, targets, hidden, strict=True)
+        learned, judged = sum(change(b, t, h, judges) for b, t, h in rows).tolist()
+    whole = LayerExamples(layer, calls, text, hidden, targets, judges)
+    given, rests = zip(*parts, strict=True)
+    return whole, BlockExamples(split, text, given, rests, targets, judges, (learned, judged))
+
+
+def test_training_the_block_alone_is_training_in_the_layer() -> None:
+    layer, block, calls, hidden = last_layer("qwen2_moe")
+    split = split_of(layer, block.block, calls[0], hidden[0])
+    assert split is not None
+    whole, alone = examples(layer, split, calls, hidden)
+    assert (whole.teaching, whole.judging) == (alone.teaching, alone.judging)
+    assert alone.unit == pytest.approx(whole.unit, rel=1e-5)
+    assert alone.size == pytest.approx(whole.size, rel=1e-5)
+    before, results = copy.deepcopy(layer.state_dict()), []
+    for which in (whole, alone):
+        layer.load_state_dict(before)
+        done = distill_layer(which, block.block, epochs=3, look=False)
+        assert done.epoch
+        assert done.after < 0.95 * done.before
+        results.append((done, copy.deepcopy(block.block.state_dict())))
+    (a, its), (b, others) = results
+    assert (a.before, a.after) == (
+        pytest.approx(b.before, rel=1e-4),
+        pytest.approx(b.after, rel=1e-2),
+    )
+    for n, p in its.items():
+        assert float((p - others[n]).norm()) < 1e-2 * float(p.norm()), n
+
+
+def test_training_ends_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wanted is noise: whatever is learned from it makes what judges worse."""
+    layer, block, calls, hidden = last_layer("qwen2_moe")
+    steps = []
+    stock = layer_distillation._Training.step
+    monkeypatch.setattr(
+        layer_distillation._Training, "step", lambda s, j: (steps.append(j), stock(s, j))
+    )
+    text = batches()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        targets = [c.run(layer, h) for c, h in zip(calls, hidden, strict=True)]
+    targets = [t + 0.01 * torch.randn(t.shape, generator=g) for t in targets]
+    noise = LayerExamples(layer, calls * 4, text * 4, hidden * 4, targets * 4, judges)
+    before = copy.deepcopy(layer.state_dict())
+    done = distill_layer(noise, block.block, epochs=4)
+    assert (done.epoch, done.after) == (0, done.before)
+    assert len(steps) == 3  # of 12 an epoch
+    assert all(torch.equal(p, before[n]) for n, p in layer.state_dict().items())
+    assert distill_layer(noise, block.block, epochs=1, look=False).epoch == 0
+    assert len(steps) == 3 + 12
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_halves_of_the_tokens_are_the_routed_output_of_each(keep: bool) -> None:
+    block = find_blocks(tiny_model("gpt_oss").double())[0]
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(30, block.experts.down_proj.shape[2], generator=g, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(block.num_experts, generator=g)[:2] for _ in x])
+    weights = torch.rand(30, 2, generator=g, dtype=torch.float64)
+    make = lambda rows: RoutedOutput(block.experts, x[rows], ids[rows], weights[rows], keep=keep)  # noqa: E731
+    both, at = make(slice(None)), 17
+    halves = both.split(at)
+    w, r = read_down(block.experts), torch.randn(x.shape, generator=g, dtype=torch.float64)
+    for half, rows in zip(halves, (slice(None, at), slice(at, None)), strict=True):
+        alone = make(rows)
+        torch.testing.assert_close(half.output(w), alone.output(w))
+        torch.testing.assert_close(half.adjoint(r[rows]), alone.adjoint(r[rows]))
+        torch.testing.assert_close(half.squares(), alone.squares())
+    whole = make(slice(None))
+    torch.testing.assert_close(both.gram, whole.gram)
+    torch.testing.assert_close(both.squares(), whole.squares())
+    for a, b in zip(both.own_grams(), whole.own_grams(), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(both.output(w), whole.output(w))
