@@ -3,9 +3,9 @@
     git worktree add ../before 45506b9
     python eval/bench_repair.py --before ../before --seeds 0 1 2
 
-Both prune the reference model to 40 experts of 60 on given text, in turn, on one thread; figures are
-the processes' user time less what their imports take. Results may differ in the repaired tensors;
-plans and statistics are compared byte by byte.
+Both prune the reference model to 40 experts of 60 on given text, in turn, on one thread; figures
+are the processes' user time less what their imports take. Results may differ in the repaired
+tensors; plans and statistics are compared byte by byte.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ it ends there: one layer's backward, never the model's. AdamW (arXiv 1711.05101)
 the weights' data type; the step is relative to each tensor's root mean square, so that one setting
 serves models of any width. The epoch that is best on the held-out sequences is kept.
 
-While the rate still rises, within a quarter of an epoch, the held-out sequences are asked whether
-anything is gained: a fit that the text is too short to better is left as it is.
+While the rate still rises, the held-out sequences are asked whether the steps are too large, and
+whether smaller ones gain anything: a fit that the text is too short to better is left as it is.
 
 Shape legend: B sequences, L tokens, N tokens that are kept, D model.
 """
@@ -28,8 +28,10 @@ from moe_fair.moe.layer_examples import Examples
 
 STEP = 0.02  # of a tensor's root mean square, at the schedule's peak
 RISE = 0.4  # of an epoch, in which the rate rises; then it falls to zero along a cosine
-# of an epoch: trained no further where the held-out error is above the first at all of them
-LOOKS = (0.125, 0.25)
+LOOK = 0.125  # of an epoch, after which the held-out error says whether to go on
+# shares of the step that are tried, and the held-out error, relative to the first, below which one
+# goes on: a large step may raise it at first and gain the more, a small one shows what there is
+TRIED = ((1.0, 1.05), (0.25, 1.0))
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm, where the loss is 1 for a layer that does nothing
 STEP_TOKENS = 1024  # about so many tokens to a step
@@ -61,40 +63,49 @@ def distill_layer(
     """Train `block` on the examples, in place.
 
     Args:
-        look: stop early where nothing is gained.
+        look: whether anything is gained, and stop early where it is not.
 
     Returns:
         what became of the held-out error. Nothing is changed where no epoch improves it.
     """
-    training = _Training(examples, block, epochs)
-    order = torch.Generator().manual_seed(seed)
-    usable, steps = examples.teaching, 0
-    looks = {max(n, round(share * len(usable))) for n, share in enumerate(LOOKS, 1)}
-    best = before = training.judged()
-    kept: dict[str, Tensor] | None = None
-    epoch = 0
+    before = 0.0
+    for share, most in TRIED if look else ((1.0, math.inf),):
+        training = _Training(examples, block, epochs, share)
+        before = before or training.judged()
+        found = _trained(training, before, most * before, epochs, seed)
+        if found is not None:
+            best, epoch, kept = found
+            for n, p in training.names.items() if epoch else ():
+                p.data.copy_(kept[n])
+            return Distillation(before, best, epoch)
+    return Distillation(before, before, 0)
+
+
+def _trained(
+    training: _Training, before: float, most: float, epochs: int, seed: int
+) -> tuple[float, int, dict[str, Tensor]] | None:
+    """The least held-out error, its epoch and its weights; None where the error is `most` or more
+    after a small share of an epoch."""
+    usable, order = training.examples.teaching, torch.Generator().manual_seed(seed)
+    early, steps = max(1, round(LOOK * len(usable))), 0
+    best, epoch, kept = before, 0, training.masters
     for number in range(1, epochs + 1):
         for i in torch.randperm(len(usable), generator=order).tolist():
             training.step(usable[i])
             steps += 1
-            if look and steps in looks:
-                look = not training.judged() < before
-                if look and steps == max(looks):
-                    return Distillation(before, before, 0)
+            if steps == early and most < math.inf and not training.judged() < most:
+                return None
         now = training.judged()
         if now < best:
             best, epoch = now, number
             kept = training.weights() if number < epochs else training.masters
-    if kept is not None:
-        for n, p in training.names.items():
-            p.data.copy_(kept[n])
-    return Distillation(before, best, epoch)
+    return best, epoch, kept
 
 
 class _Training:
     """A block's weights in float32 with AdamW's moments, and what runs: the weights rounded."""
 
-    def __init__(self, examples: Examples, block: nn.Module, epochs: int) -> None:
+    def __init__(self, examples: Examples, block: nn.Module, epochs: int, share: float) -> None:
         self.examples = examples
         own = {id(p) for p in block.parameters()}
         self.names = {n: p for n, p in examples.module.named_parameters() if id(p) in own}
@@ -104,7 +115,7 @@ class _Training:
         size = {n: float(m.square().mean().sqrt()) for n, m in self.masters.items()}
         # one pass over the weights and their moments: memory traffic is what it costs
         self.optimizer = torch.optim.AdamW(
-            [{"params": [m], "lr": STEP * size[n]} for n, m in self.masters.items()],
+            [{"params": [m], "lr": share * STEP * size[n]} for n, m in self.masters.items()],
             betas=BETAS,
             weight_decay=0.0,
             fused=True,
