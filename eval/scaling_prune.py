@@ -136,8 +136,7 @@ def optimizer_bytes(s: Shape, r: Run, item: int = 2) -> int:
     """Of one step: AdamW reads weights, gradients and two moments and writes all but gradients, in
     float32; gradients of the weights' own type are written by the backward, read for their norm
     and made float32; the weights that run are written anew."""
-    widened = 0 if item == 4 else item + 4
-    return block_weights(s, r.kept) * (7 * 4 + 2 * item + widened + 4 + item)
+    return block_weights(s, r.kept) * (7 * 4 + 2 * item + 2 * (item + 4))
 
 
 def streams_bytes(s: Shape, r: Run, item: int = 2) -> int:

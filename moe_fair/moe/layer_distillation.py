@@ -17,13 +17,14 @@ Shape legend: B sequences, L tokens, N tokens that are kept, D model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_examples import Examples
 
 STEP = 0.02  # of a tensor's root mean square, at the schedule's peak
@@ -58,26 +59,36 @@ def epochs_for(batches: Sequence[Batch]) -> int:
 
 
 def distill_layer(
-    examples: Examples, block: nn.Module, *, epochs: int, seed: int = 0, look: bool = True
+    examples: Examples,
+    block: MoeBlock,
+    *,
+    epochs: int,
+    seed: int = 0,
+    look: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> Distillation:
-    """Train `block` on the examples, in place.
+    """Train a block on the examples, in place.
 
     Args:
         look: whether anything is gained, and stop early where it is not.
+        part: which of how many parts of the experts are trained, the others as they are: as many
+            times less memory, and epochs. What is no expert's is trained with the first.
 
     Returns:
         what became of the held-out error. Nothing is changed where no epoch improves it.
     """
+    epochs = max(1, epochs // part[1])
     before = 0.0
     for share, most in TRIED if look else ((1.0, math.inf),):
-        training = _Training(examples, block, epochs, share)
+        training = _Training(examples, block, epochs, share, part)
         before = before or training.judged()
         found = _trained(training, before, most * before, epochs, seed)
         if found is not None:
             best, epoch, kept = found
-            for n, p in training.names.items() if epoch else ():
-                p.data.copy_(kept[n])
+            if epoch:
+                training.write(kept)
             return Distillation(before, best, epoch)
+        del training  # before the next one, of the same size
     return Distillation(before, before, 0)
 
 
@@ -103,16 +114,31 @@ def _trained(
 
 
 class _Training:
-    """A block's weights in float32 with AdamW's moments, and what runs: the weights rounded."""
+    """A block's weights in float32 with AdamW's moments, and what runs: the weights rounded.
 
-    def __init__(self, examples: Examples, block: nn.Module, epochs: int, share: float) -> None:
+    Attributes:
+        names: name -> weight of the block.
+        rows: name -> those of its rows that are trained; of all experts, or of a part of them.
+        masters, cast: name -> these rows in float32, and as they run: gradients are of that type.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        block: MoeBlock,
+        epochs: int,
+        share: float,
+        part: tuple[int, int],
+    ) -> None:
         self.examples = examples
-        own = {id(p) for p in block.parameters()}
+        own = {id(p) for p in block.block.parameters()}
         self.names = {n: p for n, p in examples.module.named_parameters() if id(p) in own}
-        self.masters = {n: p.detach().float().clone() for n, p in self.names.items()}
-        # the masters, rounded to the weights' own type; gradients are of that type too
-        self.cast = {n: p.detach().clone().requires_grad_(True) for n, p in self.names.items()}
-        size = {n: float(m.square().mean().sqrt()) for n, m in self.masters.items()}
+        self.rows = dict(self._rows(block, part))
+        size = {n: float(self.names[n].float().square().mean().sqrt()) for n in self.rows}
+        self.masters = {n: self.names[n].detach()[r].float().clone() for n, r in self.rows.items()}
+        self.cast = {
+            n: self.names[n].detach()[r].clone().requires_grad_(True) for n, r in self.rows.items()
+        }
         # one pass over the weights and their moments: memory traffic is what it costs
         self.optimizer = torch.optim.AdamW(
             [{"params": [m], "lr": share * STEP * size[n]} for n, m in self.masters.items()],
@@ -126,10 +152,38 @@ class _Training:
         )
         self.unit = examples.unit
 
+    def _rows(self, block: MoeBlock, part: tuple[int, int]) -> Iterator[tuple[str, slice]]:
+        experts, (number, count) = {id(p) for p in block.experts.parameters()}, part
+        for n, p in self.names.items():
+            if id(p) in experts and count > 1:
+                first, end = (len(p) * i // count for i in (number, number + 1))
+                if end > first:
+                    yield n, slice(first, end)
+            elif not number:
+                yield n, slice(None)
+
+    def running(self) -> dict[str, Tensor]:
+        """The block's weights with what is trained in its place."""
+        found = {}
+        for n, p in self.names.items():
+            rows, now = self.rows.get(n), self.cast.get(n)
+            if rows is None or now is None:
+                found[n] = p.detach()
+            elif rows.stop is None:
+                found[n] = now
+            else:
+                found[n] = torch.cat([p.detach()[: rows.start], now, p.detach()[rows.stop :]])
+        return found
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these rows into the block."""
+        for n, rows in self.rows.items():
+            self.names[n].data[rows].copy_(weights[n])
+
     def step(self, j: int) -> None:
         """Move the masters along the gradient of one batch's error."""
         with torch.enable_grad():
-            error, tokens = self.examples.error(j, self.cast, judging=False)
+            error, tokens = self.examples.error(j, self.running(), judging=False)
             (error / (tokens * self.unit)).backward()
         with torch.no_grad():
             _step(self.optimizer, self.masters, self.cast)
@@ -138,8 +192,8 @@ class _Training:
     @torch.no_grad()
     def judged(self) -> float:
         """The error on what judges."""
-        judging = self.examples.judging
-        error = sum(self.examples.error(j, self.cast, judging=True)[0] for j in judging)
+        judging, weights = self.examples.judging, self.running()
+        error = sum(self.examples.error(j, weights, judging=True)[0] for j in judging)
         return float(error) / max(self.examples.size, 1e-300)
 
     def weights(self) -> dict[str, Tensor]:
@@ -153,12 +207,12 @@ def _step(
     """Move the masters along the gradients of what ran; both are of the same names."""
     ran = [p.grad for p in cast.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(ran, foreach=True)
+    # clipped while they are widened to float32, in one pass: a tensor of a dimension makes it so
+    scale = (CLIP / (norm.float() + 1e-6)).clamp(max=1.0).view(1)
     for n, m in masters.items():
         grad = cast[n].grad
-        m.grad = None if grad is None else grad.float()
+        m.grad = None if grad is None else grad * scale
         cast[n].grad = None
-    # the fused kernel divides by it: no pass of its own for the clipping
-    optimizer.grad_scale = (norm.float() / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     torch._foreach_copy_(list(cast.values()), list(masters.values()))

@@ -26,11 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.hidden_states import HiddenStates
-from moe_fair.moe.layer_distillation import distill_layer, epochs_for
+from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_for
 from moe_fair.moe.layer_examples import BlockExamples, Examples, LayerExamples, change
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.layer_split import split_of
@@ -40,6 +41,7 @@ from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut_block
 
 HELD_OUT = 5  # every fifth sequence judges the fits
+MOST_PARTS = 16  # in which experts are trained where memory is short
 ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 # (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
@@ -57,7 +59,8 @@ class Repairer:
         folder: where each layer's new tensors are written, one safetensors file a layer; a walk
             that was killed takes up what it finds there with the same `key`.
         key: everything the result depends on: plan, text, settings.
-        sparing: what is not in use lies in main memory, and hidden activations are computed again.
+        sparing: what is not in use lies in main memory, hidden activations are computed again, and
+            experts are trained in parts where all of them do not fit.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -72,7 +75,9 @@ class Repairer:
         folder: Path | None = None,
         key: str = "",
         sparing: bool = False,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.say = say
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.sparing = sparing
         self.kind: Repair = repair(kind)
@@ -172,7 +177,7 @@ class Repairer:
                 examples = BlockExamples(
                     split, batches, given, pruned, original, judges, (learned, judged)
                 )
-            tuned = distill_layer(examples, block.block, epochs=epochs_for(batches))
+            tuned = self._train(examples, block, epochs_for(batches))
             found = replace(
                 found, epoch=tuned.epoch, tuned_before=tuned.before, tuned_after=tuned.after
             )
@@ -185,6 +190,35 @@ class Repairer:
             else:
                 pruned[j] = pruned[j] + split.run(given[j])
         return found
+
+    def _train(self, examples: Examples, block: MoeBlock, epochs: int) -> Distillation:
+        """Train the block; where its float32 weights and moments do not fit, parts one by one.
+
+        Where no part fits either, what was fitted stands.
+        """
+        done = Distillation(0.0, 0.0, 0)
+        part, parts = 0, 1
+        while part < parts:
+            lack = None
+            try:
+                now = distill_layer(examples, block, epochs=epochs, part=(part, parts))
+                done = replace(now, before=done.before or now.before, epoch=done.epoch or now.epoch)
+                part += 1
+            except Exception as e:
+                if not out_of_memory(e) or not self.sparing:
+                    raise
+                lack = str(e).partition("\n")[0]
+            if lack is not None:  # outside of the handler, which held what had been allocated
+                release()
+                part, parts = 0, 2 * parts
+                if parts > MOST_PARTS:
+                    self.say(
+                        f"{block.name}: out of memory ({lack}): fitted, and trained no further"
+                    )
+                    break
+                what = f"its experts are trained in {parts} parts"
+                self.say(f"{block.name}: out of memory ({lack}): {what}")
+        return done
 
     def _path(self, block: MoeBlock) -> Path | None:
         return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
@@ -335,12 +369,13 @@ def _fit(
     for tried, w in path(fitting, target[:learn], kind.ridges):
         now = error(judging.output(w), target[learn:])
         if (now, tried) < (after, ridge):
-            after, ridge, best = now, tried, w
+            after, ridge, best = now, tried, w if keep else w.cpu()
     if best is None or not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before), None
     [(_, w)] = path(routed, target, [ridge], best)
+    w = w.to(next(p.dtype for p in block.experts.parameters()))  # as it will be written
     write_down(block.experts, best)
-    return LayerRepair(block.name, kind.name, ridge, before, after), w.to(x.dtype)
+    return LayerRepair(block.name, kind.name, ridge, before, after), w if keep else w.cpu()
 
 
 def _one_by_one(

@@ -164,12 +164,16 @@ def hidden(experts: Any, e: int, x: Tensor) -> Tensor:
     return experts._apply_gate(z) if experts.has_gate else experts.act_fn(z)
 
 
-def read_down(experts: Any) -> Tensor:
-    """[E, F, D] down projections in float32 at least, the bias as the last row of each."""
-    w = experts.down_proj.detach()
+def read_down(experts: Any, some: slice = slice(None)) -> Tensor:
+    """[E, F, D] down projections in float32 at least, the bias as the last row of each.
+
+    Args:
+        some: of these experts.
+    """
+    w = experts.down_proj.detach()[some]
     w = w if experts.is_transposed else w.transpose(1, 2)
     if experts.has_bias:
-        w = torch.cat([w, experts.down_proj_bias.detach().unsqueeze(1)], 1)
+        w = torch.cat([w, experts.down_proj_bias.detach()[some].unsqueeze(1)], 1)
     return w.to(torch.promote_types(w.dtype, torch.float32)).contiguous()
 
 

@@ -283,9 +283,8 @@ class _Probe:
     @torch.no_grad()
     def _train(self, batches: list[Batch], calls: list[LayerCall], hidden: list[Tensor]) -> None:
         targets = [c.run(self.layer, x) * 1.01 for c, x in zip(calls, hidden, strict=True)]
-        block = self.block.block
         examples = LayerExamples(self.layer, calls, batches, hidden, targets, judges)
-        distill_layer(examples, block, epochs=1, look=False)
+        distill_layer(examples, self.block, epochs=1, look=False)
 
     def _fits(self, kind: str, one: Line, scale: float) -> Line:
         """What a layer takes: every strength on what teaches, the best one on all."""

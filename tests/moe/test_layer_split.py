@@ -18,7 +18,7 @@ from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.layer_distillation import distill_layer
 from moe_fair.moe.layer_examples import BlockExamples, LayerExamples, change
 from moe_fair.moe.layer_split import LayerSplit, split_of
-from moe_fair.moe.repair import judges
+from moe_fair.moe.repair import Repairer, judges
 from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 
@@ -34,10 +34,10 @@ def batches(count: int = 3) -> list[Batch]:
     return made
 
 
-def last_layer(kind: str) -> tuple[Any, MoeBlock, list[LayerCall], list[Tensor]]:
+def last_layer(kind: str, count: int = 3) -> tuple[Any, MoeBlock, list[LayerCall], list[Tensor]]:
     model = tiny_model(kind).eval().requires_grad_(False)
     engine = StreamingEngine(LoadedLayers(model))
-    calls, hidden = engine.embed(batches())
+    calls, hidden = engine.embed(batches(count))
     block = find_blocks(model)[-1]
     its = [row[block.layer] for row in calls]
     return engine.layered.decoder.layers[block.layer], block, its, hidden
@@ -80,7 +80,7 @@ def examples(
     layer: Any, split: LayerSplit, calls: list[LayerCall], hidden: list[Tensor]
 ) -> tuple[LayerExamples, BlockExamples]:
     """The same by both ways: wanted is what the layer gives with other weights."""
-    other, text = copy.deepcopy(layer), batches()
+    other, text = copy.deepcopy(layer), batches(len(calls))
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in other.mlp.parameters():
@@ -105,7 +105,7 @@ def test_training_the_block_alone_is_training_in_the_layer() -> None:
     before, results = copy.deepcopy(layer.state_dict()), []
     for which in (whole, alone):
         layer.load_state_dict(before)
-        done = distill_layer(which, block.block, epochs=3, look=False)
+        done = distill_layer(which, block, epochs=3, look=False)
         assert done.epoch
         assert done.after < 0.95 * done.before
         results.append((done, copy.deepcopy(block.block.state_dict())))
@@ -133,11 +133,11 @@ def test_training_ends_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) 
     targets = [t + 0.01 * torch.randn(t.shape, generator=g) for t in targets]
     noise = LayerExamples(layer, calls * 4, text * 4, hidden * 4, targets * 4, judges)
     before = copy.deepcopy(layer.state_dict())
-    done = distill_layer(noise, block.block, epochs=4)
+    done = distill_layer(noise, block, epochs=4)
     assert (done.epoch, done.after) == (0, done.before)
     assert len(steps) == 2 * 2  # of 12 an epoch, with the whole step and with a quarter
     assert all(torch.equal(p, before[n]) for n, p in layer.state_dict().items())
-    assert distill_layer(noise, block.block, epochs=1, look=False).epoch == 0
+    assert distill_layer(noise, block, epochs=1, look=False).epoch == 0
     assert len(steps) == 4 + 12
 
 
@@ -163,3 +163,62 @@ def test_halves_of_the_tokens_are_the_routed_output_of_each(keep: bool) -> None:
     for a, b in zip(both.own_grams(), whole.own_grams(), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(both.output(w), whole.output(w))
+
+
+def test_experts_are_trained_in_parts() -> None:
+    """Each part changes its own rows and nothing else; the first also what is no expert's."""
+    layer, block, calls, hidden = last_layer("qwen2_moe", 4)
+    split = split_of(layer, block.block, calls[0], hidden[0])
+    assert split is not None
+    _, alone = examples(layer, split, calls, hidden)
+    alone.judging, alone.kinds.masks[True] = alone.teaching, alone.kinds.masks[False]
+    alone.kinds.counts[True] = alone.kinds.counts[False]  # what is learned, not whether it holds
+    errors = []
+    for part in range(3):
+        before = copy.deepcopy(block.block.state_dict())
+        done = distill_layer(alone, block, epochs=9, look=False, part=(part, 3))
+        assert done.epoch == 3
+        errors += [done.before, done.after]
+        size = block.num_experts
+        own = set(range(size * part // 3, size * (part + 1) // 3))
+        for n, p in block.block.state_dict().items():
+            if n.startswith("experts."):
+                assert {e for e in range(size) if not torch.equal(p[e], before[n][e])} == own, n
+            else:
+                assert torch.equal(p, before[n]) == bool(part), n
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] == pytest.approx(errors[1], rel=1e-5)  # each goes on from the last
+
+
+def test_where_training_does_not_fit_the_fit_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2_moe").eval()
+    kept = {b.name: list(range(0, b.num_experts, 2)) for b in find_blocks(model)}
+    fitted, trained, said = copy.deepcopy(model), copy.deepcopy(model), list[str]()
+    walk = lambda m, kind, **more: Repairer(  # noqa: E731
+        StreamingEngine(LoadedLayers(m)), kept, kind, **more
+    ).run(batches(6))
+    stock, fits = layer_distillation._Training.__init__, 4
+
+    def lack(self: Any, e: Any, b: Any, epochs: int, share: float, part: tuple[int, int]) -> None:
+        if part[1] < fits:
+            raise MemoryError("no room\nand more")
+        stock(self, e, b, epochs, share, part)
+
+    monkeypatch.setattr(layer_distillation._Training, "__init__", lack)
+    with pytest.raises(MemoryError):  # first what is not in use goes to main memory
+        walk(trained, "distill")
+    done = walk(copy.deepcopy(model), "distill", sparing=True, say=said.append)
+    name = done[0].name
+    assert said[:2] == [
+        f"{name}: out of memory (no room): its experts are trained in {n} parts" for n in (2, 4)
+    ]
+    assert len(said) == 2 * len(done)
+    fits = 1000
+    said.clear()
+    trained = copy.deepcopy(model)
+    done = walk(trained, "distill", sparing=True, say=said.append)
+    assert f"{name}: out of memory (no room): fitted, and trained no further" in said
+    assert [d.epoch for d in done] == [0] * len(done)
+    walk(fitted, "refit")
+    for a, b in zip(trained.parameters(), fitted.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

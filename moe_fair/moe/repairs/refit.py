@@ -58,10 +58,9 @@ def path(
         return
     y = routed.output(stock)
     a = factor(y, target)
-    centre = a * stock
-    del stock
     sweeps = sweeps or (SWEEPS if start is None else 1)
-    w = centre.clone() if start is None else start.to(centre).clone()
+    w = a * stock if start is None else start.to(stock, copy=True)
+    del stock
     rest = target - (a * y if start is None else routed.output(w))
     del y
     for ridge in sorted(ridges, reverse=True):
@@ -73,7 +72,8 @@ def path(
             for e, (tokens, h) in enumerate(routed.features()):
                 if not len(tokens):
                     continue
-                pull = h.T @ rest[tokens] - weight * (w[e] - centre[e])
+                centre = a * read_down(routed.experts, slice(e, e + 1))[0]  # not held: too large
+                pull = h.T @ rest[tokens] - weight * (w[e] - centre)
                 step = torch.cholesky_solve(pull, factors[e])
                 w[e] += step
                 rest.index_add_(0, tokens, h @ step, alpha=-1)
