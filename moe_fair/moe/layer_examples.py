@@ -38,49 +38,76 @@ class Examples(Protocol):
         ...
 
 
-class _Kinds:
-    """Masks [B, L] of the tokens that teach and judge, and how many there are."""
+class Kinds:
+    """Which tokens teach and which judge, by kind (`False` teaches) and batch.
 
-    def __init__(self, batches: Sequence[Batch], held: Callable[[Batch], Tensor]) -> None:
-        self.masks: dict[bool, list[Tensor]] = {False: [], True: []}
+    Found out on the host and once for all layers: a device would be waited for every time.
+
+    Args:
+        held: batch -> [B] which sequences judge instead of teach.
+
+    Attributes:
+        rows: [N] places in the flattened batch; None where that is all of it.
+        counts: N.
+        teaching, judging: the batches that have tokens of a kind.
+    """
+
+    def __init__(
+        self, batches: Sequence[Batch], held: Callable[[Batch], Tensor], device: torch.device
+    ) -> None:
+        self.rows: dict[bool, list[Tensor | None]] = {False: [], True: []}
         self.counts: dict[bool, list[int]] = {False: [], True: []}
+        found: list[Tensor] = []
         for b in batches:
-            real, judge = b.mask.bool(), held(b).unsqueeze(1)
-            for judging, its in ((False, ~judge), (True, judge)):
-                self.masks[judging].append(real & its)
-        for judging, masks in self.masks.items():  # one wait for all of them
-            sums = torch.stack([m.sum() for m in masks]) if masks else torch.zeros(0)
-            self.counts[judging] = sums.tolist()
-        self.teaching, self.judging = (
-            [j for j, n in enumerate(self.counts[k]) if n] for k in (False, True)
-        )
+            here = b.to(torch.device("cpu"))
+            real, judge = here.mask.bool(), held(here).unsqueeze(1)
+            found += [(real & its).flatten().nonzero().squeeze(1) for its in (~judge, judge)]
+        there = torch.cat(found).to(device).split([len(rows) for rows in found])  # one copy
+        for i, rows in enumerate(there):
+            every = len(rows) == batches[i // 2].mask.numel()
+            self.counts[bool(i % 2)].append(len(rows))
+            self.rows[bool(i % 2)].append(None if every else rows)
+        self.teaching = [j for j, n in enumerate(self.counts[False]) if n]
+        self.judging = [j for j, n in enumerate(self.counts[True]) if n]
+
+    def some(self, x: Tensor, j: int, judging: bool) -> Tensor:
+        """[N, ...] of a kind of [T, ...] of a batch's tokens."""
+        rows = self.rows[judging][j]
+        return x if rows is None else x.index_select(0, rows)
+
+    def squares(self, j: int, a: Tensor, b: Tensor, judging: bool) -> Tensor:
+        """Σ (a - b)² over a batch's tokens of a kind, of [B, L, D]: streams are far larger than
+        what is between them, so they are subtracted in float32."""
+        one, other = (self.some(t.flatten(0, 1), j, judging).float() for t in (a, b))
+        return (one - other).square().sum()
+
+    def change(self, j: int, out: Tensor, hidden: Tensor) -> Tensor:
+        """[2] squared change of a batch from one [B, L, D] to the other, by kind."""
+        return torch.stack([self.squares(j, out, hidden, k) for k in (False, True)])
 
 
 class LayerExamples:
     """A whole layer's: [B, L, D] hidden states into the pruned layer, and wanted out of it.
 
     Args:
-        layer, block: the layer, and the part of it that learns.
-        calls, batches: what the model hands to the layer with each batch.
-        held: batch -> [B] which sequences judge instead of teach.
+        calls: what the model hands to the layer with each batch.
     """
 
     def __init__(
         self,
         layer: nn.Module,
         calls: Sequence[LayerCall],
-        batches: Sequence[Batch],
+        kinds: Kinds,
         inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
-        held: Callable[[Batch], Tensor],
     ) -> None:
-        self.module, self.calls = layer, calls
+        self.module, self.calls, self.kinds = layer, calls, kinds
         self.inputs, self.targets = inputs, targets
-        self.kinds = _Kinds(batches, held)
-        self.teaching, self.judging = self.kinds.teaching, self.kinds.judging
-        work = {k: self._change(k) for k in (False, True)}
-        self.unit = work[False] / max(1, sum(self.kinds.counts[False]))
-        self.size = work[True]
+        self.teaching, self.judging = kinds.teaching, kinds.judging
+        pairs = enumerate(zip(targets, inputs, strict=True))
+        changes = [kinds.change(j, t, x).double() for j, (t, x) in pairs]
+        learned, self.size = torch.stack(changes).sum(0).tolist()
+        self.unit = learned / max(1, sum(kinds.counts[False]))
 
     def error(self, j: int, weights: Mapping[str, Tensor], *, judging: bool) -> tuple[Tensor, int]:
         """Squared error of a batch's tokens of a kind with these weights; how many they are."""
@@ -89,12 +116,8 @@ class LayerExamples:
             return functional_call(self.module, dict(weights), arguments, keywords)
 
         out = self.calls[j].run(forward, self.inputs[j])
-        mask = self.kinds.masks[judging][j]
-        return _squares(self.targets[j], out, mask), self.kinds.counts[judging][j]
-
-    def _change(self, judging: bool) -> float:
-        pairs = zip(self.targets, self.inputs, self.kinds.masks[judging], strict=True)
-        return float(sum(_squares(t, x, m).double() for t, x, m in pairs))
+        error = self.kinds.squares(j, self.targets[j], out, judging)
+        return error, self.kinds.counts[judging][j]
 
 
 class BlockExamples:
@@ -112,47 +135,24 @@ class BlockExamples:
     def __init__(
         self,
         split: LayerSplit,
-        batches: Sequence[Batch],
+        kinds: Kinds,
         given: Sequence[Tensor],
         rests: Sequence[Tensor],
         targets: Sequence[Tensor],
-        held: Callable[[Batch], Tensor],
         changes: tuple[float, float],
     ) -> None:
-        self.split, self.module = split, split.block
+        self.split, self.module, self.kinds = split, split.block, kinds
         self.given, self.rests, self.targets = given, rests, targets
-        self.kinds = _Kinds(batches, held)
-        self.teaching, self.judging = self.kinds.teaching, self.kinds.judging
-        self.unit = changes[0] / max(1, sum(self.kinds.counts[False]))
+        self.teaching, self.judging = kinds.teaching, kinds.judging
+        self.unit = changes[0] / max(1, sum(kinds.counts[False]))
         self.size = changes[1]
-        self._rows: dict[tuple[int, bool], Tensor] = {}
 
     def error(self, j: int, weights: Mapping[str, Tensor], *, judging: bool) -> tuple[Tensor, int]:
         """Squared error of a batch's tokens of a kind with these weights; how many they are."""
         x, rest, target = (
-            self._some(t[j], j, judging) for t in (self.given, self.rests, self.targets)
+            self.kinds.some(t[j].flatten(0, 1), j, judging)
+            for t in (self.given, self.rests, self.targets)
         )
         out = self.split.run(x.unsqueeze(0), weights).squeeze(0)
         wanted = target.float() - rest.float()
         return (wanted - out.float()).square().sum(), len(x)
-
-    def _some(self, hidden: Tensor, j: int, judging: bool) -> Tensor:
-        """[N, D] of the tokens of a kind."""
-        flat = hidden.flatten(0, 1)
-        if self.kinds.counts[judging][j] == len(flat):
-            return flat
-        if (j, judging) not in self._rows:
-            self._rows[j, judging] = self.kinds.masks[judging][j].flatten().nonzero().squeeze(1)
-        return flat[self._rows[j, judging]]
-
-
-def change(batch: Batch, out: Tensor, hidden: Tensor, held: Callable[[Batch], Tensor]) -> Tensor:
-    """[2] squared change from one [B, L, D] to the other, of what teaches and what judges."""
-    real, judge = batch.mask.bool(), held(batch).unsqueeze(1)
-    return torch.stack([_squares(out, hidden, real & ~judge), _squares(out, hidden, real & judge)])
-
-
-def _squares(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Σ (a - b)² over the masked tokens of [B, L, D]: streams are far larger than what is between
-    them, so they are subtracted in float32."""
-    return ((a.float() - b.float()).square().sum(-1) * mask).sum()

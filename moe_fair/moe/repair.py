@@ -32,7 +32,7 @@ from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_for
-from moe_fair.moe.layer_examples import BlockExamples, Examples, LayerExamples, change
+from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExamples
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.layer_split import split_of
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
@@ -90,6 +90,7 @@ class Repairer:
     def run(self, batches: Sequence[Batch]) -> list[LayerRepair]:
         """Walk once over the batches; returns what was done, in layer order."""
         layered = self.engine.layered
+        kinds = Kinds(batches, judges, layered.device)
         batches = [b.to(layered.device) for b in batches]
         calls, first = self.engine.embed(batches)
         if first[0].dim() != 3:
@@ -106,7 +107,9 @@ class Repairer:
             with layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
                 step = [row[i] for row in calls]
                 if i in self.blocks:
-                    done.append(self._layer(layer, self.blocks[i], step, batches, original, pruned))
+                    done.append(
+                        self._layer(layer, self.blocks[i], step, batches, kinds, original, pruned)
+                    )
                     continue
                 for j, _ in enumerate(self.engine.visit("repairing", i, batches)):
                     same = original.same(pruned, j)
@@ -123,6 +126,7 @@ class Repairer:
         block: MoeBlock,
         calls: Sequence[LayerCall],
         batches: Sequence[Batch],
+        kinds: Kinds,
         original: HiddenStates,
         pruned: HiddenStates,
     ) -> LayerRepair:
@@ -144,16 +148,16 @@ class Repairer:
             for j in range(len(batches)):
                 pruned[j] = calls[j].run(layer, pruned[j])
             return found
-        text = _Text(self.sparing)
+        text = _Text(kinds, self.sparing)
         given = HiddenStates((), self.engine.layered.device, apart=self.sparing)
         changes = torch.zeros(2, dtype=torch.float32, device=self.engine.layered.device)
-        for j, batch in enumerate(batches):
+        for j in range(len(batches)):
             if split is None:
                 with watch:
                     out = calls[j].run(layer, pruned[j])
                 rest = out
             else:  # from here on a rest, to which the block adds
-                changes += change(batch, original[j], pruned[j], judges)
+                changes += kinds.change(j, original[j], pruned[j])
                 x, rest = split.parts(calls[j], pruned[j])
                 given.append(x)
                 pruned[j] = rest
@@ -166,17 +170,16 @@ class Repairer:
                 target = (_precise(original[j]) - _precise(rest)).flatten(0, -2) / share
                 if split is None:
                     target += watch.y
-            text.add(batch, watch, target)
+            text.add(j, watch, target)
         found, on_all = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
         if self.trains:
             examples: Examples
             if split is None:
-                examples = LayerExamples(layer, calls, batches, pruned, original, judges)
+                examples = LayerExamples(layer, calls, kinds, pruned, original)
             else:
                 learned, judged = changes.tolist()
-                examples = BlockExamples(
-                    split, batches, given, pruned, original, judges, (learned, judged)
-                )
+                work = (learned, judged)
+                examples = BlockExamples(split, kinds, given, pruned, original, work)
             tuned = self._train(examples, block, epochs_for(batches))
             found = replace(
                 found, epoch=tuned.epoch, tuned_before=tuned.before, tuned_after=tuned.after
@@ -311,18 +314,17 @@ class _Text:
         apart: it lies in main memory until it is joined.
     """
 
-    def __init__(self, apart: bool) -> None:
-        self.apart = apart
+    def __init__(self, kinds: Kinds, apart: bool) -> None:
+        self.kinds, self.apart = kinds, apart
         self._parts: dict[bool, list[tuple[Tensor, ...]]] = {False: [], True: []}
 
-    def add(self, batch: Batch, watch: BlockRecorder, target: Tensor) -> None:
-        real = batch.mask.flatten().bool()
-        judge = judges(batch).repeat_interleave(batch.mask.shape[1])
+    def add(self, j: int, watch: BlockRecorder, target: Tensor) -> None:
         part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target)
         self.device = target.device
-        for judging, its in ((False, real & ~judge), (True, real & judge)):
-            kept = part if bool(its.all()) else tuple(t[its] for t in part)
-            self._parts[judging].append(tuple(t.cpu() for t in kept) if self.apart else kept)
+        for judging, parts in self._parts.items():
+            if self.kinds.counts[judging][j]:
+                kept = tuple(self.kinds.some(t, j, judging) for t in part)
+                parts.append(tuple(t.cpu() for t in kept) if self.apart else kept)
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """Those that teach, then those that judge; how many teach."""

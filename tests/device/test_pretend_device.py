@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import MODEL, ROOT
-from tiny import tiny_model
-from transformers import AutoTokenizer
+from places import ROOT
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stages
@@ -50,20 +48,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend device needs g++"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    torch.manual_seed(0)
-    made = tiny_model(
-        "qwen2_moe", vocab_size=len(tokenizer), num_hidden_layers=2, num_experts=8,
-        hidden_size=32, moe_intermediate_size=16,
-    )  # fmt: skip
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def on_device(model: Path, folder: Path, *names: str, **environment: str) -> Iterator[Any]:
