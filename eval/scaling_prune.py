@@ -211,7 +211,7 @@ def measured() -> Iterator[tuple[str, float, float]]:
     from moe_fair.moe.trial import trial_losses
 
     shape, config = small()
-    r = Run(sequences=40, length=16, kept=8, plans=2, tried=8, step=2, epochs=2)
+    r = Run(sequences=20, length=12, kept=8, plans=2, tried=4, step=2, epochs=1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.requires_grad_(False)
