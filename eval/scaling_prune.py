@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from scaling import Shape, forward_flops, head_flops
+from scaling import SHAPES, Shape, forward_flops, head_flops
 
 from moe_fair.moe.repair import HELD_OUT
 from moe_fair.moe.repairs.refit import SWEEPS, ridges
@@ -147,18 +147,21 @@ def streams_bytes(s: Shape, r: Run, item: int = 2) -> int:
 
 def refit_bytes(s: Shape, r: Run, item: int = 2, keep: bool = True) -> int:
     """Peak of a fit beside weights and streams: inputs, target, outputs and residual; weights of
-    the block's down projections: stock, centre, moving, best and yielded; hidden activations and
-    Gram matrices where they are kept."""
+    the block's down projections: stock, moving, yielded and, where there is room, the best and the
+    fit on all tokens; hidden activations and Gram matrices where they are kept."""
     text = r.tokens * (s.model * (item + 3 * 4) + s.top_k * (8 + item))
     down = r.kept * s.expert * s.model * 4
     held = r.tokens * s.top_k * s.expert * item + 2 * r.kept * s.expert**2 * 4
-    return text + 5 * down + (held if keep else r.kept * s.expert**2 * 4)
+    return text + (5 if keep else 3) * down + (held if keep else r.kept * s.expert**2 * 4)
 
 
-def distill_bytes(s: Shape, r: Run, item: int = 2) -> int:
+def distill_bytes(s: Shape, r: Run, item: int = 2, parts: int = 1) -> int:
     """Peak of training beside weights and streams: float32 weights, their best, gradients and two
-    moments; weights that run and their gradients; the fit on all tokens."""
-    return block_weights(s, r.kept) * (5 * 4 + 2 * item) + r.kept * s.expert * s.model * item
+    moments; weights that run and their gradients; the fit on all tokens. In parts of the experts
+    the whole tensors that run and their gradients come on top."""
+    weights = block_weights(s, r.kept)
+    whole = 2 * item * weights if parts > 1 else 0
+    return weights * (5 * 4 + 2 * item) // parts + whole + r.kept * s.expert * s.model * item
 
 
 def table(s: Shape = QWEN, r: Run | None = None) -> Iterator[str]:
@@ -175,6 +178,16 @@ def table(s: Shape = QWEN, r: Run | None = None) -> Iterator[str]:
     yield f"| refit | {refit_bytes(s, r) / 1e9:.1f} |"
     yield f"| refit, nothing kept | {refit_bytes(s, r, keep=False) / 1e9:.1f} |"
     yield f"| distill | {distill_bytes(s, r) / 1e9:.1f} |"
+    yield "\nMost at a time, a layer at a time and streams in main memory:\n"
+    yield "| model | a cut layer, GB | with a fit, nothing kept | with training, in parts |"
+    yield "|---|---|---|---|"
+    deepseek = next(x for x in SHAPES if x.name.startswith("DeepSeek"))
+    for its, kept, parts in ((s, r.kept, 1), (deepseek, 171, 16)):
+        of = replace(r, kept=kept)
+        layer = 2 * (block_weights(its, kept) + its.attention()) / 1e9
+        fitted = layer + refit_bytes(its, of, keep=False) / 1e9
+        trained = layer + distill_bytes(its, of, parts=parts) / 1e9
+        yield f"| {its.name} | {layer:.1f} | {fitted:.1f} | {trained:.1f}, {parts} |"
 
 
 # ---- every term against a count --------------------------------------------------------------

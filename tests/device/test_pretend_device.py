@@ -51,18 +51,11 @@ pytestmark = [
 ]
 
 
-def on_device(model: Path, folder: Path, *names: str, **environment: str) -> Iterator[Any]:
-    """Stages in a process that sees a pretend device from its start."""
+def on_device(*arguments: object, **environment: str) -> Iterator[Any]:
+    """A script here, in a process that sees a pretend device from its start: its lines of JSON."""
     here = Path(__file__).parent
-    command = [
-        sys.executable,
-        here / "pretend.py",
-        here / "stages.py",
-        model,
-        folder,
-        "cuda",
-        *names,
-    ]
+    script, *more = arguments
+    command = [sys.executable, here / "pretend.py", here / f"{script}.py", *more]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True,
@@ -76,7 +69,7 @@ def held_to(model: Path, folder: Path, names: tuple[str, ...]) -> None:
     (folder / "cpu").mkdir()
     expected = dict(stages.run(model, folder / "cpu", "cpu", list(names)))
     (folder / "cuda").mkdir()
-    found = dict(on_device(model, folder / "cuda", *names, PRETEND_GPUS="2"))
+    found = dict(on_device("stages", model, folder / "cuda", "cuda", *names, PRETEND_GPUS="2"))
     assert found.keys() == expected.keys()
     for name, its in found.items():
         assert its["numbers"].keys() == expected[name]["numbers"].keys()
@@ -116,7 +109,7 @@ def test_the_rest_of_the_stages(model: Path, tmp_path: Path) -> None:
 )
 def test_a_device_that_is_too_small(model: Path, tmp_path: Path, name: str) -> None:
     """Weights take 1.2 MB, logits of a batch 2: stages make do, in words, and end."""
-    [(_, found)] = on_device(model, tmp_path, name, PRETEND_BYTES="4e6")
+    [(_, found)] = on_device("stages", model, tmp_path, "cuda", name, PRETEND_BYTES="4e6")
     lines = found["said"]
     assert found["counts"]["out of memory"] >= 4
     assert found["live"] == [0]
@@ -126,3 +119,13 @@ def test_a_device_that_is_too_small(model: Path, tmp_path: Path, name: str) -> N
     ):  # fmt: skip
         assert any(words in line for line in lines), (words, lines)
     assert not any("not repaired" in line for line in lines)
+
+
+@pytest.mark.nightly
+def test_peaks_of_a_repair_are_about_the_formulas() -> None:
+    """Of eval/scaling_prune.py, at a shape where what it leaves out is not small."""
+    [told] = on_device("peaks")
+    assert told["found"].keys() == told["formulas"].keys() == {"refit", "half", "distill"}
+    for name, formula in told["formulas"].items():
+        assert 0.75 < told["found"][name] / formula < 1.35, (name, told)
+    assert told["found"]["half"] < told["found"]["distill"]
