@@ -22,16 +22,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """GPU tests say why they do not run; nightly ones are left out unless `-m` speaks of them."""
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords hold names of folders too
                 item.add_marker(
                     pytest.mark.skip(reason="needs a CUDA device; torch sees none here")
                 )
     if "nightly" in config.option.markexpr or any("::" in a for a in config.args):
         return
-    left_out = [i for i in items if "nightly" in i.keywords]
+    left_out = [i for i in items if i.get_closest_marker("nightly")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)  # pytest's last line counts them
-        items[:] = [i for i in items if "nightly" not in i.keywords]
+        items[:] = [i for i in items if not i.get_closest_marker("nightly")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,8 @@ _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 def out_of_memory(e: BaseException) -> bool:
     """This says that memory ran out, of a device or of the machine; libraries differ in how."""
     text = str(e)
-    words = ("allocate memory", "out of memory", "can't start new thread")
+    # the last: of cuBLAS, cuSOLVER and cuDNN, for memory of their own
+    words = ("allocate memory", "out of memory", "can't start new thread", "_STATUS_ALLOC_FAILED")
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"  # torch's: of CUDA and the like

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from moe_fair.moe.blocks import Forward, MoeBlock
@@ -27,6 +28,7 @@ class BlockRecorder:
         self.y: Tensor
         self._instead: tuple[Tensor, Tensor] | None = None
         self._change: Tensor | None = None
+        self._silent = False
         self.stock: Forward
         self._detach: Callable[[], None]
 
@@ -36,6 +38,7 @@ class BlockRecorder:
 
     def __exit__(self, *exception: object) -> None:
         self._instead = self._change = None
+        self._silent = False
         self._detach()
 
     def answering(self, index: Tensor, weights: Tensor) -> BlockRecorder:
@@ -48,11 +51,18 @@ class BlockRecorder:
         self._change = change
         return self
 
+    def silent(self) -> BlockRecorder:
+        """As a context: what the experts are called with is noted, and they give zeros."""
+        self._silent = True
+        return self
+
     def _forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if self._instead is not None:
             return self.block.routed_output(self.stock, x, *self._instead)
         if self._change is not None:
             return self.block.routed_output(self.stock, x, index, weights) + self._change
         self.x, self.index, self.weights = x, index, weights
+        if self._silent:
+            return torch.zeros_like(x)
         self.y = self.block.routed_output(self.stock, x, index, weights)
         return self.y

@@ -8,25 +8,31 @@ it ends there: one layer's backward, never the model's. AdamW (arXiv 1711.05101)
 the weights' data type; the step is relative to each tensor's root mean square, so that one setting
 serves models of any width. The epoch that is best on the held-out sequences is kept.
 
-Shape legend: B sequences, L tokens, D model.
+While the rate still rises, the held-out sequences are asked whether the steps are too large, and
+whether smaller ones gain anything: a fit that the text is too short to better is left as it is.
+
+Shape legend: B sequences, L tokens, N tokens that are kept, D model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import LayerCall
+from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.layer_examples import Examples
 
 STEP = 0.02  # of a tensor's root mean square, at the schedule's peak
-WARM = 0.1  # share of the steps in which the rate rises; then it falls to zero along a cosine
+RISE = 0.4  # of an epoch, in which the rate rises; then it falls to zero along a cosine
+LOOK = 0.125  # of an epoch, after which the held-out error says whether to go on
+# shares of the step that are tried, and the held-out error, relative to the first, below which one
+# goes on: a large step may raise it at first and gain the more, a small one shows what there is
+TRIED = ((1.0, 1.05), (0.25, 1.0))
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm, where the loss is 1 for a layer that does nothing
 STEP_TOKENS = 1024  # about so many tokens to a step
@@ -53,108 +59,168 @@ def epochs_for(batches: Sequence[Batch]) -> int:
 
 
 def distill_layer(
-    layer: nn.Module,
-    block: nn.Module,
-    calls: Sequence[LayerCall],
-    batches: Sequence[Batch],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    held: Callable[[Batch], Tensor],
+    examples: Examples,
+    block: MoeBlock,
     *,
     epochs: int,
     seed: int = 0,
+    look: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> Distillation:
-    """Train `block` inside `layer`, in place.
+    """Train a block on the examples, in place.
 
     Args:
-        calls, batches: what the model hands to the layer with each batch.
-        inputs, targets: [B, L, D] hidden states into the pruned layer, and wanted out of it.
-        held: batch -> [B] which sequences judge instead of teach.
+        look: whether anything is gained, and stop early where it is not.
+        part: which of how many parts of the experts are trained, the others as they are: as many
+            times less memory, and epochs. What is no expert's is trained with the first.
 
     Returns:
         what became of the held-out error. Nothing is changed where no epoch improves it.
     """
-    names = {n: p for n, p in layer.named_parameters() if any(p is q for q in block.parameters())}
-    masters = {n: p.detach().float().clone() for n, p in names.items()}
-    # what runs: the masters, rounded to the weights' own type; gradients are of that type too
-    cast = {n: p.detach().clone().requires_grad_(True) for n, p in names.items()}
-    size = {n: float(m.square().mean().sqrt()) for n, m in masters.items()}
-    optimizer = torch.optim.AdamW(
-        [{"params": [m], "lr": STEP * size[n]} for n, m in masters.items()],
-        betas=BETAS,
-        weight_decay=0.0,
-        fused=True,  # one pass over the weights and their moments: memory traffic is what it costs
-    )
-    judges = [held(b) for b in batches]
-    teach = [(b.mask.bool() & ~j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
-    judge = [(b.mask.bool() & j.unsqueeze(1)) for b, j in zip(batches, judges, strict=True)]
-    work = sum(float(_squares(t, x, m)) for t, x, m in zip(targets, inputs, teach, strict=True))
-    unit = work / max(1, sum(int(m.sum()) for m in teach))
+    epochs = max(1, epochs // part[1])
+    before = 0.0
+    for share, most in TRIED if look else ((1.0, math.inf),):
+        training = _Training(examples, block, epochs, share, part)
+        before = before or training.judged()
+        found = _trained(training, before, most * before, epochs, seed)
+        if found is not None:
+            best, epoch, kept = found
+            if epoch:
+                training.write(kept)
+            return Distillation(before, best, epoch)
+        del training  # before the next one, of the same size
+    return Distillation(before, before, 0)
 
-    def run(j: int) -> Tensor:
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            return functional_call(layer, cast, arguments, keywords)
 
-        return calls[j].run(forward, inputs[j])
-
-    @torch.no_grad()
-    def judged() -> float:
-        error = size = 0.0
-        for j, mask in enumerate(judge):
-            if bool(mask.any()):
-                error += float(_squares(targets[j], run(j), mask))
-                size += float(_squares(targets[j], inputs[j], mask))
-        return error / max(size, 1e-300)
-
-    usable = [j for j, m in enumerate(teach) if bool(m.any())]
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * len(usable)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
-    best = before = judged()
-    kept, epoch = None, 0
+def _trained(
+    training: _Training, before: float, most: float, epochs: int, seed: int
+) -> tuple[float, int, dict[str, Tensor]] | None:
+    """The least held-out error, its epoch and its weights; None where the error is `most` or more
+    after a small share of an epoch."""
+    usable, order = training.examples.teaching, torch.Generator().manual_seed(seed)
+    early, steps = max(1, round(LOOK * len(usable))), 0
+    best, epoch, kept = before, 0, training.masters
     for number in range(1, epochs + 1):
         for i in torch.randperm(len(usable), generator=order).tolist():
-            j = usable[i]
-            with torch.enable_grad():
-                loss = _squares(targets[j], run(j), teach[j]) / (int(teach[j].sum()) * unit)
-                loss.backward()
-            _step(optimizer, masters, cast)
-            schedule.step()
-        now = judged()
+            training.step(usable[i])
+            steps += 1
+            if steps == early and most < math.inf and not training.judged() < most:
+                return None
+        now = training.judged()
         if now < best:
             best, epoch = now, number
-            kept = {n: m.detach().clone() for n, m in masters.items()}
-    if kept is not None:
-        for n, p in names.items():
-            p.data.copy_(kept[n])
-    return Distillation(before, best, epoch)
+            kept = training.weights() if number < epochs else training.masters
+    return best, epoch, kept
 
 
-@torch.no_grad()
+class _Training:
+    """A block's weights in float32 with AdamW's moments, and what runs: the weights rounded.
+
+    Attributes:
+        names: name -> weight of the block.
+        rows: name -> those of its rows that are trained; of all experts, or of a part of them.
+        masters, cast: name -> these rows in float32, and as they run: gradients are of that type.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        block: MoeBlock,
+        epochs: int,
+        share: float,
+        part: tuple[int, int],
+    ) -> None:
+        self.examples = examples
+        own = {id(p) for p in block.block.parameters()}
+        self.names = {n: p for n, p in examples.module.named_parameters() if id(p) in own}
+        self.rows = dict(self._rows(block, part))
+        size = {n: float(self.names[n].float().square().mean().sqrt()) for n in self.rows}
+        self.masters = {n: self.names[n].detach()[r].float().clone() for n, r in self.rows.items()}
+        self.cast = {
+            n: self.names[n].detach()[r].clone().requires_grad_(True) for n, r in self.rows.items()
+        }
+        # one pass over the weights and their moments: memory traffic is what it costs
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [m], "lr": share * STEP * size[n]} for n, m in self.masters.items()],
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True,
+        )
+        each = len(examples.teaching)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda s: _rate(s, each, epochs)
+        )
+        self.unit = examples.unit
+
+    def _rows(self, block: MoeBlock, part: tuple[int, int]) -> Iterator[tuple[str, slice]]:
+        experts, (number, count) = {id(p) for p in block.experts.parameters()}, part
+        for n, p in self.names.items():
+            if id(p) in experts and count > 1:
+                first, end = (len(p) * i // count for i in (number, number + 1))
+                if end > first:
+                    yield n, slice(first, end)
+            elif not number:
+                yield n, slice(None)
+
+    def running(self) -> dict[str, Tensor]:
+        """The block's weights with what is trained in its place."""
+        found = {}
+        for n, p in self.names.items():
+            rows, now = self.rows.get(n), self.cast.get(n)
+            if rows is None or now is None:
+                found[n] = p.detach()
+            elif rows.stop is None:
+                found[n] = now
+            else:
+                found[n] = torch.cat([p.detach()[: rows.start], now, p.detach()[rows.stop :]])
+        return found
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these rows into the block."""
+        for n, rows in self.rows.items():
+            self.names[n].data[rows].copy_(weights[n])
+
+    def step(self, j: int) -> None:
+        """Move the masters along the gradient of one batch's error."""
+        with torch.enable_grad():
+            error, tokens = self.examples.error(j, self.running(), judging=False)
+            (error / (tokens * self.unit)).backward()
+        with torch.no_grad():
+            _step(self.optimizer, self.masters, self.cast)
+        self.schedule.step()
+
+    @torch.no_grad()
+    def judged(self) -> float:
+        """The error on what judges."""
+        judging, weights = self.examples.judging, self.running()
+        error = sum(self.examples.error(j, weights, judging=True)[0] for j in judging)
+        return float(error) / max(self.examples.size, 1e-300)
+
+    def weights(self) -> dict[str, Tensor]:
+        """As they are now."""
+        return {n: m.detach().clone() for n, m in self.masters.items()}
+
+
 def _step(
-    optimizer: torch.optim.Optimizer, masters: dict[str, Tensor], cast: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, masters: Mapping[str, Tensor], cast: Mapping[str, Tensor]
 ) -> None:
     """Move the masters along the gradients of what ran; both are of the same names."""
-    ran = [p for p in cast.values() if p.grad is not None]
-    nn.utils.clip_grad_norm_(ran, CLIP, foreach=True)
+    ran = [p.grad for p in cast.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm(ran, foreach=True)
+    # clipped while they are widened to float32, in one pass: a tensor of a dimension makes it so
+    scale = (CLIP / (norm.float() + 1e-6)).clamp(max=1.0).view(1)
     for n, m in masters.items():
         grad = cast[n].grad
-        m.grad = None if grad is None else grad.float()
+        m.grad = None if grad is None else grad * scale
         cast[n].grad = None
     optimizer.step()
     optimizer.zero_grad()
     torch._foreach_copy_(list(cast.values()), list(masters.values()))
 
 
-def _squares(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Σ (a - b)² over the masked tokens of [B, L, D]: streams are far larger than what is between
-    them, so they are subtracted in float32."""
-    return ((a.float() - b.float()).square().sum(-1) * mask).sum()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the peak rate."""
-    rise = max(1, int(WARM * steps))
+def _rate(step: int, each: int, epochs: int) -> float:
+    """Share of the peak rate, of epochs of so many steps."""
+    rise, steps = max(1, round(RISE * each)), each * epochs
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

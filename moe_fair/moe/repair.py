@@ -26,18 +26,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.hidden_states import HiddenStates
-from moe_fair.moe.layer_distillation import distill_layer, epochs_for
+from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_for
+from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExamples
 from moe_fair.moe.layer_repair import LayerRepair
+from moe_fair.moe.layer_split import split_of
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut_block
 
 HELD_OUT = 5  # every fifth sequence judges the fits
+MOST_PARTS = 16  # in which experts are trained where memory is short
 ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 # (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
@@ -55,7 +59,8 @@ class Repairer:
         folder: where each layer's new tensors are written, one safetensors file a layer; a walk
             that was killed takes up what it finds there with the same `key`.
         key: everything the result depends on: plan, text, settings.
-        sparing: what is not in use lies in main memory, and hidden activations are computed again.
+        sparing: what is not in use lies in main memory, hidden activations are computed again, and
+            experts are trained in parts where all of them do not fit.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -70,7 +75,9 @@ class Repairer:
         folder: Path | None = None,
         key: str = "",
         sparing: bool = False,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.say = say
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.sparing = sparing
         self.kind: Repair = repair(kind)
@@ -83,6 +90,7 @@ class Repairer:
     def run(self, batches: Sequence[Batch]) -> list[LayerRepair]:
         """Walk once over the batches; returns what was done, in layer order."""
         layered = self.engine.layered
+        kinds = Kinds(batches, judges, layered.device)
         batches = [b.to(layered.device) for b in batches]
         calls, first = self.engine.embed(batches)
         if first[0].dim() != 3:
@@ -99,7 +107,9 @@ class Repairer:
             with layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
                 step = [row[i] for row in calls]
                 if i in self.blocks:
-                    done.append(self._layer(layer, self.blocks[i], step, batches, original, pruned))
+                    done.append(
+                        self._layer(layer, self.blocks[i], step, batches, kinds, original, pruned)
+                    )
                     continue
                 for j, _ in enumerate(self.engine.visit("repairing", i, batches)):
                     same = original.same(pruned, j)
@@ -116,11 +126,13 @@ class Repairer:
         block: MoeBlock,
         calls: Sequence[LayerCall],
         batches: Sequence[Batch],
+        kinds: Kinds,
         original: HiddenStates,
         pruned: HiddenStates,
     ) -> LayerRepair:
         """Cut and repair one layer; both streams go past it."""
         share = _uptake(layer, block, calls[0], original[0])
+        split = split_of(layer, block.block, calls[0], original[0])
         watch = BlockRecorder(block)
         # the original layer's output, or its routed output
         wanted = HiddenStates((), self.engine.layered.device, apart=self.sparing)
@@ -132,33 +144,84 @@ class Repairer:
         originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
         found = self._earlier(block)
-        if found is None:
-            text = _Text(self.sparing)
-            for j, batch in enumerate(batches):
+        if found is not None:
+            for j in range(len(batches)):
+                pruned[j] = calls[j].run(layer, pruned[j])
+            return found
+        text = _Text(kinds, self.sparing)
+        given = HiddenStates((), self.engine.layered.device, apart=self.sparing)
+        changes = torch.zeros(2, dtype=torch.float32, device=self.engine.layered.device)
+        for j in range(len(batches)):
+            if split is None:
                 with watch:
                     out = calls[j].run(layer, pruned[j])
-                if share is None:
-                    target = wanted[j].flatten(0, -2)
-                else:  # the difference of two streams is small beside them: not in their own type
-                    missing = (_precise(original[j]) - _precise(out)).flatten(0, -2)
-                    target = _precise(watch.y) + missing / share
-                text.add(batch, watch, target)
-            found = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
-            if self.trains:
-                tuned = distill_layer(
-                    layer, block.block, calls, batches, pruned, original, judges,
-                    epochs=epochs_for(batches),
-                )  # fmt: skip
-                found = replace(
-                    found,
-                    epoch=tuned.epoch,
-                    tuned_before=tuned.before,
-                    tuned_after=tuned.after,
-                )
-            self._save(block, found, originals)
+                rest = out
+            else:  # from here on a rest, to which the block adds
+                changes += kinds.change(j, original[j], pruned[j])
+                x, rest = split.parts(calls[j], pruned[j])
+                given.append(x)
+                pruned[j] = rest
+                # where the experts' output simply adds, it is what the fit is about
+                with watch if share is None else watch.silent():
+                    rest = rest + split.run(x)
+            if share is None:
+                target = wanted[j].flatten(0, -2)
+            else:  # the difference of two streams is small beside them: not in their own type
+                target = (_precise(original[j]) - _precise(rest)).flatten(0, -2) / share
+                if split is None:
+                    target += watch.y
+            text.add(j, watch, target)
+        found, on_all = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
+        if self.trains:
+            examples: Examples
+            if split is None:
+                examples = LayerExamples(layer, calls, kinds, pruned, original)
+            else:
+                learned, judged = changes.tolist()
+                work = (learned, judged)
+                examples = BlockExamples(split, kinds, given, pruned, original, work)
+            tuned = self._train(examples, block, epochs_for(batches))
+            found = replace(
+                found, epoch=tuned.epoch, tuned_before=tuned.before, tuned_after=tuned.after
+            )
+        if on_all is not None and not found.epoch:
+            write_down(block.experts, on_all)
+        self._save(block, found, originals)
         for j in range(len(batches)):
-            pruned[j] = calls[j].run(layer, pruned[j])
+            if split is None:
+                pruned[j] = calls[j].run(layer, pruned[j])
+            else:
+                pruned[j] = pruned[j] + split.run(given[j])
         return found
+
+    def _train(self, examples: Examples, block: MoeBlock, epochs: int) -> Distillation:
+        """Train the block; where its float32 weights and moments do not fit, parts one by one.
+
+        Where no part fits either, what was fitted stands.
+        """
+        done = Distillation(0.0, 0.0, 0)
+        part, parts = 0, 1
+        while part < parts:
+            lack = None
+            try:
+                now = distill_layer(examples, block, epochs=epochs, part=(part, parts))
+                done = replace(now, before=done.before or now.before, epoch=done.epoch or now.epoch)
+                part += 1
+            except Exception as e:
+                if not out_of_memory(e) or not self.sparing:
+                    raise
+                lack = str(e).partition("\n")[0]
+            if lack is not None:  # outside of the handler, which held what had been allocated
+                release()
+                part, parts = 0, 2 * parts
+                if parts > MOST_PARTS:
+                    self.say(
+                        f"{block.name}: out of memory ({lack}): fitted, and trained no further"
+                    )
+                    break
+                what = f"its experts are trained in {parts} parts"
+                self.say(f"{block.name}: out of memory ({lack}): {what}")
+        return done
 
     def _path(self, block: MoeBlock) -> Path | None:
         return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
@@ -251,23 +314,25 @@ class _Text:
         apart: it lies in main memory until it is joined.
     """
 
-    def __init__(self, apart: bool) -> None:
-        self.apart = apart
-        self._parts: list[tuple[Tensor, ...]] = []
+    def __init__(self, kinds: Kinds, apart: bool) -> None:
+        self.kinds, self.apart = kinds, apart
+        self._parts: dict[bool, list[tuple[Tensor, ...]]] = {False: [], True: []}
 
-    def add(self, batch: Batch, watch: BlockRecorder, target: Tensor) -> None:
-        real = batch.mask.flatten().bool()
-        judge = judges(batch).repeat_interleave(batch.mask.shape[1])
-        part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target, judge)
-        part = part if bool(real.all()) else tuple(t[real] for t in part)
+    def add(self, j: int, watch: BlockRecorder, target: Tensor) -> None:
+        part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target)
         self.device = target.device
-        self._parts.append(tuple(t.cpu() for t in part) if self.apart else part)
+        for judging, parts in self._parts.items():
+            if self.kinds.counts[judging][j]:
+                kept = tuple(self.kinds.some(t, j, judging) for t in part)
+                parts.append(tuple(t.cpu() for t in kept) if self.apart else kept)
 
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        columns = zip(*self._parts, strict=True)
-        x, ids, weights, target, judge = (torch.cat(t).to(self.device) for t in columns)
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Those that teach, then those that judge; how many teach."""
+        learn = sum(len(part[0]) for part in self._parts[False])
+        columns = zip(*self._parts[False], *self._parts[True], strict=True)
+        x, ids, weights, target = (torch.cat(t).to(self.device) for t in columns)
         self._parts.clear()
-        return x, ids, weights, target, judge
+        return x, ids, weights, target, learn
 
 
 def _fit(
@@ -277,36 +342,42 @@ def _fit(
     ids: Tensor,
     weights: Tensor,
     target: Tensor,
-    judge: Tensor,
+    learn: int,
     *,
     keep: bool = True,
-) -> LayerRepair:
-    """Choose the ridge on the held-out tokens, fit on all, write the weights into the block.
+) -> tuple[LayerRepair, Tensor | None]:
+    """Choose the ridge on the held-out tokens, and write the fit on the others into the block.
 
     Args:
+        learn: so many tokens teach, the rest judge.
         keep: of the experts' hidden activations what is small, see `RoutedOutput`.
+
+    Returns:
+        what was done, and the down projections that were fitted to all tokens: what judges has
+        taught them, so that nothing that comes after can be compared with them.
     """
     target = _precise(target)
-    if not bool(judge.any()) or bool(judge.all()):
+    if not 0 < learn < len(x):
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
-    learn = ~judge
-    routed = RoutedOutput(block.experts, x[judge], ids[judge], weights[judge], keep=keep)
-    before = error(routed.output(read_down(block.experts)), target[judge])
-    fitting = RoutedOutput(block.experts, x[learn], ids[learn], weights[learn], keep=keep)
+        order = torch.argsort(judge.to(torch.uint8), stable=True)
+        x, ids, weights, target = x[order], ids[order], weights[order], target[order]
+        learn = len(x) - len(x) // HELD_OUT
+    routed = RoutedOutput(block.experts, x, ids, weights, keep=keep)
+    fitting, judging = routed.split(learn)
+    before = error(judging.output(read_down(block.experts)), target[learn:])
     path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
     after, ridge, best = float("inf"), 0.0, None
-    for tried, w in path(fitting, target[learn], kind.ridges):
-        now = error(routed.output(w), target[judge])
+    for tried, w in path(fitting, target[:learn], kind.ridges):
+        now = error(judging.output(w), target[learn:])
         if (now, tried) < (after, ridge):
-            after, ridge, best = now, tried, w
-    del fitting, routed
-    if not after < before or before < ROUNDING:
-        return LayerRepair(block.name, "none", 0.0, before, before)
-    every = RoutedOutput(block.experts, x, ids, weights, keep=keep)
-    [(_, w)] = path(every, target, [ridge], best)
-    write_down(block.experts, w)
-    return LayerRepair(block.name, kind.name, ridge, before, after)
+            after, ridge, best = now, tried, w if keep else w.cpu()
+    if best is None or not after < before or before < ROUNDING:
+        return LayerRepair(block.name, "none", 0.0, before, before), None
+    [(_, w)] = path(routed, target, [ridge], best)
+    w = w.to(next(p.dtype for p in block.experts.parameters()))  # as it will be written
+    write_down(block.experts, best)
+    return LayerRepair(block.name, kind.name, ridge, before, after), w if keep else w.cpu()
 
 
 def _one_by_one(

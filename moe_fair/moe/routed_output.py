@@ -10,6 +10,7 @@ Shape legend: T tokens, K top-k, E experts, F hidden (one more with a bias), D m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -42,14 +43,35 @@ class RoutedOutput:
         flat = ids.flatten()
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=int(experts.num_experts)).tolist()
-        self._tokens = order.div(k, rounding_mode="floor").split(counts)
-        self._gates = weights.flatten()[order].to(self.precise).split(counts)
+        self._tokens = list(order.div(k, rounding_mode="floor").split(counts))
+        self._gates = list(weights.flatten()[order].to(self.precise).split(counts))
         down = experts.down_proj  # [E, F, D] or [E, D, F]
         width = down.shape[1 if experts.is_transposed else 2]
         small = keep and flat.numel() * width * x.itemsize <= KEPT_BYTES
         self._kept = [self._hidden(e) for e in range(len(counts))] if small else None
         few = keep and down.shape[0] * width**2 * self.precise.itemsize <= KEPT_BYTES
         self._own_grams: list[Tensor] | None = [] if few else None
+        self._halves: tuple[RoutedOutput, RoutedOutput] | None = None
+
+    def split(self, at: int) -> tuple[RoutedOutput, RoutedOutput]:
+        """The first `at` tokens and the rest, each by itself; nothing is held or computed twice.
+
+        What is a sum over tokens is from then on that of the two.
+        """
+        first, rest = copy.copy(self), copy.copy(self)
+        # of every expert the tokens rise
+        counts = [int(n) for n in torch.stack([(t < at).sum() for t in self._tokens]).tolist()]
+        for half, part in ((first, slice(None, at)), (rest, slice(at, None))):
+            cut = [slice(None, n) if half is first else slice(n, None) for n in counts]
+            half.x = self.x[part]
+            half._tokens = [t[c] for t, c in zip(self._tokens, cut, strict=True)]
+            half._gates = [g[c] for g, c in zip(self._gates, cut, strict=True)]
+            if self._kept is not None:
+                half._kept = [h[c] for h, c in zip(self._kept, cut, strict=True)]
+            half._own_grams = None if self._own_grams is None else []
+        rest._tokens = [t - at for t in rest._tokens]
+        self._halves = (first, rest)
+        return self._halves
 
     def features(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For every expert: its tokens [n] and g·h [n, F]."""
@@ -64,6 +86,10 @@ class RoutedOutput:
         """For every expert: Σ g²·h hᵀ [F, F] over its own tokens; kept where they are small."""
         if self._own_grams:
             yield from self._own_grams
+            return
+        if self._halves is not None and self._own_grams is not None:
+            for a, b in zip(*(h.own_grams() for h in self._halves), strict=True):
+                yield a + b
             return
         for _, h in self.features():
             gram = h.T @ h
@@ -86,6 +112,8 @@ class RoutedOutput:
     def gram(self) -> Tensor:
         """[E·F, E·F] float64, `adjoint ∘ output` as a matrix: only tokens that share two experts
         count between them. For few and narrow experts."""
+        if self._halves is not None:
+            return self._halves[0].gram + self._halves[1].gram
         every = list(self.features())
         size, width = len(every), every[0][1].shape[1]
         g = self.x.new_zeros(size, width, size, width, dtype=torch.float64)
@@ -103,6 +131,8 @@ class RoutedOutput:
 
     def squares(self) -> Tensor:
         """[E, F] Σ (g·h)²: the diagonal of `adjoint ∘ output`, the same for every column."""
+        if self._halves is not None:
+            return self._halves[0].squares() + self._halves[1].squares()
         return torch.stack([h.square().sum(0) for _, h in self.features()])
 
     def _hidden(self, e: int) -> Tensor:
@@ -134,12 +164,16 @@ def hidden(experts: Any, e: int, x: Tensor) -> Tensor:
     return experts._apply_gate(z) if experts.has_gate else experts.act_fn(z)
 
 
-def read_down(experts: Any) -> Tensor:
-    """[E, F, D] down projections in float32 at least, the bias as the last row of each."""
-    w = experts.down_proj.detach()
+def read_down(experts: Any, some: slice = slice(None)) -> Tensor:
+    """[E, F, D] down projections in float32 at least, the bias as the last row of each.
+
+    Args:
+        some: of these experts.
+    """
+    w = experts.down_proj.detach()[some]
     w = w if experts.is_transposed else w.transpose(1, 2)
     if experts.has_bias:
-        w = torch.cat([w, experts.down_proj_bias.detach().unsqueeze(1)], 1)
+        w = torch.cat([w, experts.down_proj_bias.detach()[some].unsqueeze(1)], 1)
     return w.to(torch.promote_types(w.dtype, torch.float32)).contiguous()
 
 

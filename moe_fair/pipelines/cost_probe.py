@@ -31,6 +31,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.layer_distillation import distill_layer
+from moe_fair.moe.layer_examples import Kinds, LayerExamples
 from moe_fair.moe.repair import HELD_OUT, judges
 from moe_fair.moe.repairs import Repair, repair
 from moe_fair.moe.repairs.refit import DIRECT
@@ -282,8 +283,9 @@ class _Probe:
     @torch.no_grad()
     def _train(self, batches: list[Batch], calls: list[LayerCall], hidden: list[Tensor]) -> None:
         targets = [c.run(self.layer, x) * 1.01 for c, x in zip(calls, hidden, strict=True)]
-        block = self.block.block
-        distill_layer(self.layer, block, calls, batches, hidden, targets, judges, epochs=1)
+        kinds = Kinds(batches, judges, self.device)
+        examples = LayerExamples(self.layer, calls, kinds, hidden, targets)
+        distill_layer(examples, self.block, epochs=1, look=False)
 
     def _fits(self, kind: str, one: Line, scale: float) -> Line:
         """What a layer takes: every strength on what teaches, the best one on all."""

@@ -84,7 +84,9 @@ def repair_model(
         its = digest({**key, "text": part.digest})
 
         def run(engine: StreamingEngine) -> list[LayerRepair]:
-            repairer = Repairer(engine, kept, kind, folder=folder, key=its, sparing=sparing)
+            repairer = Repairer(
+                engine, kept, kind, folder=folder, key=its, sparing=sparing, say=say
+            )
             most = 1 if sparing else None
             return repairer.run(_with_copies(recipe, source, part, copies, engine, most))
 

@@ -369,6 +369,7 @@ def _resume(
         return blank
     folder = max(found, key=lambda p: int(p.name.removeprefix("removed-")))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)  # which puts it beside the weights
     units = load_file(folder / "units.safetensors")
     return replace(blank, **units, steps=json.loads((folder / "steps.json").read_text()))

@@ -26,6 +26,7 @@ from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines.evaluate import run_agreement
 
 TEXT = Path(__file__).parents[2] / "eval" / "text"
+TASKS = TEXT.with_name("tasks")
 SMALL: dict[str, Any] = {
     "calibration": str(TEXT / "calibration"), "samples": 8, "length": 24,
     "batch_size": 4, "dtype": "float32",
@@ -93,6 +94,18 @@ def agreement(model: Path, device: str, folder: Path) -> Numbers:
     return {"agreement": [mean.kl, mean.acceptance, mean.top1]}
 
 
+def asked(model: Path, device: str, folder: Path) -> Numbers:
+    """lm-eval's accuracy and log-likelihoods on four questions."""
+    from moe_fair.evaluate.benchmark import Benchmark, run
+
+    given = {"limit": 4, "batch_size": "2", "dtype": "float32", "device": device}
+    tasks = Benchmark(("local_choice_python",), include_path=TASKS, **given)
+    done = run(Checkpoint(str(model)), tasks)
+    [answers] = done["samples"].values()
+    likely = [float(x[0][0]) for a in answers for x in a["resps"]]
+    return {"accuracy": [float(a["acc"]) for a in answers], "likely": likely}
+
+
 STAGES: dict[str, Stage] = {
     "resident": calibrated(),
     "checkpointed": calibrated(checkpointing=True),
@@ -105,6 +118,7 @@ STAGES: dict[str, Stage] = {
     "curves": pruned(method="taylor-sq", allocate="curves", repair="none", rivals=()),
     "oracle": oracle,
     "agreement": agreement,
+    "lm-eval": asked,
 }
 
 

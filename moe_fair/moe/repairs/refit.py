@@ -51,23 +51,16 @@ def path(
             this share of the largest.
     """
     stock = read_down(routed.experts)
-    y = routed.output(stock)
-    a = factor(y, target)
-    centre = a * stock
     squares = routed.squares()
     mean = float(squares.mean())
     if squares.numel() <= direct:
-        residual = routed.adjoint(target - a * y)  # the ridge has no pull at its own centre
-        for ridge in sorted(ridges, reverse=True):
-            matrix = routed.gram.clone()
-            # experts that no token reached have nothing but the ridge
-            matrix.diagonal().add_(ridge * mean).clamp_(min=1e-12 * mean + 1e-300)
-            step = torch.linalg.solve(matrix, residual.flatten(0, 1).double())
-            yield ridge, centre + step.view_as(centre).to(centre.dtype)
+        yield from _directly(routed, target, ridges, stock, mean)
         return
-    del stock
+    y = routed.output(stock)
+    a = factor(y, target)
     sweeps = sweeps or (SWEEPS if start is None else 1)
-    w = centre.clone() if start is None else start.to(centre).clone()
+    w = a * stock if start is None else start.to(stock, copy=True)
+    del stock
     rest = target - (a * y if start is None else routed.output(w))
     del y
     for ridge in sorted(ridges, reverse=True):
@@ -79,7 +72,8 @@ def path(
             for e, (tokens, h) in enumerate(routed.features()):
                 if not len(tokens):
                     continue
-                pull = h.T @ rest[tokens] - weight * (w[e] - centre[e])
+                centre = a * read_down(routed.experts, slice(e, e + 1))[0]  # not held: too large
+                pull = h.T @ rest[tokens] - weight * (w[e] - centre)
                 step = torch.cholesky_solve(pull, factors[e])
                 w[e] += step
                 rest.index_add_(0, tokens, h @ step, alpha=-1)
@@ -88,6 +82,32 @@ def path(
             if float(moved) <= solved**2 * largest:
                 break
         yield ridge, w.clone()
+
+
+def _directly(
+    routed: RoutedOutput, target: Tensor, ridges: Sequence[float], stock: Tensor, mean: float
+) -> Iterator[tuple[float, Tensor]]:
+    """By the normal equations, which also say what the best factor is."""
+    wanted = routed.adjoint(target).flatten(0, 1).double()
+    now = stock.flatten(0, 1).double()
+    given = routed.gram @ now
+    size = float((now * given).sum())
+    a = float((now * wanted).sum()) / size if size > 0 else 1.0
+    residual = wanted - a * given  # the ridge has no pull at its own centre
+    for ridge in sorted(ridges, reverse=True):
+        matrix = routed.gram.clone()
+        # experts that no token reached have nothing but the ridge
+        matrix.diagonal().add_(ridge * mean).clamp_(min=1e-12 * mean + 1e-300)
+        step = _solved(matrix, residual)
+        yield ridge, (a * now + step).view_as(stock).to(stock.dtype)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix⁻¹ right of a symmetric matrix that is positive, but for rounding."""
+    factor, bad = torch.linalg.cholesky_ex(matrix)
+    if bool(bad):
+        return torch.linalg.solve(matrix, right)
+    return torch.cholesky_solve(right, factor)
 
 
 def _factor(gram: Tensor, weight: float) -> Tensor:

@@ -6,6 +6,7 @@ grows when experts leave; a factor takes most of that back.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe_fair.moe.routed_output import RoutedOutput, read_down
@@ -22,5 +23,5 @@ def fit(routed: RoutedOutput, target: Tensor, ridge: float) -> Tensor:
 
 def factor(y: Tensor, target: Tensor) -> float:
     """Least squares of a·y to the target, both [T, D]; 1 where y is zero."""
-    size = float(y.double().square().sum())
-    return float((y.double() * target.double()).sum()) / size if size > 0 else 1.0
+    size = float(y.square().sum(dtype=torch.float64))
+    return float((y * target).sum(dtype=torch.float64)) / size if size > 0 else 1.0
