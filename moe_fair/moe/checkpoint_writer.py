@@ -23,7 +23,6 @@ from moe_fair.moe.checkpoint_source import Checkpoint, first_line
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs
-from moe_fair.moe.quantised import packed
 from moe_fair.moe.side_files import READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
 from moe_fair.moe.table_surgery import new_tables, with_tables
@@ -77,7 +76,7 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix="moe_fair-tables-") as place:
         tensors = with_tables(tensors, new_tables(source, kept), Path(place))
         write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
-    beside = side_files(source.home, packed(source.config))
+    beside = side_files(source.home, source.packing is not None)
     for name in beside.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.home / name, folder / name)

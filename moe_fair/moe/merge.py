@@ -114,9 +114,8 @@ def check_mergeable(source: Checkpoint) -> None:
             chosen by a table of token ids.
     """
     from moe_fair.moe.overlay import check_layouts
-    from moe_fair.moe.quantised import packed
 
-    if packed(source.config):
+    if source.packing is not None:
         raise ValueError(
             f"{source.model}: quantised weights cannot be merged; merge the original and quantise "
             "the result, or use --reduce prune"
@@ -148,6 +147,7 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
         dtype=torch.promote_types(stored, torch.float32),
         device=cpu,
         trust_remote_code=source.brings_model,
+        packing=source.packing,
     )
     blocks = {b.name: b for b in find_blocks(layered.model)}
     for group in plan.groups:

@@ -20,7 +20,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import first_line, pick_device
-from moe_fair.moe.engine_choice import PACKED, free_memory, weight_dtype
+from moe_fair.moe.engine_choice import free_memory, weight_dtype
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
@@ -136,8 +136,6 @@ def _timed(job: Job, engine: str) -> Costs:
     Raises:
         ValueError, RuntimeError: layers do not run alone, or not on this machine.
     """
-    if job.source.unpacking:
-        raise ValueError(PACKED)
     texts = [t for t in (job.text, job.heldout) if t is not None]
     length = max(len(ids) for t in texts for ids, _ in t.sequences)
     return probe(job.recipe, job.collected, job.source, engine, job.repair, _kept(job), length)

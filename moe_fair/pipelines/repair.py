@@ -15,7 +15,6 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.layer_distillation import STEP_TOKENS
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
-from moe_fair.moe.quantised import packed
 from moe_fair.moe.repair import Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
@@ -37,7 +36,7 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
         return None
     rule = repair(wanted or DEFAULT)
     try:
-        if packed(source.config):
+        if source.packing is not None:
             raise ValueError("quantised weights cannot be repaired; use --repair none")
         for block in source.blocks:
             check_repairable(rule, block.experts)

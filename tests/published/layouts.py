@@ -443,7 +443,7 @@ def _layouts() -> list[Layout]:
                     "ignore": ["lm_head", "re:.*self_attn.*"],
                 },
             },
-            refused="quantised (compressed-tensors)",
+            refused="contradict each other",
         ),
         Layout(
             "microsoft/Phi-3.5-MoE-instruct",
@@ -917,7 +917,6 @@ def _layouts() -> list[Layout]:
                 "hf_quant_config.json": '{"producer": {"name": "modelopt"}, "quantization": '
                 '{"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}}'
             },
-            refused="NVFP4",
         ),
         Layout(
             "nvidia/Qwen3-30B-A3B-FP4, its own config telling it",
@@ -934,7 +933,6 @@ def _layouts() -> list[Layout]:
                 },
             },
             stored=_nvfp4,
-            refused="modelopt",
         ),
         Layout(
             "a checkpoint packed in FP8 by a tool that says so nowhere",
@@ -958,7 +956,6 @@ def _layouts() -> list[Layout]:
                 | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.experts.3.down_proj"]},
             },
             stored=fp8(16, ("lm_head", "layers.1.mlp.experts.3.down")),
-            refused="of which some are packed",
         ),
         Layout(
             "RedHatAI/Qwen3-30B-A3B-FP8-dynamic",
@@ -973,7 +970,7 @@ def _layouts() -> list[Layout]:
                     "ignore": ["lm_head"],
                 },
             },
-            refused="compressed-tensors",
+            refused="contradict each other",
         ),
     ]
     return found
