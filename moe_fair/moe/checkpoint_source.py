@@ -282,6 +282,11 @@ class Checkpoint:
         name = self.packing.weight_of(stored) if self.packing else stored
         return stored if name is None else self.find(name).name
 
+    def weight_place(self, stored: str) -> str:
+        """Name in the model of the weight that a stored tensor is, or is any part of."""
+        owner = self.packing.owners.get(stored) if self.packing else None
+        return self.find(owner.name if owner else stored).name
+
     @cached_property
     def heads(self) -> Heads:
         """Its heads for multi-token prediction, see `mtp`."""

@@ -38,6 +38,7 @@ def check_admitted(
         ValueError: a tensor is packed in a way that nothing tells.
     """
     owned = packing.owners if packing else {}
+    _check_alike(tensors, places)
     for t in tensors:
         if t.name in owned:
             continue
@@ -54,4 +55,19 @@ def check_admitted(
                 f"{t.name} ({t.dtype}) is of packed weights, and config.json does not say how they "
                 "are packed (no quantization_config); prune the original model, or copy what says "
                 "it into config.json"
+            )
+
+
+def _check_alike(tensors: Sequence[StoredTensor], places: Mapping[str, str]) -> None:
+    """A layer's experts are all of one size on disk, on which the budget counts."""
+    seen: dict[str, StoredTensor] = {}
+    for t in tensors:
+        if t.name not in places:
+            continue
+        first = seen.setdefault(places[t.name], t)
+        if first.dtype != t.dtype:
+            raise ValueError(
+                f"{first.name} is {first.dtype} and {t.name} {t.dtype}: a layer's experts of which "
+                "some are packed are not of one size; prune the original model and quantise the "
+                "result"
             )

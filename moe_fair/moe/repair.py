@@ -33,6 +33,7 @@ from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import distill_layer, epochs_for
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
+from moe_fair.moe.repacking import PACKED, Repacking, StoredLayer
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut_block
@@ -56,6 +57,7 @@ class Repairer:
             that was killed takes up what it finds there with the same `key`.
         key: everything the result depends on: plan, text, settings.
         sparing: what is not in use lies in main memory, and hidden activations are computed again.
+        repacking: of a checkpoint whose weights are packed; layers are judged as they are stored.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -70,7 +72,9 @@ class Repairer:
         folder: Path | None = None,
         key: str = "",
         sparing: bool = False,
+        repacking: Repacking | None = None,
     ) -> None:
+        self.repacking = repacking
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.sparing = sparing
         self.kind: Repair = repair(kind)
@@ -133,10 +137,14 @@ class Repairer:
         cut_block(block, self.kept[block.name])
         found = self._earlier(block)
         if found is None:
-            text = _Text(self.sparing)
+            text, stored = _Text(self.sparing), None
+            if self.repacking is not None:
+                stored = StoredLayer(self.repacking, block, batches, judges)
             for j, batch in enumerate(batches):
                 with watch:
                     out = calls[j].run(layer, pruned[j])
+                if stored is not None:
+                    stored.only_cut(j, pruned[j], out, original[j])
                 if share is None:
                     target = wanted[j].flatten(0, -2)
                 else:  # the difference of two streams is small beside them: not in their own type
@@ -155,7 +163,12 @@ class Repairer:
                     tuned_before=tuned.before,
                     tuned_after=tuned.after,
                 )
-            self._save(block, found, originals)
+            if stored is not None:
+                runs = (
+                    (j, calls[j].run(layer, pruned[j]), original[j]) for j in range(len(batches))
+                )
+                found = stored.settle(found, changed_tensors(block, found), runs)
+            self._save(block, found, originals, stored.tensors if stored else {})
         for j in range(len(batches)):
             pruned[j] = calls[j].run(layer, pruned[j])
         return found
@@ -163,7 +176,13 @@ class Repairer:
     def _path(self, block: MoeBlock) -> Path | None:
         return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
 
-    def _save(self, block: MoeBlock, done: LayerRepair, originals: dict[str, Tensor]) -> None:
+    def _save(
+        self,
+        block: MoeBlock,
+        done: LayerRepair,
+        originals: dict[str, Tensor],
+        packed: Mapping[str, Tensor],
+    ) -> None:
         path = self._path(block)
         if path is None:
             return
@@ -172,7 +191,9 @@ class Repairer:
         }
         about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
         temporary = path.with_suffix(".partial")
-        save_file({**tensors, **{ORIGINAL + n: originals[n] for n in tensors}}, temporary, about)
+        beside = {ORIGINAL + n: originals[n] for n in tensors}
+        beside |= {PACKED + n: t for n, t in packed.items()}
+        save_file({**tensors, **beside}, temporary, about)
         temporary.rename(path)
 
     def _earlier(self, block: MoeBlock) -> LayerRepair | None:

@@ -284,7 +284,6 @@ def _layouts() -> list[Layout]:
                 "model.layers.0.mlp.experts.0.up_proj.weight_scale_inv",
             ),
             files={"qwen3coder_tool_parser.py": MODEL_CODE},
-            unrepaired="quantised",
         ),
         Layout(
             "mistralai/Mixtral-8x7B-Instruct-v0.1",
@@ -372,7 +371,6 @@ def _layouts() -> list[Layout]:
                 "README_WEIGHTS.md": "x",
             },
             travels=("LICENSE-CODE", "LICENSE-MODEL", "figures/benchmark.png", "README_WEIGHTS.md"),
-            unrepaired="quantised",
         ),
         _hashed(name="deepseek-ai/DeepSeek-V4-Flash (unpacked, without its MTP layer)", whole=True),
         _hashed(
@@ -425,7 +423,6 @@ def _layouts() -> list[Layout]:
                 "THIRD_PARTY_NOTICES.md",
             ),
             flags=("--trust-remote-code",),
-            unrepaired="quantised",
         ),
         Layout(
             "moonshotai/Kimi-K2-Thinking",
@@ -956,6 +953,7 @@ def _layouts() -> list[Layout]:
                 | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.experts.3.down_proj"]},
             },
             stored=fp8(16, ("lm_head", "layers.1.mlp.experts.3.down")),
+            refused="of which some are packed",
         ),
         Layout(
             "RedHatAI/Qwen3-30B-A3B-FP8-dynamic",
@@ -970,7 +968,7 @@ def _layouts() -> list[Layout]:
                     "ignore": ["lm_head"],
                 },
             },
-            refused="contradict each other",
+            refused="quantization_config in config.json cannot be read",
         ),
     ]
     return found
@@ -1009,11 +1007,12 @@ def _nvfp4(tensors: Tensors, config: dict[str, Any]) -> Tensors:
             found[name] = t
             continue
         home = name.removesuffix("weight")
-        found[name] = torch.zeros(t.shape[0], t.shape[1] // 2, dtype=torch.uint8)
+        codes = (t[:, ::2].float() * 1e4).long() % 256
+        found[name] = codes.to(torch.uint8)
         found[f"{home}weight_scale"] = torch.ones(t.shape[0], t.shape[1] // 16).to(
             torch.float8_e4m3fn
         )
-        found[f"{home}weight_scale_2"] = torch.ones(())
+        found[f"{home}weight_scale_2"] = torch.full((), 0.01)
         found[f"{home}input_scale"] = torch.ones(())
     return found
 

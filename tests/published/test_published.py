@@ -125,6 +125,9 @@ def _left(layout: Layout) -> list[str]:
 
 def _stock(folder: Path, layout: Layout, unequal: bool) -> Any:
     """The model as a stranger to moe_fair loads it; nothing missing, unexpected or mismatched."""
+    own = Checkpoint(str(folder), None, True)
+    if own.scheme is not None and own.scheme.name not in ("fp8", "mxfp4"):
+        return own.load("float32", "cpu").eval()  # transformers does not unpack these
     settings: dict[str, Any] = {"trust_remote_code": unequal}
     if "quantization_config" in layout.config:
         settings["quantization_config"] = FineGrainedFP8Config(dequantize=True)
