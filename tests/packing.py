@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,13 @@ def compressed(folder: Path, preset: str) -> Stored:
     )  # fmt: skip
     rewrite(folder, packed, json.loads(config.model_dump_json(exclude_none=True)))
     return plain
+
+
+SCHEMES: dict[str, Callable[[Path], Stored]] = {
+    "mxfp4": mxfp4, "fp8": fp8, "fp8, squares cut off": partial(fp8, square=24),
+    "ModelOpt FP8": modelopt_fp8, "ModelOpt FP8 of rows": partial(modelopt_fp8, rows=True),
+    "ModelOpt NVFP4": modelopt_nvfp4, "GPTQ": gptq, "AWQ": awq,
+    "GPTQ, ordered": partial(gptq, ordered=True, v2=True), "GPTQ, 8 bits": partial(gptq, bits=8),
+    "GPTQ, 2 bits": partial(gptq, bits=2),
+    **{name: partial(compressed, preset=name) for name in COMPRESSED},
+}  # fmt: skip

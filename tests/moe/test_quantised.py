@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,7 @@ import pytest
 import torch
 from flow import batches, collect, kept_experts
 from masking import masked
-from packing import (
-    COMPRESSED,
-    Stored,
-    awq,
-    compressed,
-    fp8,
-    gptq,
-    modelopt_fp8,
-    modelopt_nvfp4,
-    mxfp4,
-    plain_copy,
-    rewrite,
-    tensors_of,
-)
+from packing import SCHEMES, Stored, compressed, fp8, plain_copy, rewrite, tensors_of
 from safetensors.torch import save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -50,16 +36,11 @@ THEIRS = {
 }  # fmt: skip
 # zero points; a scale that is not one a row; a scale of the whole; squares that are cut off
 NOT_THEIRS = {"W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4A16", "fp8, squares cut off"}
-SCHEMES: dict[str, Callable[[Path], Stored]] = {
-    "mxfp4": mxfp4, "fp8": fp8, "fp8, squares cut off": partial(fp8, square=24),
-    "ModelOpt FP8": modelopt_fp8, "ModelOpt FP8 of rows": partial(modelopt_fp8, rows=True),
-    "ModelOpt NVFP4": modelopt_nvfp4, "GPTQ": gptq, "AWQ": awq,
-    "GPTQ, ordered": partial(gptq, ordered=True, v2=True), "GPTQ, 8 bits": partial(gptq, bits=8),
-    **{name: partial(compressed, preset=name) for name in COMPRESSED},
-}  # fmt: skip
+QUICK = ("mxfp4", "fp8", "W4A16")  # of the schemes; every other one is tried in whole runs
+PARAMS = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SCHEMES]
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=PARAMS)
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A packed checkpoint, and the same unpacked."""
     folder = tmp_path_factory.mktemp("packed") / request.param / "model"

@@ -914,6 +914,7 @@ def _layouts() -> list[Layout]:
                 "hf_quant_config.json": '{"producer": {"name": "modelopt"}, "quantization": '
                 '{"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}}'
             },
+            travels=("hf_quant_config.json",),
         ),
         Layout(
             "nvidia/Qwen3-30B-A3B-FP4, its own config telling it",
