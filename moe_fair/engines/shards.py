@@ -18,18 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as on the Hub
 BUFFER = 64 * 2**20
-TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16,
-    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
-    "I64": torch.int64, "F64": torch.float64,
-}  # fmt: skip
 # of one element, by data type; of a type that is not here the size is not checked
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
@@ -98,22 +90,6 @@ class StoredTensor:
                 pieces.append(Piece(whole.file, start, row))
         shape = (*self.shape[:dim], count, *self.shape[dim + 1 :])
         return StoredTensor(self.name, self.dtype, shape, tuple(pieces))
-
-
-def read_tensor(t: StoredTensor) -> torch.Tensor:
-    """A stored tensor in memory, whatever pieces it is made of."""
-    data = bytearray(t.bytes)
-    view, done = memoryview(data), 0
-    for piece in t.pieces:
-        with piece.file.open("rb") as f:
-            f.seek(piece.start)
-            if f.readinto(view[done : done + piece.length]) != piece.length:
-                raise ValueError(f"{piece.file} ended before {t.name} did")
-        done += piece.length
-    dtype = TORCH[t.dtype]
-    if not data:
-        return torch.empty(t.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(t.shape)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -18,7 +18,8 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.names import Destination
 from moe_fair.engines.packing import PackedWeight
 from moe_fair.engines.packing.scheme import CODES
-from moe_fair.engines.shards import StoredTensor, read_tensor
+from moe_fair.engines.shards import StoredTensor
+from moe_fair.engines.stored_values import read_tensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.layer_repair import LayerRepair

@@ -25,7 +25,7 @@ from moe_fair.core.manifest import (
     write_manifest,
 )
 from moe_fair.core.plan import Plan
-from moe_fair.engines.shards import TORCH, Piece, StoredTensor
+from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
@@ -372,6 +372,8 @@ def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Read
 
 
 def _finite(t: StoredTensor, reading: _Reading) -> None:
+    from moe_fair.engines.stored_values import TORCH
+
     kind = TORCH.get(t.dtype)
     if kind is None:
         raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")

@@ -21,7 +21,7 @@ from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Con
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.auto import auto_class
-from moe_fair.engines.shards import read_tensor
+from moe_fair.engines.stored_values import read_tensor
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model

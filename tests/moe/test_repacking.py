@@ -19,7 +19,7 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.packing import PackedWeight
 from moe_fair.engines.packing.fp4 import pack_bytes, unpack_bytes
 from moe_fair.engines.packing.words import pack_words, unpack_words
-from moe_fair.engines.shards import read_tensor
+from moe_fair.engines.stored_values import read_tensor
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model

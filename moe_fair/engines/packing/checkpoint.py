@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_fair.engines.packing.scheme import CODES, SCALE, PackedWeight, Scheme
-from moe_fair.engines.shards import StoredTensor, read_tensor
+from moe_fair.engines.shards import StoredTensor
+from moe_fair.engines.stored_values import read_tensor
 
 SEEN = 2**31  # bytes of scales that are looked at before anything is measured
 # beside weights, of no weight: how activations and the cache are quantised where that is done
