@@ -3,8 +3,9 @@
     python eval/packed/make_tiny.py MODEL SCHEME OUT
 
 Run in an environment of llm-compressor (0.14) and auto-round (0.15), where moe_fair is not
-installed; MODEL is a tiny checkpoint that transformers wrote. SCHEME is one of llm-compressor's (FP8_BLOCK,
-FP8_DYNAMIC, W4A16, W4A16_ASYM, W8A16, NVFP4A16), or `gptq` or `awq`, which AutoRound writes.
+installed; MODEL is a tiny checkpoint that transformers wrote. SCHEME is one of llm-compressor's
+(FP8_BLOCK, FP8_DYNAMIC, W4A16, W4A16_ASYM, W8A16, NVFP4A16), or `gptq` or `awq`, which AutoRound
+writes. AutoRound's own layer does not read a GPTQ zero point of 0, which is stored as -1, as 0.
 Writes OUT/packed, and OUT/plain: every packed weight as that library unpacks it, in float32.
 """
 

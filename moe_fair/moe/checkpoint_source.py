@@ -390,6 +390,8 @@ class Checkpoint:
 
     def _unpacked(self, packing: Packing, dtype: torch.dtype | str, **more: Any) -> Any:
         config = plain_config(self.config)
+        if isinstance(dtype, str):  # transformers would look for it in tensors that are none yet
+            dtype = config.get_text_config().dtype or config.dtype or torch.bfloat16
         with ExitStack() as files:
             state: dict[str, Any] = {}
             for shard in self.shards:

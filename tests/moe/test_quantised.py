@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Con
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.auto import auto_class
+from moe_fair.engines.layers import LayeredModel
+from moe_fair.engines.processes import ALONE
+from moe_fair.engines.reading import Reader, SharedReader
 from moe_fair.engines.stored_values import read_tensor
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -36,7 +40,7 @@ THEIRS = {
 }  # fmt: skip
 # zero points; a scale that is not one a row; a scale of the whole; squares that are cut off
 NOT_THEIRS = {"W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4A16", "fp8, squares cut off"}
-QUICK = ("mxfp4", "fp8", "W4A16")  # of the schemes; every other one is tried in whole runs
+QUICK = ("fp8", "W4A16")  # of the schemes; every other one is tried in whole runs
 PARAMS = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SCHEMES]
 
 
@@ -77,24 +81,26 @@ def test_scored_with_the_weights_that_the_bytes_stand_for(packed: Any) -> None:
     assert source.size.parameters == plain.size.parameters
 
 
-def test_unpacked_as_transformers_does(packed: Any) -> None:
+def test_unpacked_as_transformers_does(packed: Any, tmp_path: Path) -> None:
+    """Before the cut and after it."""
     source, _ = packed
     if source.path.parent.name in NOT_THEIRS or source.scheme.name not in THEIRS:
         pytest.skip("transformers 5.23 does not unpack these experts, or not with every scale")
-    stored = dict(source.published["quantization_config"])
-    stored = stored if source.scheme.name == "compressed-tensors" else {}
-    settings = THEIRS[source.scheme.name](**stored, dequantize=True)
-    ours = source.load("bfloat16", "cpu")
-    with warnings.catch_warnings():  # that there are two settings
-        warnings.simplefilter("ignore", UserWarning)
-        theirs = auto_class(source.config).from_pretrained(
-            source.path, dtype=torch.bfloat16, quantization_config=settings
-        )
-    a, b = ours.state_dict(), theirs.state_dict()
-    assert a.keys() == b.keys()
-    for name, t in a.items():
-        # theirs of a scale in two steps of bfloat16
-        assert torch.allclose(t.float(), b[name].float(), rtol=2**-6, atol=0), name
+    write_model(source, kept_experts(source, True), tmp_path / "out")
+    for found in (source, Checkpoint(str(tmp_path / "out"))):
+        stored = dict(found.published["quantization_config"])
+        stored = stored if source.scheme.name == "compressed-tensors" else {}
+        settings = THEIRS[source.scheme.name](**stored, dequantize=True)
+        with warnings.catch_warnings():  # that there are two settings
+            warnings.simplefilter("ignore", UserWarning)
+            theirs = auto_class(source.config).from_pretrained(
+                found.path, dtype=torch.bfloat16, quantization_config=settings
+            )
+        a, b = found.load("bfloat16", "cpu").state_dict(), theirs.state_dict()
+        assert a.keys() == b.keys()
+        for name, t in a.items():
+            # theirs of a scale in two steps of bfloat16
+            assert torch.allclose(t.float(), b[name].float(), rtol=2**-6, atol=0), name
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
@@ -250,4 +256,41 @@ def test_compressed_tensors_that_the_config_calls_another_format(tmp_path: Path,
     settings["config_groups"]["group_0"]["format"] = how
     rewrite(tmp_path, tensors_of(tmp_path), settings)
     with pytest.raises(ValueError, match=r"contradict|not unpacked|cannot be read"):
+        open_model(Recipe(model=str(tmp_path), length=64))
+
+
+def test_layers_that_processes_share_are_unpacked_too(tmp_path: Path) -> None:
+    fp8(tmp_path)
+    source = Checkpoint(str(tmp_path))
+    found = []
+    for reader in (Reader(), SharedReader(ALONE)):
+        layered = LayeredModel(
+            source.path, source.config, dtype=torch.float32, device=torch.device("cpu"),
+            packing=source.packing,
+        )  # fmt: skip
+        layered.reader = reader
+        with layered.layer(1, 2) as layer:
+            found.append({n: p.clone() for n, p in layer.named_parameters()})
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+def test_half_of_it_on_disk(tmp_path: Path) -> None:
+    fp8(tmp_path / "model")
+    source = Checkpoint(str(tmp_path / "model"))
+    whole = source.load("float32", "cpu")
+    places = tmp_path / "places.yaml"
+    places.write_text('"": cpu\n"model.layers.2": disk\n"model.layers.3": disk\n')
+    spread = source.load("float32", "cpu", str(places))
+    ids = batches()[0].input_ids
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
+
+
+def test_what_is_to_be_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    rewrite(tmp_path, tensors_of(tmp_path), settings)
+    for name in ("compressed_tensors", "compressed_tensors.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"pip install 'moe_fair\[packed\]'"):
         open_model(Recipe(model=str(tmp_path), length=64))
