@@ -178,7 +178,7 @@ class LayeredModel:
                 handles[piece.file] = safe_open(str(piece.file), framework="pt", device="cpu")
             state[t.name] = handles[piece.file].get_slice(self._own_names[t.name])
         if self.packing:
-            state = self.packing.unpacked(state)
+            state = self.packing.unpacked(state, self.device)
         self._stack_experts(state)
         self._convert(state)
         for p in self.model.parameters():

@@ -141,3 +141,15 @@ def test_a_device_that_is_too_small(model: Path, tmp_path: Path, name: str) -> N
     ):  # fmt: skip
         assert any(words in line for line in lines), (words, lines)
     assert not any("not repaired" in line for line in lines)
+
+
+def test_packed_layers_are_unpacked_on_the_device(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, str(here / "pretend.py"), str(here / "packed.py"), str(tmp_path)],
+        capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split("\n")) > 10

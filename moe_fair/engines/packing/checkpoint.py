@@ -15,6 +15,7 @@ from moe_fair.engines.shards import StoredTensor
 from moe_fair.engines.stored_values import read_tensor
 
 SEEN = 2**31  # bytes of scales that are looked at before anything is measured
+CPU = torch.device("cpu")
 # beside weights, of no weight: how activations and the cache are quantised where that is done
 BESIDE = (
     ".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale", ".k_scale",
@@ -56,8 +57,12 @@ class Packing:
         codes = owner.parts[CODES]
         return owner.numel * t.numel // codes.numel if codes.name == t.name else 0
 
-    def unpacked(self, slices: Mapping[str, Any]) -> dict[str, Any]:
-        """Slices of safetensors files, one lazy tensor in the place of every weight's parts."""
+    def unpacked(self, slices: Mapping[str, Any], device: torch.device = CPU) -> dict[str, Any]:
+        """Slices of safetensors files, one lazy tensor in the place of every weight's parts.
+
+        Args:
+            device: that unpacks, once it has the packed bytes.
+        """
         found: dict[str, Any] = {}
         for name, s in slices.items():
             owner = self.owners.get(name)
@@ -66,7 +71,7 @@ class Packing:
                     found[name] = s
             elif owner.name not in found:
                 parts = {role: slices[t.name] for role, t in owner.parts.items()}
-                found[owner.name] = LazyWeight(self.scheme, owner, parts)
+                found[owner.name] = LazyWeight(self.scheme, owner, parts, device)
         return found
 
     def pack(
@@ -103,12 +108,19 @@ class Packing:
 class LazyWeight:
     """A weight whose parts are read and unpacked when it is indexed, as a safetensors slice is."""
 
-    def __init__(self, scheme: Scheme, weight: PackedWeight, parts: Mapping[str, Any]) -> None:
-        self._scheme, self._weight, self._parts = scheme, weight, parts
+    def __init__(
+        self,
+        scheme: Scheme,
+        weight: PackedWeight,
+        parts: Mapping[str, Any],
+        device: torch.device = CPU,
+    ) -> None:
+        self._scheme, self._weight, self._parts, self._device = scheme, weight, parts, device
 
     def __getitem__(self, index: Any) -> Tensor:
         parts = {role: s[...] for role, s in self._parts.items()}
-        check_finite(self._weight, SCALE, parts[SCALE])
+        check_finite(self._weight, SCALE, parts[SCALE])  # here: a device would be waited for
+        parts = {role: t.to(self._device) for role, t in parts.items()}
         return self._scheme.unpack(self._weight, parts)[index]
 
     def get_shape(self) -> list[int]:

@@ -94,7 +94,9 @@ class GPTQ:
         w = values.float().T  # [inputs, outputs]
         old = like[SCALE]
         low, high = (
-            torch.zeros(old.shape).scatter_reduce(0, group.unsqueeze(1).expand_as(w), w, how)
+            torch.zeros(old.shape, device=w.device).scatter_reduce(
+                0, group.unsqueeze(1).expand_as(w), w, how
+            )
             for how in ("amin", "amax")
         )
         most = 2**self.bits - 1
@@ -131,7 +133,9 @@ class GPTQ:
         groups = len(parts[SCALE])
         if ORDER not in parts:
             inputs = weight.shape[1]
-            return torch.arange(inputs) // (inputs if self.size < 0 else self.size)
+            return torch.arange(inputs, device=parts[SCALE].device) // (
+                inputs if self.size < 0 else self.size
+            )
         group = parts[ORDER].long()
         if int(group.min()) < 0 or int(group.max()) >= groups:
             raise ValueError(
