@@ -2,9 +2,9 @@
 
     python eval/packed/one_layer.py (deepseek-v3|kimi-k2) (packed|plain) [--experts 64]
 
-Random weights, few tokens, one MoE layer and a small vocabulary around it; of the experts as many as
-memory allows (all of DeepSeek-V3's 256 take 23 GB unpacked, and one copy more while repaired). The
-streaming engine in bfloat16. Prints the bytes on disk and, for each stage, seconds and the peak of
+Random weights, few tokens, one MoE layer and a small vocabulary around it; of the experts as many
+as memory allows (all of DeepSeek-V3's 256 take 23 GB unpacked, and one copy more while repaired).
+The streaming engine in bfloat16. Prints bytes on disk and, for each stage, seconds and the peak of
 anonymous memory (pages of mapped files do not count) above what the imports take. `plain` is the
 same layer in bfloat16, to set beside it.
 """
@@ -196,9 +196,9 @@ def run(work: Path, title: str) -> None:
         write_model(source, kept, work / "cut")
     (work / "layers").mkdir()
     repacking = None if source.packing is None else Repacking(source, kept)
-    with stage("repair (refit)", base):
+    with stage("repair (scale)", base):
         layerwise = start_layerwise(source, "streaming", "bfloat16", "cpu", all_of)
-        repairer = Repairer(layerwise, kept, "refit", folder=work / "layers", repacking=repacking)
+        repairer = Repairer(layerwise, kept, "scale", folder=work / "layers", repacking=repacking)
         [done] = repairer.run([batch])
     shutil.rmtree(work / "cut")
     with stage(f"write what was repaired ({done.repair})", base):
