@@ -77,6 +77,13 @@ FP8 = {
     "weight_block_size": [16, 16],
 }  # fmt: skip
 
+INT4 = {
+    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16,
+}  # fmt: skip
+FP8_ROWS = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False,
+}  # fmt: skip
+
 QWEN_MOE = ATTENTION | {
     "hidden_act": "silu", "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
@@ -436,11 +443,14 @@ def _layouts() -> list[Layout]:
                 "quantization_config": {
                     "quant_method": "compressed-tensors",
                     "format": "pack-quantized",
-                    "config_groups": {},
-                    "ignore": ["lm_head", "re:.*self_attn.*"],
+                    "quantization_status": "compressed",
+                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+                    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
                 },
             },
-            refused="contradict each other",
+            stored=_int4,
+            names=("model.layers.1.mlp.experts.0.up_proj.weight_packed",),
+            needs="compressed_tensors",
         ),
         Layout(
             "microsoft/Phi-3.5-MoE-instruct",
@@ -966,10 +976,13 @@ def _layouts() -> list[Layout]:
                 "compression_config": {
                     "quant_method": "compressed-tensors",
                     "format": "float-quantized",
-                    "ignore": ["lm_head"],
+                    "quantization_status": "compressed",
+                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8_ROWS}},
+                    "ignore": ["lm_head", "re:.*mlp.gate$"],
                 },
             },
-            refused="quantization_config in config.json cannot be read",
+            stored=_fp8_rows,
+            needs="compressed_tensors",
         ),
     ]
     return found
@@ -997,6 +1010,36 @@ def _hash_tables(tensors: Tensors, config: dict[str, Any]) -> Tensors:
             order = torch.rand(len(t), config["n_routed_experts"], generator=g).argsort(1)
             t = order[:, : t.shape[1]].to(torch.int32)
         found[name] = t.contiguous()
+    return found
+
+
+def _int4(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Routed experts in INT4: eight to a word from the lowest bits on, a scale for every 16."""
+    found: Tensors = {}
+    for name, t in tensors.items():
+        if ".experts." not in name:
+            found[name] = t
+            continue
+        groups = t.float().unflatten(-1, (-1, 16))
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(-2) + 8
+        words = (codes.long().unflatten(-1, (-1, 8)) << (torch.arange(8) * 4)).sum(-1)
+        home = name.removesuffix("weight")
+        found[f"{home}weight_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        found[f"{home}weight_scale"] = scale
+        found[f"{home}weight_shape"] = torch.tensor(t.shape, dtype=torch.int32)
+    return found
+
+
+def _fp8_rows(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Every linear matrix but routers and the head in FP8, with a scale for each row."""
+    found: Tensors = {}
+    for name, t in tensors.items():
+        found[name] = t
+        if name.endswith("_proj.weight"):
+            scale = (t.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+            found[name] = (t.float() / scale.float()).to(torch.float8_e4m3fn)
+            found[f"{name}_scale"] = scale
     return found
 
 

@@ -52,6 +52,8 @@ def published(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Layout, Path]:
     folder = tmp_path_factory.mktemp("published") / "checkpoint"
+    if request.param.needs:
+        pytest.importorskip(request.param.needs, reason="an optional extra: moe_fair[packed]")
     return request.param, lay_out(request.param, folder)
 
 
