@@ -4,9 +4,9 @@
 
 Random weights, few tokens, one MoE layer and a small vocabulary around it; of the experts as many
 as memory allows (all of DeepSeek-V3's 256 take 23 GB unpacked, and one copy more while repaired).
-The streaming engine in bfloat16. Prints bytes on disk and, for each stage, seconds and the peak of
-anonymous memory (pages of mapped files do not count) above what the imports take. `plain` is the
-same layer in bfloat16, to set beside it.
+The streaming engine in bfloat16. Prints bytes on disk and, for each stage, seconds, CPU seconds and
+the peak of anonymous memory (pages of mapped files do not count) above what the imports take.
+`plain` is the same layer in bfloat16, to set beside it.
 """
 
 from __future__ import annotations
@@ -140,14 +140,15 @@ def stage(name: str, base: int) -> Iterator[None]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     try:
         yield
     finally:
-        spent = time.perf_counter() - started
+        spent, used = time.perf_counter() - started, time.process_time() - used
         done.set()
         thread.join()
-    print(f"| {name} | {spent:.1f} s | {max(0, peak[0] - base) / 1e9:.2f} GB |", flush=True)
+    held = max(0, peak[0] - base) / 1e9
+    print(f"| {name} | {spent:.1f} s | {used:.1f} s | {held:.2f} GB |", flush=True)
 
 
 def all_of(_: str, __: int | None, batches: Any) -> Any:
