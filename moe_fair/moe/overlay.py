@@ -99,8 +99,8 @@ def with_repairs(
             names = [n for n in f.keys() if n.startswith(ORIGINAL)]  # noqa: SIM118
             originals |= {n.removeprefix(ORIGINAL): f.get_tensor(n) for n in names}
         if repacking is not None:
-            save_file(_packed(file, repacking, originals), written / f"packed-{file.name}")
-            packed |= {t.name: t for t in stored_tensors(written / f"packed-{file.name}")}
+            again = _packed(file, repacking, originals, written / f"packed-{file.name}")
+            packed |= {t.name: t for t in again}
         changed = _as_stored(file, stored, find, repacking)
         save_file(changed, written / file.name)
         new |= {t.name: t for t in stored_tensors(written / file.name)}
@@ -108,9 +108,9 @@ def with_repairs(
         where, part = find(t.name), source.parts.get(t.name)
         for cut in cut_tensors([t], source.parts, kept):
             if cut.name in packed:
-                again = packed[cut.name]
-                assert (again.dtype, again.shape) == (cut.dtype, cut.shape), cut.name
-                yield again
+                instead = packed[cut.name]
+                assert (instead.dtype, instead.shape) == (cut.dtype, cut.shape), cut.name
+                yield instead
                 continue
             if where.name not in new:
                 yield cut
@@ -168,22 +168,29 @@ def _unknown(name: str) -> str:
     )
 
 
-def _packed(file: Path, repacking: Repacking, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of one layer's new tensors those that are stored packed: name in the result -> tensor.
+def _packed(
+    file: Path, repacking: Repacking, originals: Mapping[str, Tensor], into: Path
+) -> list[StoredTensor]:
+    """Of one layer's new tensors those that are stored packed, named as in the result.
+
+    Args:
+        into: a new file for merged ones; what a repair changed was packed when it was judged.
 
     Raises:
         UnknownLayoutError: the checkpoint's own bytes are not what the model had there.
     """
+    ready = [t for t in stored_tensors(file) if t.name.startswith(PACKED)]
     found: dict[str, Tensor] = {}
     with safe_open(file, framework="pt") as f:
-        names = set(f.keys())
-        ready = {n for n in names if n.startswith(PACKED)}
-        for name in sorted(n for n in names if n in repacking):
+        for name in sorted(n for n in f.keys() if n in repacking):  # noqa: SIM118
             if not repacking.is_of(name, originals[name]):
                 raise UnknownLayoutError(_unknown(name))
-            if not ready:  # merged; what a repair changed was packed when it was judged
+            if not ready:
                 found |= repacking.pack(name, f.get_tensor(name))[1]
-        return found | {n.removeprefix(PACKED): f.get_tensor(n) for n in ready}
+    if ready:
+        return [t.renamed(t.name.removeprefix(PACKED)) for t in ready]
+    save_file(found, into)
+    return stored_tensors(into)
 
 
 def _as_stored(

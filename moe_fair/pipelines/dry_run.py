@@ -319,6 +319,10 @@ def _disk(job: Job, output: Path) -> dict[str, int]:
     size: ModelSize = job.after
     found = {"free": free_space(find_place(output).partial), "result": size.bytes}
     if job.repair is not None:  # every repaired tensor, until the result is whole
-        groups = job.source.groups
-        found["meanwhile"] = sum(g.unit_bytes * _kept(job) for g in groups)
+        each = sum(g.unit_bytes for g in job.source.groups)
+        if job.source.packing is not None:  # packed, and in the type of the weights in memory
+            device = pick_device(job.recipe.device)
+            item = weight_dtype(job.source, job.recipe.dtype, device).itemsize
+            each += item * sum(g.unit_parameters for g in job.source.groups)
+        found["meanwhile"] = each * _kept(job)
     return found
