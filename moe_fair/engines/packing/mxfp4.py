@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_fair.engines.packing.fp4 import LARGEST, pack_bytes, unpack_bytes
 from moe_fair.engines.packing.scheme import CODES, SCALE, PackedWeight, expect, gather
@@ -51,6 +50,8 @@ class MXFP4:
 
     def unpack(self, weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """See `Scheme`; bfloat16 holds every such number."""
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
         unpacked: Tensor = convert_moe_packed_tensors(parts[CODES], parts[SCALE])
         return unpacked.contiguous()  # a transpose is multiplied in another order
 
