@@ -80,6 +80,18 @@ def test_new_values_come_near_and_keep_types_and_shapes(source: Checkpoint) -> N
     assert relative < {2: 0.6}.get(said.get("bits"), 0.15)
 
 
+@pytest.mark.parametrize("name", ["W4A16", "NVFP4A16", "ModelOpt NVFP4"])
+def test_weights_that_hardly_moved_keep_their_codes(name: str, tmp_path: Path) -> None:
+    SCHEMES[name](tmp_path / "model")
+    source = Checkpoint(str(tmp_path / "model"))
+    weight, like, values = _first(source)
+    assert source.packing is not None
+    moved = values + 1e-5 * values.abs().max()
+    new = source.packing.pack(weight, moved, like)
+    near = source.packing.scheme.unpack(weight, new)
+    assert float((near == values).float().mean()) > 0.95
+
+
 @pytest.mark.parametrize("preset", _slow(COMPRESSED))
 def test_no_worse_than_the_library_by_the_largest_number(preset: str, tmp_path: Path) -> None:
     """Its own scales of new values, its own compressor; ours are unpacked by it as well."""

@@ -244,11 +244,17 @@ def _scales(values: Tensor, group: Any, like: Mapping[str, Tensor]) -> tuple[Ten
     low, high = _extremes(values, args)
     dtype = torch.float32 if like[SCALE].dtype == torch.uint8 else like[SCALE].dtype
     best: Tensor | None = None
-    for share in SHARES if args.num_bits < 8 else SHARES[:1]:
-        scale, zero = calculate_qparams(low * share, high * share, args, global_scale=shared)
-        if dtype == torch.float8_e4m3fn:
-            scale = scale.clamp_max(448.0)
-        scale = scale.to(dtype).float()
+    shares: list[float | None] = [*(SHARES if args.num_bits < 8 else SHARES[:1])]
+    if args.symmetric and args.num_bits < 8 and like[SCALE].dtype != torch.uint8:
+        shares.append(None)  # the old scale: where weights hardly moved, most codes stay
+    for share in shares:
+        if share is None:
+            scale = like[SCALE].float()
+        else:
+            scale, zero = calculate_qparams(low * share, high * share, args, global_scale=shared)
+            if dtype == torch.float8_e4m3fn:
+                scale = scale.clamp_max(448.0)
+            scale = scale.to(dtype).float()
         near = fake_quantize(
             values, scale, None if args.symmetric else zero, args, global_scale=shared
         )

@@ -105,8 +105,9 @@ class ModelOpt:
         codes, scale = torch.empty_like(like[CODES]), torch.empty_like(old)
         bytes_ = codes.unflatten(-1, (-1, GROUP // 2))
         best = torch.full_like(largest, torch.inf)
-        for share in SHARES:
-            tried = (largest * share).clamp(2.0**-9, FP8_LARGEST).to(old.dtype)
+        # with its old scale a group whose weights hardly moved keeps most of its codes
+        scales = [(largest * share).clamp(2.0**-9, FP8_LARGEST).to(old.dtype) for share in SHARES]
+        for tried in (*scales, old):
             factor = (tried.float() * like[SHARED]).unsqueeze(-1)
             packed = fp4.pack_bytes(groups / factor)
             error = (fp4.unpack_bytes(packed) * factor - groups).square().sum(-1)
