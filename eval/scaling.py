@@ -47,6 +47,8 @@ class Shape:
     rope: int = 0
     stored: int = 2  # bytes of a weight on disk
     router_bias: bool = False
+    packed: float = 2.0  # bytes of a packed weight, scales included, as published packed
+    packed_experts: bool = False  # routed experts alone are
 
     def attention(self) -> int:
         """Weights of one layer's attention, norms of heads and ranks left out."""
@@ -76,6 +78,14 @@ class Shape:
         sparse = (self.layers - self.dense) * self.moe_layer()
         return sparse + self.dense * self.dense_layer() + self.outside()
 
+    def packed_weights(self) -> int:
+        """Of the weights those that are packed; routers, embedding and head never are."""
+        sparse = self.layers - self.dense
+        if self.packed_experts:
+            return sparse * self.experts * 3 * self.model * self.expert
+        routers = sparse * self.model * self.experts
+        return self.parameters() - routers - self.outside()
+
     def linear(self) -> float:
         """Weights that one token meets in the decoder layers."""
         active = 3 * self.model * self.expert * (self.top_k + self.shared)
@@ -85,11 +95,12 @@ class Shape:
 
 
 SHAPES = (
-    Shape("Qwen3-235B-A22B", 94, 0, 4096, 1536, 12288, 128, 8, 0, 64, 4, 128, 128, 151936),
+    Shape("Qwen3-235B-A22B", 94, 0, 4096, 1536, 12288, 128, 8, 0, 64, 4, 128, 128, 151936,
+          packed=1 + 2 / 128**2),
     Shape("DeepSeek-V3 671B", 61, 3, 7168, 2048, 18432, 256, 8, 1, 128, 128, 192, 128, 129280,
-          1536, 512, 64, router_bias=True),
+          1536, 512, 64, router_bias=True, packed=1 + 4 / 128**2),
     Shape("Kimi-K2 1T", 61, 1, 7168, 2048, 18432, 384, 8, 1, 64, 64, 192, 128, 163840,
-          1536, 512, 64, router_bias=True),
+          1536, 512, 64, router_bias=True, packed=1 / 2 + 2 / 32, packed_experts=True),
 )  # fmt: skip
 
 
@@ -117,6 +128,12 @@ MACHINES = (
 def bytes_read(s: Shape, backward: bool = True) -> int:
     """Once per machine: every layer forward and backward, embedding and head for each end."""
     return s.stored * (2 if backward else 1) * s.parameters()
+
+
+def packed_bytes_read(s: Shape) -> float:
+    """The same of the checkpoint that is published packed: FP8 in squares, or INT4 in groups."""
+    packed = s.packed_weights()
+    return 2 * (s.packed * packed + s.stored * (s.parameters() - packed))
 
 
 def forward_flops(s: Shape, tokens: int, length: int) -> float:
@@ -185,6 +202,9 @@ def tables(sequences: int = 128, length: int = 2048, domains: int = 4) -> Iterat
         "parameters": lambda s: f"{s.parameters() / 1e9:.1f} B",
         "one MoE layer": lambda s: f"{s.moe_layer() * 2 / 1e9:.1f} GB",
         "bytes read, per machine": lambda s: f"{bytes_read(s) / 1e12:.2f} TB",
+        "the same, packed as published (FP8, FP8, INT4)": lambda s: (
+            f"{packed_bytes_read(s) / 1e12:.2f} TB"
+        ),
         "FLOPs": lambda s: f"{flops(s, tokens, length) / 1e15:,.0f} P",
         "statistics, in memory": lambda s: (
             f"{statistics_bytes(s, domains, sequences) / 1e9:.1f} GB"

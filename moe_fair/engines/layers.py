@@ -25,6 +25,7 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.oom import out_of_memory, return_memory
+from moe_fair.engines.packing import Packing
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
@@ -48,6 +49,7 @@ class LayeredModel:
         team: processes that go through the layers at the same time; see `reading`.
         tensors: name in the checkpoint -> the stored tensor that is read as it, which may be stored
             under another name; by default all of the checkpoint as they are.
+        packing: its packed weights, which are unpacked as they are read.
 
     Raises:
         ValueError: the model has no plain list of decoder layers, or tensors are missing.
@@ -63,8 +65,9 @@ class LayeredModel:
         trust_remote_code: bool = False,
         team: Team = ALONE,
         tensors: Mapping[str, StoredTensor] | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.packing = dtype, device, packing
         with init_empty_weights(include_buffers=False):
             self.model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -149,14 +152,20 @@ class LayeredModel:
         known = self.model.state_dict()
         groups: dict[int, list[StoredTensor]] = {}
         for t in tensors:
-            target = find(t.name)
-            self._destinations[t.name] = target
+            name = self._name(t)
+            target = find(name)
+            self._destinations[name] = target
             if target.name.startswith(prefix):
                 index = int(target.name[len(prefix) :].split(".", 1)[0])
                 groups.setdefault(index, []).append(t)
             elif target.name in known:
                 groups.setdefault(OUTSIDE, []).append(t)
         return groups
+
+    def _name(self, t: StoredTensor) -> str:
+        """What the tensor is called, or the weight that it is a part of."""
+        owner = self.packing.owners.get(t.name) if self.packing else None
+        return owner.name if owner else t.name
 
     def _load(self, group: int) -> None:
         """Put one group's tensors into the model."""
@@ -168,6 +177,8 @@ class LayeredModel:
             if piece.file not in handles:
                 handles[piece.file] = safe_open(str(piece.file), framework="pt", device="cpu")
             state[t.name] = handles[piece.file].get_slice(self._own_names[t.name])
+        if self.packing:
+            state = self.packing.unpacked(state, self.device)
         self._stack_experts(state)
         self._convert(state)
         for p in self.model.parameters():

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as on the Hub
 BUFFER = 64 * 2**20
+ONE_EXPERT = re.compile(r".*\.experts\.\d+\.")
 # of one element, by data type; of a type that is not here the size is not checked
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
@@ -273,16 +275,25 @@ def write_shards(
 
 
 def _divide(tensors: Iterable[StoredTensor], most: int) -> Iterator[list[StoredTensor]]:
+    """Into shards; what lies together of one expert stays in one, as some loaders need it."""
     shard: list[StoredTensor] = []
     size = 0
-    for t in tensors:
-        if shard and size + t.bytes > most:
+    for _, its in itertools.groupby(tensors, _owner):
+        together = list(its)
+        more = sum(t.bytes for t in together)
+        if shard and size + more > most:
             yield shard
             shard, size = [], 0
-        shard.append(t)
-        size += t.bytes
+        shard += together
+        size += more
     if shard:
         yield shard
+
+
+def _owner(t: StoredTensor) -> str:
+    """The expert that a tensor is of; of no expert, the tensor itself."""
+    match = ONE_EXPERT.match(t.name)
+    return match[0] if match else t.name
 
 
 def write_shard(shard: Sequence[StoredTensor], path: Path, advance: Callable[[int], None]) -> None:

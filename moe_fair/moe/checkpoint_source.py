@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.core.units import UnitGroup
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.names import Destination, destinations
+from moe_fair.engines.packing import Packing, Scheme, find_packing, scheme_of
 from moe_fair.engines.pickles import convert, pickle_files
 from moe_fair.engines.processes import current_team
 from moe_fair.engines.shards import (
@@ -36,7 +39,7 @@ from moe_fair.moe.blocks import HASH_LAYERS, MoeBlock, find_blocks
 from moe_fair.moe.device_map import check_map, read_map, without_overlap
 from moe_fair.moe.folder_kind import check_folder, local_folder, other_weights
 from moe_fair.moe.mtp import Heads, find_heads, is_head
-from moe_fair.moe.quantised import check_admitted, unpacking
+from moe_fair.moe.quantised import check_admitted
 from moe_fair.moe.side_files import COPIES, WEIGHTS, needs_code
 from moe_fair.moe.tensor_slicing import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.trusted_code import named_kernel, not_ours
@@ -213,8 +216,39 @@ class Checkpoint:
 
     @cached_property
     def size(self) -> ModelSize:
-        """Parameters and bytes of the checkpoint, from its headers."""
-        return ModelSize(sum(t.numel for t in self.tensors), sum(t.bytes for t in self.tensors))
+        """Parameters and bytes of the checkpoint, from its headers; scales are no parameters."""
+        packing = self.packing
+        numel = sum(packing.numel(t) if packing else t.numel for t in self.tensors)
+        return ModelSize(numel, sum(t.bytes for t in self.tensors))
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How its weights are packed, by the config alone; None where it says nothing of it.
+
+        Raises:
+            ValueError: in a way that is not unpacked.
+        """
+        try:
+            return scheme_of(self.published, self.home)
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """Its packed weights; None where the config says that none is.
+
+        Raises:
+            ValueError: they cannot be unpacked, or are not packed as the config says; or a scale is
+                no number.
+        """
+        if self.scheme is None:
+            return None
+        try:
+            found = find_packing(self.scheme, self.tensors)
+            found.check_values()
+        except ValueError as e:
+            raise ValueError(f"{self.model}: {e}") from e
+        return found
 
     @cached_property
     def parts(self) -> dict[str, ExpertTensor]:
@@ -224,14 +258,12 @@ class Checkpoint:
             ValueError: the checkpoint's layout of experts is unknown, or its weights are packed
                 and its config does not say so.
         """
-        names = {t.name: self.find(t.name).name for t in self.tensors}
+        names = {t.name: self.place(t.name) for t in self.tensors}
         state = self.skeleton.state_dict()
         places = {n: place for n, place in names.items() if place in state}
         apart = {t.name for t in self.heads.tensors}  # packed ones are dropped, and told
         try:
-            check_admitted(
-                self.home, self.config, [t for t in self.tensors if t.name not in apart], places
-            )
+            check_admitted([t for t in self.tensors if t.name not in apart], places, self.packing)
         except ValueError as e:
             raise ValueError(f"{self.model}: {e}") from e
         names |= dict(self.heads.places)
@@ -241,6 +273,19 @@ class Checkpoint:
     def find(self) -> Callable[[str], Destination]:
         """Stored name -> place in the model, see `names.destinations`."""
         return destinations(self.skeleton)
+
+    def place(self, stored: str) -> str:
+        """Name in the model of a stored tensor, or of the weight whose codes it holds.
+
+        What only goes with a weight keeps its own name, which the model does not know.
+        """
+        name = self.packing.weight_of(stored) if self.packing else stored
+        return stored if name is None else self.find(name).name
+
+    def weight_place(self, stored: str) -> str:
+        """Name in the model of the weight that a stored tensor is, or is any part of."""
+        owner = self.packing.owners.get(stored) if self.packing else None
+        return self.find(owner.name if owner else stored).name
 
     @cached_property
     def heads(self) -> Heads:
@@ -258,7 +303,8 @@ class Checkpoint:
         Raises:
             ValueError: as `parts`.
         """
-        sizes = unit_sizes(self.tensors, self.parts)
+        numel = self.packing.numel if self.packing else None
+        sizes = unit_sizes(self.tensors, self.parts, numel)
         heads = self.heads.blocks
         following = {b.name for b in heads}
         return tuple(
@@ -324,28 +370,46 @@ class Checkpoint:
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
         if device_map is not None:
             return self._spread(pick_dtype(dtype, where), device_map)
-        kind = pick_dtype(dtype, where)
+        return self._from_files(pick_dtype(dtype, where)).to(where)
+
+    def _from_files(self, dtype: torch.dtype | str, **more: Any) -> Any:
+        """The model, filled by transformers from the files, or from weights unpacked as it asks."""
+        if self.packing is not None:
+            return self._unpacked(self.packing, dtype, **more)
         model, info = auto_class(self.config).from_pretrained(
             self.path,
             config=copy.deepcopy(self.config),
-            dtype=kind,
+            dtype=dtype,
             trust_remote_code=self.brings_model,
             use_safetensors=True,
             output_loading_info=True,
-            **self.unpacking,
+            **more,
         )
         self._check_whole(info)
-        self._of_one_dtype(model, kind)
-        return model.to(where)
+        return model
 
-    def _of_one_dtype(self, model: Any, dtype: torch.dtype | str) -> None:
-        """transformers leaves what it unpacked in bfloat16, whatever it was asked for."""
-        if not self.unpacking:
-            return
-        wanted = dtype if isinstance(dtype, torch.dtype) else model.dtype
-        for p in model.parameters():
-            if p.is_floating_point() and p.dtype not in (wanted, torch.float32):
-                p.data = p.data.to(wanted)
+    def _unpacked(self, packing: Packing, dtype: torch.dtype | str, **more: Any) -> Any:
+        config = plain_config(self.config)
+        if isinstance(dtype, str):  # transformers would look for it in tensors that are none yet
+            dtype = config.get_text_config().dtype or config.dtype or torch.bfloat16
+        with ExitStack() as files:
+            state: dict[str, Any] = {}
+            for shard in self.shards:
+                f = files.enter_context(safe_open(str(shard), framework="pt", device="cpu"))
+                state |= {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            kind: Any = type(self.skeleton)
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=packing.unpacked(state),
+                dtype=dtype,
+                output_loading_info=True,
+                **more,
+            )
+        self._check_whole(info)
+        if (self.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        return model
 
     def _check_whole(self, info: dict[str, Any]) -> None:
         """Nothing was made up: transformers fills what is missing with random numbers."""
@@ -355,18 +419,6 @@ class Checkpoint:
                 "which would be random numbers; download or copy it again"
             )
 
-    @property
-    def unpacking(self) -> dict[str, Any]:
-        """See `quantised.unpacking`.
-
-        Raises:
-            ValueError: quantised weights that cannot be scored.
-        """
-        try:
-            return unpacking(self.config)
-        except ValueError as e:
-            raise ValueError(f"{self.model}: {e}") from e
-
     def _spread(self, dtype: torch.dtype | str, device_map: str) -> Any:
         """The model over the devices of a map; what goes to disk lies in a temporary directory."""
         places = read_map(device_map)
@@ -374,19 +426,7 @@ class Checkpoint:
             check_map(device_map, places, self.skeleton)
             places = without_overlap(places, self.skeleton)
         folder = tempfile.mkdtemp(prefix="moe_fair-offload-")
-        model, info = auto_class(self.config).from_pretrained(
-            self.path,
-            config=copy.deepcopy(self.config),
-            dtype=dtype,
-            device_map=places,
-            offload_folder=folder,
-            trust_remote_code=self.brings_model,
-            use_safetensors=True,
-            **self.unpacking,
-            output_loading_info=True,
-        )
-        self._check_whole(info)
-        self._of_one_dtype(model, dtype)
+        model = self._from_files(dtype, device_map=places, offload_folder=folder)
         weakref.finalize(model, shutil.rmtree, folder, True)
         return model
 
@@ -455,6 +495,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is none of auto, checkpoint, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def plain_config(config: Any) -> Any:
+    """The config of the same model with weights that are not packed."""
+    plain = copy.deepcopy(config)
+    for part in {id(p): p for p in (plain, plain.get_text_config())}.values():
+        for name in ("quantization_config", "compression_config"):
+            vars(part).pop(name, None)
+    return plain
 
 
 def advice(e: BaseException) -> str:

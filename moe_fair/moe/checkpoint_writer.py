@@ -23,8 +23,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint, first_line
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs
-from moe_fair.moe.quantised import packed
-from moe_fair.moe.side_files import READER_CLASSES, SideFiles, side_files
+from moe_fair.moe.side_files import QUANTISATION, READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
 from moe_fair.moe.table_surgery import new_tables, with_tables
 from moe_fair.moe.tensor_slicing import cut_tensors
@@ -77,11 +76,29 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix="moe_fair-tables-") as place:
         tensors = with_tables(tensors, new_tables(source, kept), Path(place))
         write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
-    beside = side_files(source.home, packed(source.config))
+    beside = side_files(source.home, source.packing is not None)
     for name in beside.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.home / name, folder / name)
+        if name in QUANTISATION:
+            _write_packing(source, kept, folder, name)
+        else:
+            shutil.copyfile(source.home / name, folder / name)
     return beside
+
+
+def _write_packing(
+    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path, name: str
+) -> None:
+    """A file beside the config that says how weights are packed; lists of it name experts."""
+    text = (source.home / name).read_text()
+    try:
+        said = json.loads(text)
+    except ValueError:  # nothing reads it
+        said = None
+    if isinstance(said, dict):
+        new = renumbered(said, source.parts, source.blocks, kept)
+        text = text if new == said else json.dumps(new, indent=4) + "\n"
+    (folder / name).write_text(text)
 
 
 def check_writable(source: Checkpoint, unequal: bool) -> None:

@@ -23,9 +23,6 @@ ENGINES = ("auto", "resident", "streaming")
 USABLE = 0.7
 
 
-PACKED = "quantised weights cannot be streamed; use --engine resident on a machine that holds them"
-
-
 @dataclass(frozen=True)
 class Choice:
     """An engine's name, and why it was chosen."""
@@ -96,8 +93,6 @@ def start(
         model = source.load(dtype, device, device_map)
         again = checkpointing or offloaded(model)
         return ResidentEngine(model, visit=visit, checkpointing=again), model
-    if source.unpacking:
-        raise ValueError(f"{source.model}: {PACKED}")
     layered = LayeredModel(
         source.path,
         source.config,
@@ -105,6 +100,7 @@ def start(
         device=where,
         trust_remote_code=source.brings_model,
         team=team,
+        packing=source.packing,
     )
     return StreamingEngine(layered, visit=visit), layered.model
 

@@ -110,17 +110,11 @@ def check_mergeable(source: Checkpoint) -> None:
     """The weights can be averaged.
 
     Raises:
-        ValueError: they are quantised, stored in a layout that new values cannot be written in, or
+        ValueError: they are stored in a layout that new values cannot be written in, or
             chosen by a table of token ids.
     """
     from moe_fair.moe.overlay import check_layouts
-    from moe_fair.moe.quantised import packed
 
-    if packed(source.config):
-        raise ValueError(
-            f"{source.model}: quantised weights cannot be merged; merge the original and quantise "
-            "the result, or use --reduce prune"
-        )
     if any(b.table is not None for b in source.blocks):
         raise ValueError(
             f"{source.model}: a table of token ids does not lead to merged experts; use "
@@ -148,6 +142,7 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
         dtype=torch.promote_types(stored, torch.float32),
         device=cpu,
         trust_remote_code=source.brings_model,
+        packing=source.packing,
     )
     blocks = {b.name: b for b in find_blocks(layered.model)}
     for group in plan.groups:

@@ -3,7 +3,8 @@
 Repairs and merging leave one safetensors file a layer, with tensors named as in the model. Where a
 checkpoint keeps one matrix per expert, or gate and up apart, the ranges are those of that matrix.
 The file also keeps an original tensor of every kind that was changed; a checkpoint whose bytes are
-not those has another layout, and nothing is written.
+not those has another layout, and nothing is written. Packed weights are packed again, each matrix
+by itself (see `repacking`), or were packed when the repair was judged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe_fair.engines.names import Destination
 from moe_fair.engines.shards import Piece, StoredTensor, stored_tensors
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.repacking import PACKED, Repacking
 from moe_fair.moe.tensor_slicing import ExpertTensor, cut_tensors
 
 ORIGINAL = "original: "  # name, in a repair's file, of what a tensor was: of the first kept expert
@@ -57,8 +59,16 @@ def check_layouts(source: Checkpoint) -> None:
     homes = tuple(f"{b.name}." for b in source.blocks)
     state = dict(source.skeleton.named_parameters())  # buffers are never changed
     for t in source.tensors:
-        where = find(t.name)
+        owner = source.packing.owners.get(t.name) if source.packing else None
+        where = find(owner.name if owner else t.name)
         if where.name not in state or not where.name.startswith(homes):
+            continue
+        if owner is not None:
+            if where.operations or not (where.one or where.part is not None):
+                raise UnknownLayoutError(
+                    f"{t.name} is of a packed weight that is changed on loading, in which no new "
+                    "values are written; use --repair none and --reduce prune"
+                )
             continue
         if t.dtype not in TYPES:
             raise UnknownLayoutError(f"{t.name} is {t.dtype}, in which no new values are written")
@@ -82,16 +92,26 @@ def with_repairs(
     new: dict[str, StoredTensor] = {}
     originals: dict[str, Tensor] = {}
     written = fresh(folder / "stored")
+    repacking = None if source.packing is None else Repacking(source, kept)
+    packed: dict[str, StoredTensor] = {}  # name in the result -> the tensor
     for file in sorted(folder.glob("layer-*.safetensors")):
         with safe_open(file, framework="pt") as f:
             names = [n for n in f.keys() if n.startswith(ORIGINAL)]  # noqa: SIM118
             originals |= {n.removeprefix(ORIGINAL): f.get_tensor(n) for n in names}
-        changed = _as_stored(file, stored, find)
+        if repacking is not None:
+            again = _packed(file, repacking, originals, written / f"packed-{file.name}")
+            packed |= {t.name: t for t in again}
+        changed = _as_stored(file, stored, find, repacking)
         save_file(changed, written / file.name)
         new |= {t.name: t for t in stored_tensors(written / file.name)}
     for t in source.tensors:
         where, part = find(t.name), source.parts.get(t.name)
         for cut in cut_tensors([t], source.parts, kept):
+            if cut.name in packed:
+                instead = packed[cut.name]
+                assert (instead.dtype, instead.shape) == (cut.dtype, cut.shape), cut.name
+                yield instead
+                continue
             if where.name not in new:
                 yield cut
                 continue
@@ -148,14 +168,42 @@ def _unknown(name: str) -> str:
     )
 
 
+def _packed(
+    file: Path, repacking: Repacking, originals: Mapping[str, Tensor], into: Path
+) -> list[StoredTensor]:
+    """Of one layer's new tensors those that are stored packed, named as in the result.
+
+    Args:
+        into: a new file for merged ones; what a repair changed was packed when it was judged.
+
+    Raises:
+        UnknownLayoutError: the checkpoint's own bytes are not what the model had there.
+    """
+    ready = [t for t in stored_tensors(file) if t.name.startswith(PACKED)]
+    found: dict[str, Tensor] = {}
+    with safe_open(file, framework="pt") as f:
+        for name in sorted(n for n in f.keys() if n in repacking):  # noqa: SIM118
+            if not repacking.is_of(name, originals[name]):
+                raise UnknownLayoutError(_unknown(name))
+            if not ready:
+                found |= repacking.pack(name, f.get_tensor(name))[1]
+    if ready:
+        return [t.renamed(t.name.removeprefix(PACKED)) for t in ready]
+    save_file(found, into)
+    return stored_tensors(into)
+
+
 def _as_stored(
-    file: Path, stored: Mapping[str, StoredTensor], find: Callable[[str], Destination]
+    file: Path,
+    stored: Mapping[str, StoredTensor],
+    find: Callable[[str], Destination],
+    repacking: Repacking | None,
 ) -> dict[str, Tensor]:
     """One layer's new tensors by their names in the model, as the checkpoint keeps such tensors."""
     found = {}
     with safe_open(file, framework="pt") as f:
         for name in f.keys():  # noqa: SIM118
-            if name.startswith(ORIGINAL):
+            if name.startswith((ORIGINAL, PACKED)) or (repacking and name in repacking):
                 continue
             t = stored[name]
             tensor, where = f.get_tensor(name), find(t.name)

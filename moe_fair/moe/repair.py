@@ -36,6 +36,7 @@ from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExa
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.layer_split import split_of
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
+from moe_fair.moe.repacking import PACKED, Repacking, StoredLayer
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut_block
@@ -61,6 +62,7 @@ class Repairer:
         key: everything the result depends on: plan, text, settings.
         sparing: what is not in use lies in main memory, hidden activations are computed again, and
             experts are trained in parts where all of them do not fit.
+        repacking: of a checkpoint whose weights are packed; layers are judged as they are stored.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -75,9 +77,10 @@ class Repairer:
         folder: Path | None = None,
         key: str = "",
         sparing: bool = False,
+        repacking: Repacking | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.say = say
+        self.repacking, self.say = repacking, say
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.sparing = sparing
         self.kind: Repair = repair(kind)
@@ -151,11 +154,21 @@ class Repairer:
         text = _Text(kinds, self.sparing)
         given = HiddenStates((), self.engine.layered.device, apart=self.sparing)
         changes = torch.zeros(2, dtype=torch.float32, device=self.engine.layered.device)
+
+        def out(j: int) -> Tensor:
+            """Of the pruned layer, once the loop below has left its rest in the stream."""
+            if split is None:
+                return calls[j].run(layer, pruned[j])
+            return pruned[j] + split.run(given[j])
+
+        stored = None
+        if self.repacking is not None:
+            stored = StoredLayer(self.repacking, block, batches, judges)
         for j in range(len(batches)):
+            came = pruned[j]
             if split is None:
                 with watch:
-                    out = calls[j].run(layer, pruned[j])
-                rest = out
+                    rest = calls[j].run(layer, pruned[j])
             else:  # from here on a rest, to which the block adds
                 changes += kinds.change(j, original[j], pruned[j])
                 x, rest = split.parts(calls[j], pruned[j])
@@ -164,6 +177,8 @@ class Repairer:
                 # where the experts' output simply adds, it is what the fit is about
                 with watch if share is None else watch.silent():
                     rest = rest + split.run(x)
+            if stored is not None:
+                stored.only_cut(j, came, rest, original[j])
             if share is None:
                 target = wanted[j].flatten(0, -2)
             else:  # the difference of two streams is small beside them: not in their own type
@@ -184,14 +199,14 @@ class Repairer:
             found = replace(
                 found, epoch=tuned.epoch, tuned_before=tuned.before, tuned_after=tuned.after
             )
-        if on_all is not None and not found.epoch:
+        if on_all is not None and not found.epoch and stored is None:
             write_down(block.experts, on_all)
-        self._save(block, found, originals)
+        if stored is not None:  # by what judges, which has not taught what is judged
+            runs = ((j, out(j), original[j]) for j in range(len(batches)))
+            found = stored.settle(found, changed_tensors(block, found), runs)
+        self._save(block, found, originals, stored.tensors if stored else {})
         for j in range(len(batches)):
-            if split is None:
-                pruned[j] = calls[j].run(layer, pruned[j])
-            else:
-                pruned[j] = pruned[j] + split.run(given[j])
+            pruned[j] = out(j)
         return found
 
     def _train(self, examples: Examples, block: MoeBlock, epochs: int) -> Distillation:
@@ -226,7 +241,13 @@ class Repairer:
     def _path(self, block: MoeBlock) -> Path | None:
         return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
 
-    def _save(self, block: MoeBlock, done: LayerRepair, originals: dict[str, Tensor]) -> None:
+    def _save(
+        self,
+        block: MoeBlock,
+        done: LayerRepair,
+        originals: dict[str, Tensor],
+        packed: Mapping[str, Tensor],
+    ) -> None:
         path = self._path(block)
         if path is None:
             return
@@ -235,7 +256,9 @@ class Repairer:
         }
         about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
         temporary = path.with_suffix(".partial")
-        save_file({**tensors, **{ORIGINAL + n: originals[n] for n in tensors}}, temporary, about)
+        beside = {ORIGINAL + n: originals[n] for n in tensors}
+        beside |= {PACKED + n: t for n, t in packed.items()}
+        save_file({**tensors, **beside}, temporary, about)
         temporary.rename(path)
 
     def _earlier(self, block: MoeBlock) -> LayerRepair | None:

@@ -10,7 +10,7 @@ What a stored tensor is follows from where transformers' own loading puts it:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ def classify(
             found[t.name] = ExpertTensor(block.name, None, dim, block.num_experts)
         elif target in experts:
             block, shape = experts[target]
-            if len(t.shape) == len(shape):
+            if len(t.shape) >= len(shape):  # codes may have an axis more
                 _check_axis(t, shape[0])
                 found[t.name] = ExpertTensor(block.name, None, 0, block.num_experts)
                 fused[t.name.rpartition(".")[0] + "."] = block
@@ -106,12 +106,15 @@ def cut_tensors(
 
 
 def unit_sizes(
-    tensors: Sequence[StoredTensor], what: Mapping[str, ExpertTensor]
+    tensors: Sequence[StoredTensor],
+    what: Mapping[str, ExpertTensor],
+    weights: Callable[[StoredTensor], int] | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Block name -> (parameters, bytes) on disk that leave with one expert, on average.
 
     Args:
         what: from `classify`.
+        weights: how many a stored tensor stands for, where they are packed.
     """
     totals: dict[str, tuple[int, int]] = {}
     for t in tensors:
@@ -122,7 +125,7 @@ def unit_sizes(
         share = 1 if part.expert is not None else length // experts * experts
         numel, size = totals.get(part.block, (0, 0))
         totals[part.block] = (
-            numel + t.numel // length * share,
+            numel + (weights(t) if weights else t.numel) // length * share,
             size + t.bytes // length * share,
         )
     experts_of = {p.block: p.experts for p in what.values()}

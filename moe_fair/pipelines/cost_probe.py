@@ -114,6 +114,7 @@ def probe(
         dtype=weight_dtype(source, recipe.dtype, device),
         device=device,
         trust_remote_code=source.trust_remote_code,
+        packing=source.packing,
     )
     index = source.blocks[0].layer
     with layered.layer(index), alone(layered, index) as (model, rows):

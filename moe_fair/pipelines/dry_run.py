@@ -20,7 +20,7 @@ from moe_fair.core.units import Statistics
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import first_line, pick_device
-from moe_fair.moe.engine_choice import PACKED, free_memory, weight_dtype
+from moe_fair.moe.engine_choice import free_memory, weight_dtype
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
@@ -136,8 +136,6 @@ def _timed(job: Job, engine: str) -> Costs:
     Raises:
         ValueError, RuntimeError: layers do not run alone, or not on this machine.
     """
-    if job.source.unpacking:
-        raise ValueError(PACKED)
     texts = [t for t in (job.text, job.heldout) if t is not None]
     length = max(len(ids) for t in texts for ids, _ in t.sequences)
     return probe(job.recipe, job.collected, job.source, engine, job.repair, _kept(job), length)
@@ -321,6 +319,10 @@ def _disk(job: Job, output: Path) -> dict[str, int]:
     size: ModelSize = job.after
     found = {"free": free_space(find_place(output).partial), "result": size.bytes}
     if job.repair is not None:  # every repaired tensor, until the result is whole
-        groups = job.source.groups
-        found["meanwhile"] = sum(g.unit_bytes * _kept(job) for g in groups)
+        each = sum(g.unit_bytes for g in job.source.groups)
+        if job.source.packing is not None:  # packed, and in the type of the weights in memory
+            device = pick_device(job.recipe.device)
+            item = weight_dtype(job.source, job.recipe.dtype, device).itemsize
+            each += item * sum(g.unit_parameters for g in job.source.groups)
+        found["meanwhile"] = each * _kept(job)
     return found

@@ -178,8 +178,6 @@ class Elastic:
 
     def _stream(self, lack: str) -> None:
         """From the model in memory to one layer at a time, each process by itself."""
-        if self.source.unpacking:
-            raise self._no_more(lack)
         vars(self).pop("engine", None), vars(self).pop("model", None)
         release()
         self.name, self.most, self.fell = "streaming", None, True
@@ -247,7 +245,7 @@ def layerwise_until_it_fits(
     Raises:
         NothingSmaller: the last ran out of memory too.
     """
-    engines = [engine, *(["streaming"] if engine == "resident" and not source.unpacking else [])]
+    engines = [engine, *(["streaming"] if engine == "resident" else [])]
     ladder = [(e, words, attempt) for words, attempt in attempts[:1] for e in engines]
     ladder += [(engines[-1], words, attempt) for words, attempt in attempts[1:]]
     for step, (name, _, attempt) in enumerate(ladder):

@@ -9,7 +9,6 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
 from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
 from moe_fair.moe.checkpoint_writer import count_path
-from moe_fair.moe.engine_choice import PACKED
 from moe_fair.moe.table_surgery import check_tables
 from moe_fair.moe.text_sources import OWN, Source, parse_sources
 from moe_fair.pipelines.calibrate import Say
@@ -28,8 +27,7 @@ def open_model(recipe: Recipe) -> Checkpoint:
         recipe.allow_pickle,
         recipe.hash_layers or "keep",
     )
-    if source.unpacking and recipe.engine == "streaming":
-        raise ValueError(f"{recipe.model}: {PACKED}")
+    source.scheme  # noqa: B018  # packed weights that cannot be unpacked: before any is downloaded
     check_device_map(recipe.device_map, recipe.engine, source)
     assert source.blocks  # known from the config alone: before weights are downloaded
     check_embedding(source)

@@ -135,10 +135,6 @@ def best_plan(
     """
     name = recipe.planning().get("method") or method_name(recipe)
     made = [Tried(name, make(statistics, recipe))]
-    if source.unpacking and choose_engine(recipe, source).engine == "streaming":
-        # calibrated over several devices (--device-map); trials run on one
-        say("note: no plan is tried: one device is too small, and packed weights are not streamed")
-        return made[0].plan
     for name, its in rivals(recipe).items():
         try:
             made.append(Tried(name, make(statistics, its)))

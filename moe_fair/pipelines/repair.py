@@ -15,7 +15,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.layer_distillation import STEP_TOKENS
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
-from moe_fair.moe.quantised import packed
+from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.repair import Repairer, teaching
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
@@ -37,8 +37,6 @@ def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -
         return None
     rule = repair(wanted or DEFAULT)
     try:
-        if packed(source.config):
-            raise ValueError("quantised weights cannot be repaired; use --repair none")
         for block in source.blocks:
             check_repairable(rule, block.experts)
         check_layouts(source)
@@ -67,6 +65,7 @@ def repair_model(
         what was done to each layer.
     """
     copies = copies_of(text, kind)
+    repacking = None if source.packing is None else Repacking(source, kept)
     key = {
         "model": source.fingerprint, "text": text.digest, "kind": kind,
         "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
@@ -85,7 +84,14 @@ def repair_model(
 
         def run(engine: StreamingEngine) -> list[LayerRepair]:
             repairer = Repairer(
-                engine, kept, kind, folder=folder, key=its, sparing=sparing, say=say
+                engine,
+                kept,
+                kind,
+                folder=folder,
+                key=its,
+                sparing=sparing,
+                repacking=repacking,
+                say=say,
             )
             most = 1 if sparing else None
             return repairer.run(_with_copies(recipe, source, part, copies, engine, most))

@@ -235,11 +235,10 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
 def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
     """What repairs changed is finite."""
     changed = repaired_names(repairs, found.blocks)
-    find = found.find
     count = 0
     with _Reading() as reading:
         for t in found.tensors:
-            if find(t.name).name in changed:
+            if found.weight_place(t.name) in changed:
                 count += 1
                 _finite(t, reading)
     if not changed:
@@ -274,7 +273,7 @@ def _experts(
 
     changed = repaired_names(repairs, original.blocks)
     merged = _merged_names(plan, original)
-    find = original.find
+    place = original.weight_place
     left = {t.name: t for t in found.tensors}
     dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
     tables = new_tables(original, plan.kept)
@@ -297,12 +296,12 @@ def _experts(
             if t.name in tables:
                 _same_table(tables[t.name], new, reading)
                 continue
-            if find(t.name).name in changed:
+            if place(t.name) in changed:
                 repaired += 1
                 continue
             part = original.parts.get(t.name)
-            if find(t.name).name in merged and part is not None:
-                own = merged[find(t.name).name]
+            if place(t.name) in merged and part is not None:
+                own = merged[place(t.name)]
                 if part.expert is None or part.expert in own:
                     joined += 1
                     continue
@@ -373,13 +372,16 @@ def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Read
 
 
 def _finite(t: StoredTensor, reading: _Reading) -> None:
-    from moe_fair.moe.overlay import TYPES
+    from moe_fair.engines.stored_values import TORCH
 
-    kind = TYPES.get(t.dtype)
+    kind = TORCH.get(t.dtype)
     if kind is None:
         raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")
+    if not kind.is_floating_point:
+        return
     for data in _chunks(t.pieces, reading):
-        if not bool(torch.isfinite(torch.frombuffer(bytearray(data), dtype=kind)).all()):
+        values = torch.frombuffer(bytearray(data), dtype=kind)
+        if not bool(torch.isfinite(values if values.itemsize > 1 else values.float()).all()):
             raise _Wrong(f"{t.name} holds NaN or Inf")
 
 

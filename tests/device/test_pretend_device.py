@@ -129,3 +129,15 @@ def test_peaks_of_a_repair_are_about_the_formulas() -> None:
     for name, formula in told["formulas"].items():
         assert 0.75 < told["found"][name] / formula < 1.35, (name, told)
     assert told["found"]["half"] < told["found"]["distill"]
+
+
+def test_packed_layers_are_unpacked_on_the_device(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, str(here / "pretend.py"), str(here / "packed.py"), str(tmp_path)],
+        capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split("\n")) > 10

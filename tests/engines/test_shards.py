@@ -59,3 +59,21 @@ def test_taken_rows_and_columns(stored: list, tmp_path: Path) -> None:
 def _folder(tmp_path: Path) -> Path:
     (tmp_path / "cut").mkdir()
     return tmp_path / "cut"
+
+
+@pytest.mark.parametrize("most", [1, 300, 700, 2000, 10**9])
+def test_what_is_of_one_expert_stays_in_one_shard(tmp_path: Path, most: int) -> None:
+    parts = ("gate.weight", "gate.weight_scale_inv", "up.weight", "up.weight_scale_inv")
+    save_file(
+        {f"layers.{i}.experts.{e}.{p}": torch.rand(10) for i in (0, 1) for e in range(7)
+         for p in parts} | {"norm": torch.rand(3)},
+        tmp_path / "model.safetensors",
+    )  # fmt: skip
+    out = _folder(tmp_path)
+    write_shards(stored_tensors(tmp_path / "model.safetensors"), out, max_shard_bytes=most)
+    where: dict[str, set[str]] = {}
+    for file in out.glob("*.safetensors"):
+        for t in stored_tensors(file):
+            where.setdefault(t.name.split(".gate")[0].split(".up")[0], set()).add(file.name)
+    assert all(len(files) == 1 for files in where.values())
+    assert most > 2000 or len(list(out.glob("*.safetensors"))) > 1

@@ -77,6 +77,13 @@ FP8 = {
     "weight_block_size": [16, 16],
 }  # fmt: skip
 
+INT4 = {
+    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16,
+}  # fmt: skip
+FP8_ROWS = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False,
+}  # fmt: skip
+
 QWEN_MOE = ATTENTION | {
     "hidden_act": "silu", "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
@@ -284,7 +291,6 @@ def _layouts() -> list[Layout]:
                 "model.layers.0.mlp.experts.0.up_proj.weight_scale_inv",
             ),
             files={"qwen3coder_tool_parser.py": MODEL_CODE},
-            unrepaired="quantised",
         ),
         Layout(
             "mistralai/Mixtral-8x7B-Instruct-v0.1",
@@ -372,7 +378,6 @@ def _layouts() -> list[Layout]:
                 "README_WEIGHTS.md": "x",
             },
             travels=("LICENSE-CODE", "LICENSE-MODEL", "figures/benchmark.png", "README_WEIGHTS.md"),
-            unrepaired="quantised",
         ),
         _hashed(name="deepseek-ai/DeepSeek-V4-Flash (unpacked, without its MTP layer)", whole=True),
         _hashed(
@@ -425,7 +430,6 @@ def _layouts() -> list[Layout]:
                 "THIRD_PARTY_NOTICES.md",
             ),
             flags=("--trust-remote-code",),
-            unrepaired="quantised",
         ),
         Layout(
             "moonshotai/Kimi-K2-Thinking",
@@ -439,11 +443,14 @@ def _layouts() -> list[Layout]:
                 "quantization_config": {
                     "quant_method": "compressed-tensors",
                     "format": "pack-quantized",
-                    "config_groups": {},
-                    "ignore": ["lm_head", "re:.*self_attn.*"],
+                    "quantization_status": "compressed",
+                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+                    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
                 },
             },
-            refused="quantised (compressed-tensors)",
+            stored=_int4,
+            names=("model.layers.1.mlp.experts.0.up_proj.weight_packed",),
+            needs="compressed_tensors",
         ),
         Layout(
             "microsoft/Phi-3.5-MoE-instruct",
@@ -917,7 +924,7 @@ def _layouts() -> list[Layout]:
                 "hf_quant_config.json": '{"producer": {"name": "modelopt"}, "quantization": '
                 '{"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}}'
             },
-            refused="NVFP4",
+            travels=("hf_quant_config.json",),
         ),
         Layout(
             "nvidia/Qwen3-30B-A3B-FP4, its own config telling it",
@@ -934,7 +941,6 @@ def _layouts() -> list[Layout]:
                 },
             },
             stored=_nvfp4,
-            refused="modelopt",
         ),
         Layout(
             "a checkpoint packed in FP8 by a tool that says so nowhere",
@@ -970,10 +976,13 @@ def _layouts() -> list[Layout]:
                 "compression_config": {
                     "quant_method": "compressed-tensors",
                     "format": "float-quantized",
-                    "ignore": ["lm_head"],
+                    "quantization_status": "compressed",
+                    "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8_ROWS}},
+                    "ignore": ["lm_head", "re:.*mlp.gate$"],
                 },
             },
-            refused="compressed-tensors",
+            stored=_fp8_rows,
+            needs="compressed_tensors",
         ),
     ]
     return found
@@ -1004,6 +1013,36 @@ def _hash_tables(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     return found
 
 
+def _int4(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Routed experts in INT4: eight to a word from the lowest bits on, a scale for every 16."""
+    found: Tensors = {}
+    for name, t in tensors.items():
+        if ".experts." not in name:
+            found[name] = t
+            continue
+        groups = t.float().unflatten(-1, (-1, 16))
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(-2) + 8
+        words = (codes.long().unflatten(-1, (-1, 8)) << (torch.arange(8) * 4)).sum(-1)
+        home = name.removesuffix("weight")
+        found[f"{home}weight_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        found[f"{home}weight_scale"] = scale
+        found[f"{home}weight_shape"] = torch.tensor(t.shape, dtype=torch.int32)
+    return found
+
+
+def _fp8_rows(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Every linear matrix but routers and the head in FP8, with a scale for each row."""
+    found: Tensors = {}
+    for name, t in tensors.items():
+        found[name] = t
+        if name.endswith("_proj.weight"):
+            scale = (t.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+            found[name] = (t.float() / scale.float()).to(torch.float8_e4m3fn)
+            found[f"{name}_scale"] = scale
+    return found
+
+
 def _nvfp4(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """Two values a byte, with scales of 16 and one for all."""
     found: Tensors = {}
@@ -1012,11 +1051,12 @@ def _nvfp4(tensors: Tensors, config: dict[str, Any]) -> Tensors:
             found[name] = t
             continue
         home = name.removesuffix("weight")
-        found[name] = torch.zeros(t.shape[0], t.shape[1] // 2, dtype=torch.uint8)
+        codes = (t[:, ::2].float() * 1e4).long() % 256
+        found[name] = codes.to(torch.uint8)
         found[f"{home}weight_scale"] = torch.ones(t.shape[0], t.shape[1] // 16).to(
             torch.float8_e4m3fn
         )
-        found[f"{home}weight_scale_2"] = torch.ones(())
+        found[f"{home}weight_scale_2"] = torch.full((), 0.01)
         found[f"{home}input_scale"] = torch.ones(())
     return found
 

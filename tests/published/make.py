@@ -39,6 +39,7 @@ class Layout:
         whole: some layers stay as they are, so that equal counts elsewhere are no stock format.
         architectures: of the result, where the published ones do not stay.
         seed: of the weights.
+        needs: a package that it cannot be read without.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Layout:
     pruning: tuple[str, ...] = ()
     refused: str = ""
     unrepaired: str = ""
+    needs: str = ""
     whole: bool = False
     dtype: torch.dtype = torch.bfloat16
     shards: int = 2

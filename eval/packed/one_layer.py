@@ -1,0 +1,210 @@
+"""One layer of the real shape of a published packed model: read, scored, cut, repaired, written.
+
+    python eval/packed/one_layer.py (deepseek-v3|kimi-k2) (packed|plain) [--experts 64]
+
+Random weights, few tokens, one MoE layer and a small vocabulary around it; of the experts as many
+as memory allows (all of DeepSeek-V3's 256 take 23 GB unpacked, and one copy more while repaired).
+The streaming engine in bfloat16. Prints bytes on disk and, for each stage, seconds, CPU seconds and
+the peak of anonymous memory (pages of mapped files do not count) above what the imports take.
+`plain` is the same layer in bfloat16, to set beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from moe_fair.engines.batch import Batch
+from moe_fair.moe.blocks import find_blocks
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.collector import ExpertCollector
+from moe_fair.moe.engine_choice import start, start_layerwise
+from moe_fair.moe.repacking import Repacking
+from moe_fair.moe.repair import Repairer
+from moe_fair.moe.statistics import collecting, names_of
+
+SEQUENCES, LENGTH = 10, 32
+KIMI = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized",
+    "quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32,
+    }}},
+}  # fmt: skip
+DEEPSEEK = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+
+
+def config(kind: str, experts: int) -> DeepseekV3Config:
+    """One layer with experts; Kimi-K2 is DeepSeek-V3's class with 64 heads and one group."""
+    groups = {"n_group": 8, "topk_group": 4} if kind == "deepseek-v3" else {
+        "n_group": 1, "topk_group": 1}  # fmt: skip
+    return DeepseekV3Config(
+        num_hidden_layers=1, first_k_dense_replace=0, vocab_size=1024, n_routed_experts=experts,
+        num_attention_heads=128 if kind == "deepseek-v3" else 64,
+        num_key_value_heads=128 if kind == "deepseek-v3" else 64,
+        dtype="bfloat16", bos_token_id=0, eos_token_id=1, pad_token_id=2, **groups,
+    )  # fmt: skip
+
+
+def packed(kind: str, name: str, t: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a matrix; of Kimi-K2 random ones, of experts alone."""
+    if kind == "deepseek-v3":
+        rows, columns = (-(-n // 128) for n in t.shape)
+        scale = torch.full((rows, columns), 0.02 / 100)
+        return {name: (t * (100 / 0.02)).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    rows, columns = t.shape
+    home = name.removesuffix("weight")
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8)).int()
+    return {
+        f"{home}weight_packed": words, f"{home}weight_shape": torch.tensor([rows, columns]),
+        f"{home}weight_scale": torch.full((rows, columns // 32), 0.004).bfloat16(),
+    }  # fmt: skip
+
+
+def write(folder: Path, kind: str, experts: int, pack: bool) -> None:
+    """The checkpoint, a shard at a time."""
+    folder.mkdir(parents=True)
+    settings = config(kind, experts)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(settings)
+    settings.architectures = ["DeepseekV3ForCausalLM"]
+    plain = settings.to_dict()
+    if pack:
+        plain["quantization_config"] = DEEPSEEK if kind == "deepseek-v3" else KIMI
+    (folder / "config.json").write_text(json.dumps(plain))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, p in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for e in range(experts):
+                for part in ("gate", "up"):
+                    key = name.replace("gate_up_proj", f"{e}.{part}_proj.weight")
+                    shapes[key] = (p.shape[1] // 2, p.shape[2])
+        elif name.endswith("experts.down_proj"):
+            for e in range(experts):
+                shapes[name.replace("down_proj", f"{e}.down_proj.weight")] = p.shape[1:]
+        else:
+            shapes[name] = tuple(p.shape)
+    base: dict[tuple[int, ...], Tensor] = {}
+    index, shard, size, number = {}, {}, 0, 0
+    for i, (name, shape) in enumerate(shapes.items()):
+        large = name.endswith("_proj.weight") or "_proj_with" in name or "a_proj" in name
+        if not large:
+            shard[name] = (torch.ones(shape) if "norm" in name else
+                           torch.randn(shape) * 0.02).bfloat16()  # fmt: skip
+        else:
+            if shape not in base:
+                base[shape] = torch.randn(shape) * 0.02
+            t = base[shape].roll(i, 0)
+            only = kind == "deepseek-v3" or ".experts." in name
+            shard |= packed(kind, name, t) if pack and only else {name: t.bfloat16()}
+        size = sum(t.nbytes for t in shard.values())
+        if size > 2e9 or i + 1 == len(shapes):
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+            shard, number = {}, number + 1
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def anonymous() -> int:
+    """Bytes of this process's anonymous memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))
+
+
+@contextmanager
+def stage(name: str, base: int) -> Iterator[None]:
+    """Time it and watch its memory."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started, used = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        spent, used = time.perf_counter() - started, time.process_time() - used
+        done.set()
+        thread.join()
+    held = max(0, peak[0] - base) / 1e9
+    print(f"| {name} | {spent:.1f} s | {used:.1f} s | {held:.2f} GB |", flush=True)
+
+
+def all_of(_: str, __: int | None, batches: Any) -> Any:
+    """A pass without a bar."""
+    return iter(batches)
+
+
+def main() -> None:
+    """Every stage."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=["deepseek-v3", "kimi-k2"])
+    parser.add_argument("form", choices=["packed", "plain"])
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(dir=args.work))
+    torch.manual_seed(0)
+    try:
+        write(work / "model", args.kind, args.experts, args.form == "packed")
+        run(work, f"{args.kind}, {args.form}, {args.experts} experts")
+    finally:
+        shutil.rmtree(work)
+
+
+def run(work: Path, title: str) -> None:
+    """Read, score, cut, repair, write."""
+    base = anonymous()
+    with stage("open", base):
+        source = Checkpoint(str(work / "model"))
+        kept = {b.name: list(range(0, b.num_experts, 2)) for b in source.blocks}
+        assert source.groups
+    ids = torch.randint(3, 1000, (SEQUENCES, LENGTH))
+    batch = Batch(ids, torch.ones_like(ids), torch.arange(SEQUENCES), 0)
+    print(f"{title}: {source.size.parameters / 1e9:.2f} B weights in "
+          f"{source.size.bytes / 1e9:.2f} GB")  # fmt: skip
+    with stage("read and unpack", base):
+        engine, model = start(source, "streaming", "bfloat16", "cpu", all_of)
+        with engine.layered.layer(0) as layer:  # type: ignore[attr-defined]
+            unpacked = sum(p.nbytes for p in layer.parameters())
+    with stage(f"score ({unpacked / 1e9:.2f} GB in memory)", base):
+        families = collecting(names_of("routing", "output_norms", "taylor"), backward=True)
+        collector = ExpertCollector(find_blocks(model), source.groups, ("a",), families)
+        with collector:
+            engine.run([batch], collector)
+    with stage("cut and write", base):
+        write_model(source, kept, work / "cut")
+    (work / "layers").mkdir()
+    repacking = None if source.packing is None else Repacking(source, kept)
+    with stage("repair (scale)", base):
+        layerwise = start_layerwise(source, "streaming", "bfloat16", "cpu", all_of)
+        repairer = Repairer(layerwise, kept, "scale", folder=work / "layers", repacking=repacking)
+        [done] = repairer.run([batch])
+    shutil.rmtree(work / "cut")
+    with stage(f"write what was repaired ({done.repair})", base):
+        write_model(source, kept, work / "out", repaired=work / "layers")
+
+
+if __name__ == "__main__":
+    main()
