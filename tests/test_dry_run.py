@@ -50,7 +50,7 @@ def test_a_run_in_one_go(dry: Callable[..., Any], tmp_path: Path) -> None:
     stages = {s["name"]: s for s in found["stages"]}
     assert [s["tokens"] for s in found["stages"]] == [56 * 32, 8 * 32, 4 * 64 * 32, 0, 16 * 32]
     assert stages["calibrate"]["passes"] == "forward and backward"
-    assert stages["try plans"]["passes"] == "the model and up to 7 plans, forward"
+    assert stages["try plans"]["passes"] == "the model and up to 8 plans, forward"
     assert stages["repair"]["passes"] == "distill, layer by layer, 3 copies, 2 epochs"
     assert all(s["seconds"] > 0 for s in found["stages"])
     assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]))

@@ -131,6 +131,7 @@ def test_peaks_of_a_repair_are_about_the_formulas() -> None:
     assert told["found"]["half"] < told["found"]["distill"]
 
 
+@pytest.mark.nightly
 def test_packed_layers_are_unpacked_on_the_device(tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

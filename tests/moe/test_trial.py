@@ -27,7 +27,6 @@ from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.moe.engine_choice import Choice
 from moe_fair.moe.rerouting import Rerouting
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines import moe as pipeline
@@ -206,12 +205,6 @@ def test_what_a_killed_run_measured_is_found(
     tried = trials.best_plan(pipeline.plan, source_of, source, statistics, alone, home)
     assert "trials" not in tried.explanation
     assert said.count(said[0]) >= 2
-    # packed weights that no single device holds
-    with monkeypatch.context() as m:
-        m.setattr(Checkpoint, "unpacking", {"quantization_config": None})
-        m.setattr(trials, "choose_engine", lambda *_: Choice("streaming", "no room"))
-        assert "trials" not in best().explanation
-    assert "packed weights are not streamed" in said[-1]
 
 
 @pytest.mark.slow
