@@ -131,6 +131,7 @@ def test_statistics_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_text_of_this_run_is_what_was_asked_for(
     tmp_path: Path, statistics_folder: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_bad_input(fails: Callable[..., str], given: list[str], said: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_lm_evals_own_index(fails: Callable[..., str]) -> None:
     """It takes seconds to read, so one test has all that needs it."""
     for task, near, more in (

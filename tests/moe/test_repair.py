@@ -214,7 +214,7 @@ def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path)
     checkpoint = Checkpoint(str(MODEL))
     kept, original = plan(checkpoint), load(MODEL)
     text = sample(
-        expand([parse_source(str(CALIBRATION))]), checkpoint.tokenizer(), samples=40, length=64,
+        expand([parse_source(str(CALIBRATION))]), checkpoint.tokenizer(), samples=24, length=64,
         seed=0,
     ).batches(4)  # fmt: skip
     before = {n: p.detach().clone() for n, p in original.named_parameters()}
