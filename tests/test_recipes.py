@@ -22,6 +22,8 @@ from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.moe import open_model
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 RECIPES = sorted((ROOT / "recipes" / "moe").glob("*.yaml"))
 BY_NIGHT = ("deepseek-v2-lite", "qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b")
 # what decides the structure, from each model's own config.json
@@ -122,7 +124,6 @@ def test_headers_say_what_to_type(path: Path) -> None:
 
 
 # of recipes that differ in their count alone one is run, and the larger models' by night
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

@@ -23,6 +23,8 @@ from moe_fair.moe.engine_choice import start
 from moe_fair.pipelines.evaluate import run_agreement
 from moe_fair.pipelines.moe import heldout_set
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 TEXT: dict[str, Any] = {"heldout": str(HELDOUT), "heldout_samples": 12, "length": 48}
 
 
@@ -114,7 +116,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, statistics_folder: Path) ->
     return Checkpoint(str(folder))
 
 
-@pytest.mark.slow
 def test_streaming_gives_the_same(source: Checkpoint, pruned: Checkpoint) -> None:
     """One layer at a time, and against losses that another path of the code measures."""
     resident, streaming = (

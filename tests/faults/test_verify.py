@@ -23,6 +23,8 @@ from moe_fair.pipelines.verify import verify
 from moe_fair.publish.card import CARD
 from moe_fair.report.write import write_report
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 
 def pruned_folder(folder: Path, statistics_folder: Path, **settings: object) -> Path:
     statistics = moe_fair.Statistics.load(statistics_folder)
@@ -60,7 +62,6 @@ def change(file: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) 
     save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.slow
 def test_what_prune_wrote_verifies(
     plain: Path, repaired: Path, original: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +101,6 @@ def test_one_bit_of_one_weight(out: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "differs from the original's" in verify(out, Checkpoint(str(MODEL))).wrong
 
 
-@pytest.mark.slow
 def test_experts_in_each_others_places(out: Path, original: Checkpoint) -> None:
     file = out / "model.safetensors"
     tensors = load_file(file)
@@ -206,7 +206,6 @@ def test_another_original_is_bad_input(
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_prune_keeps_a_result_that_does_not_verify_from_its_name(
     tmp_path: Path, statistics_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +345,6 @@ def test_what_is_not_listed_is_named(out: Path) -> None:
     assert files.detail.endswith("beside them, not listed: .ssh/, notes.bak")
 
 
-@pytest.mark.slow
 def test_later_files_are_known(out: Path) -> None:
     """The names in core are those that eval and report write under."""
     for name in (BENCHMARKS, AGREEMENT, HELDOUT):

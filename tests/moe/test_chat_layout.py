@@ -19,6 +19,8 @@ from moe_fair.moe.chat_layout import End, find_layout
 from moe_fair.moe.self_text import Row, find_author, write_batch, writes_chats
 from moe_fair.moe.text_writers import Continuation, ModelWriter
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 Messages = list[dict[str, str]]
 CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzYAESIMQ012 \n.,:[]/<>"))
 

@@ -24,6 +24,8 @@ from moe_fair.moe.statistic import Pass, Statistic
 from moe_fair.pipelines.collection import for_calibrate, for_prune
 from moe_fair.pipelines.plan_selection import rivals
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 TEXT = ["-c", str(CALIBRATION), "--samples", "8", "--length", "32", "--batch-size", "4"]
 PLAIN = {"routing", "output_norms", "weights"}
 USUAL = PLAIN | {"output_vectors", "taylor", "counterfactual"}
@@ -98,7 +100,6 @@ def test_prune_collects_what_its_plans_need(
     assert found.backward is backward
 
 
-@pytest.mark.slow
 def test_the_file_holds_just_that_and_the_plan_says_what_is_missing(
     tmp_path: Path, fails: Fails
 ) -> None:
@@ -257,7 +258,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     forget()
 
 
-@pytest.mark.slow
 def test_a_statistic_of_another_package(
     installed: Callable[..., None], tmp_path: Path, fails: Fails
 ) -> None:

@@ -33,6 +33,8 @@ from moe_fair.moe.engine_choice import start
 from moe_fair.moe.surgery import cut
 from moe_fair.pipelines.moe import open_model
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 # how transformers unpacks it on load, where it does
 THEIRS = {
     "mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config,

@@ -21,6 +21,8 @@ from moe_fair.moe.removal import RemovalLosses
 from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines.removal_losses import Removals
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 
 def batches() -> list[Batch]:
     g = torch.Generator().manual_seed(3)
@@ -95,7 +97,6 @@ def test_removals_equal_masked_models(kind: str) -> None:
 SMALL = ["-c", str(CALIBRATION), "--samples", "2", "--length", "16"]
 
 
-@pytest.mark.slow
 def test_the_command_goes_on_where_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

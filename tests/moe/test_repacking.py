@@ -30,6 +30,8 @@ from moe_fair.moe.repair import Repairer
 from moe_fair.moe.surgery import cut
 from moe_fair.pipelines.companions import check_files_beside
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 FULL = ("fp8", "W4A16")  # of the schemes those tried in quick runs
 
 

@@ -30,6 +30,8 @@ from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut
 from moe_fair.moe.text_sources import expand, parse_source
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 # per-expert matrices with a shared expert; fused, transposed and with biases; groups and a bias of
 # the choice; a multiplier on the residual branch
 KINDS = ["qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoe"]
@@ -104,7 +106,6 @@ def design(block: MoeBlock, watch: BlockRecorder) -> Tensor:
     return rows.flatten(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_fits_equal_their_closed_forms(kind: str) -> None:
     block, watch = one_layer(kind)
@@ -208,7 +209,6 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.slow
 def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path) -> None:
     """The reference model: on random weights and tokens nothing learned carries over."""
     checkpoint = Checkpoint(str(MODEL))

@@ -15,6 +15,8 @@ from moe_fair.cli import main
 from moe_fair.publish.card import OURS, Base, make_card, read_metadata
 from moe_fair.report.sources import gather
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 # what the Hub allows
 RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 
@@ -43,7 +45,6 @@ def push(out: Path, *more: str) -> None:
     assert not stop.value.code
 
 
-@pytest.mark.slow
 def test_front_matter(pruned: Path) -> None:
     """As huggingface_hub reads it."""
     from huggingface_hub import ModelCard
@@ -112,7 +113,6 @@ def test_a_licence_given_wins_over_the_base_models(pruned: Path) -> None:
     assert not {"license_name", "license_link"} & found.keys()
 
 
-@pytest.mark.slow
 def test_missing_licence_and_base_model_are_notes(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +129,6 @@ def test_missing_licence_and_base_model_are_notes(
     assert (found["license"], found["base_model"]) == ("apache-2.0", "someone/base")
 
 
-@pytest.mark.slow
 def test_the_users_own_card_stays(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     push(out)
     card = out / "README.md"
@@ -142,7 +141,6 @@ def test_the_users_own_card_stays(out: Path, capsys: pytest.CaptureFixture[str])
     assert "## Load it well" not in card.read_text()
 
 
-@pytest.mark.slow
 def test_what_stays_at_home(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "moe_fair" / "lm-eval").mkdir()
     (out / "moe_fair" / "lm-eval" / "secret.json").write_text("{}")

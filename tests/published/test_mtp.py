@@ -50,6 +50,8 @@ from moe_fair.moe.mtp_head import Drafting, HeadRunner
 from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines.verify import verify
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
     "calibration": str(CALIBRATION), "samples": 8, "length": 24, "batch_size": 4,
@@ -246,7 +248,6 @@ def test_statistics_are_those_of_a_plain_loop(
     assert want["taylor"].abs().max() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("replica", [QWEN3_NEXT, GLM], ids=lambda r: r.kind)
 def test_drafted_tokens_are_accepted_as_a_plain_loop_counts_them(
     replica: Replica, tmp_path: Path
@@ -277,7 +278,6 @@ def test_drafted_tokens_are_accepted_as_a_plain_loop_counts_them(
     assert 0 < wanted[1] < wanted[0]
 
 
-@pytest.mark.slow
 def test_the_report_has_the_acceptance_rate_of_both(
     published: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +312,6 @@ def test_a_head_gives_what_stock_transformers_gives(
     assert (got - want).abs().max() <= 2e-6 * want.abs().max()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(REPLICAS))
 def test_a_uniform_result_has_as_many_experts_in_its_head(
     kind: str, published: Callable[[str], Path], uniform: Callable[[str], Path]
@@ -357,7 +356,6 @@ def test_stock_generation_with_the_head_is_that_without(
     assert model.generate(prompt, use_mtp=True, **more).tolist() == plain.tolist()
 
 
-@pytest.mark.slow
 def test_kept_experts_of_the_head_are_those_of_its_own_scores(
     uniform: Callable[[str], Path],
 ) -> None:
@@ -366,7 +364,6 @@ def test_kept_experts_of_the_head_are_those_of_its_own_scores(
     assert plan.groups[-1].kept == sorted(scores.argsort(descending=True)[:6].tolist())
 
 
-@pytest.mark.slow
 def test_a_dropped_head_leaves_with_its_promise(
     published: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -382,7 +379,6 @@ def test_a_dropped_head_leaves_with_its_promise(
         assert not any(loaded(out)[1].values())
 
 
-@pytest.mark.slow
 def test_a_head_stays_whole_only_where_counts_differ(
     published: Callable[[str], Path], tmp_path: Path, fails: Callable[..., str]
 ) -> None:
@@ -409,7 +405,6 @@ def test_a_head_stays_whole_only_where_counts_differ(
     )
 
 
-@pytest.mark.slow
 def test_with_unequal_counts_a_head_keeps_the_mean(
     published: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -433,7 +428,6 @@ def test_with_unequal_counts_a_head_keeps_the_mean(
     )
 
 
-@pytest.mark.slow
 def test_a_file_that_the_index_does_not_name_is_seen(tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     source.mkdir()
@@ -454,7 +448,6 @@ def test_a_file_that_the_index_does_not_name_is_seen(tmp_path: Path) -> None:
     assert head_names(source) == own
 
 
-@pytest.mark.slow
 def test_a_promise_without_tensors_is_told_and_taken_back(tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     source.mkdir()
@@ -465,7 +458,6 @@ def test_a_promise_without_tensors_is_told_and_taken_back(tmp_path: Path) -> Non
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
-@pytest.mark.slow
 def test_a_head_of_another_structure_is_dropped(tmp_path: Path, fails: Callable[..., str]) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     source.mkdir()
@@ -494,7 +486,6 @@ def test_a_head_of_another_structure_is_dropped(tmp_path: Path, fails: Callable[
     assert head_names(out) == set()
 
 
-@pytest.mark.slow
 def test_a_packed_head_is_dropped(tmp_path: Path, fails: Callable[..., str]) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     source.mkdir()
@@ -511,7 +502,6 @@ def test_a_packed_head_is_dropped(tmp_path: Path, fails: Callable[..., str]) -> 
     assert "dropped (mtp.layers.0 is packed" in notes(out)
 
 
-@pytest.mark.slow
 def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path) -> None:
     source = Checkpoint(str(published(GLM.kind)))
     statistics = moe_fair.calibrate(str(source.path), **{k: v for k, v in SMALL.items()
@@ -528,7 +518,6 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
     assert made.after.parameters == limit
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -559,7 +548,6 @@ def test_every_way_of_planning_has_a_row_for_the_head(
     assert verify(out, Checkpoint(str(published(QWEN3_NEXT.kind)))).ok
 
 
-@pytest.mark.slow
 def test_a_plan_that_does_not_mention_the_head_is_refused(
     published: Callable[[str], Path], uniform: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -588,7 +576,6 @@ def test_a_word_on_heads_where_there_is_none_is_told(statistics_folder: Path) ->
     assert "--mtp drop: these statistics know of no MTP head" in made.notes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
 def test_a_multimodal_model_keeps_its_head_beside(tmp_path: Path, fused: bool) -> None:
     """As Qwen3.5 is published: the body under `model.language_model.`, the head in a file apart."""

@@ -24,22 +24,20 @@ from moe_fair.engines.auto import auto_class
 from moe_fair.moe.blocks import COUNTERS
 from moe_fair.moe.checkpoint_source import Checkpoint
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 SERVED = [x for x in LAYOUTS if not x.refused]
 REFUSED = [x for x in LAYOUTS if x.refused]
 UNIFORM = ("--method", "reap", "--allocate", "uniform")
 UNEQUAL = ("--method", "second-order", "--rivals", "none")
 KEPT = 6
-NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
-# an expert a tensor; packed in FP8 blocks; fused and transposed; a tokenizer that is code
-QUICK = (
+NIGHTLY = (pytest.mark.nightly,)
+# an expert a tensor; packed in FP8 blocks; fused and transposed; groups and a bias for the choice;
+# one fused tensor; transposed experts
+ALIKE = (
     "Qwen1.5-MoE-A2.7B-Chat",
     "Qwen3-Coder-30B-A3B-Instruct-FP8",
     "Qwen3-VL-30B-A3B-Instruct",
-    "Kimi-K2-Instruct",
-)
-# beside these: groups and a bias for the choice, one fused tensor, transposed experts
-ALIKE = (
-    *QUICK[:3],
     "DeepSeek-V3-(without-its-MTP-layer)",
     "dbrx-instruct",
     "gpt-oss-20b-(before-it-was-packed)",
@@ -54,10 +52,9 @@ def _ways() -> list[Any]:
     """Every layout cut unequally and repaired, one of a kind alike and as it is; all by night."""
     found = []
     for x in SERVED:
-        slow = () if _name(x) in QUICK else (pytest.mark.slow,)
-        alike = slow if _name(x) in ALIKE else NIGHTLY
+        alike = () if _name(x) in ALIKE else NIGHTLY
         for shape, repair, marks in (
-            (UNEQUAL, "refit", slow),
+            (UNEQUAL, "refit", ()),
             (UNIFORM, "none", alike),
             (UNIFORM, "refit", NIGHTLY),
             (UNEQUAL, "none", NIGHTLY),
@@ -203,7 +200,6 @@ def _check_side_files(layout: Layout, folder: Path, out: Path, stock: bool) -> N
     assert len(tokenizers[0]("def f(x):")["input_ids"]) > 1
 
 
-@pytest.mark.slow
 def test_repaired_values_are_written_in_the_stored_layout(tmp_path: Path) -> None:
     """Experts stored transposed: the repaired result is that of the model's own layout, turned."""
     layout = next(x for x in LAYOUTS if "Qwen3-VL" in x.name)
@@ -309,7 +305,6 @@ def test_qwen3_omni_is_refused_in_words(tmp_path: Path, fails: Any) -> None:
     assert "qwen3_omni_moe" in line or "Qwen3Omni" in line
 
 
-@pytest.mark.slow
 def test_lm_eval_asks_a_model_of_another_name_with_a_tokenizer_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,8 @@ from moe_fair.report.markdown import fenced
 from moe_fair.report.sources import gather
 from moe_fair.report.write import write_report
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 HOSTILE = "</title><script>fetch('/stolen')</script><img src=/seen onerror=fetch('/stolen')>`\"'&"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -125,7 +127,6 @@ def page(html_text: str) -> Page:
     return Page(html_text)
 
 
-@pytest.mark.slow
 def test_prune_writes_it(pruned: Path) -> None:
     """Written before the benchmarks came; nothing half-written beside it."""
     page = Page((pruned / "moe_fair" / "report.html").read_text())
@@ -133,7 +134,6 @@ def test_prune_writes_it(pruned: Path) -> None:
     assert not list(pruned.rglob("*.partial"))
 
 
-@pytest.mark.slow
 def test_every_number_is_in_it(pruned: Path, page: Page) -> None:
     assert page.headings == [
         "In short", "Experts kept per layer", "Tolerance of Difference", "Scores",
@@ -195,7 +195,6 @@ def test_pictures_are_whole_and_described(page: Page) -> None:
         assert tag != "img" or len(attributes["alt"] or "") > 20
 
 
-@pytest.mark.slow
 def test_the_same_numbers_give_the_same_bytes(out: Path, html_text: str) -> None:
     """Also after another plan was drawn, every picture of which is another."""
     path, page = out / "moe_fair" / "plan.json", Page(html_text)
@@ -225,7 +224,6 @@ def hostile(out: Path) -> None:
     (folder / "heldout.json").write_text(json.dumps(losses))
 
 
-@pytest.mark.slow
 def test_hostile_names_are_read_and_nothing_else(out: Path, page: Page) -> None:
     hostile(out)
     found = written(out)
@@ -238,7 +236,6 @@ def test_hostile_names_are_read_and_nothing_else(out: Path, page: Page) -> None:
     assert "<" not in re.sub(r"\\<|&nbsp;", "", outside)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
 @pytest.mark.parametrize("names", ["plain", "hostile"])
 def test_a_browser_asks_for_nothing_and_complains_of_nothing(
@@ -275,7 +272,6 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(
     assert "CONSOLE" not in done.stderr
 
 
-@pytest.mark.slow
 def test_markdown(out: Path) -> None:
     path = write_report(out, "md")
     text = path.read_text()
@@ -286,7 +282,6 @@ def test_markdown(out: Path) -> None:
     assert "## Benchmarks" in text
 
 
-@pytest.mark.slow
 def test_plans_without_what_pictures_need(out: Path) -> None:
     """No statistics beside the plan, no protection scores, other code's fields in the JSON."""
     (out / "moe_fair" / "statistics.tensors").unlink()
@@ -306,7 +301,6 @@ def test_plans_without_what_pictures_need(out: Path) -> None:
     assert len(page.images) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["second-order", "reap"])
 def test_methods_without_protection_scores(out: Path, statistics_folder: Path, method: str) -> None:
     """No ToD to draw, and the page says so and what to run; counts per layer as planned."""
@@ -366,7 +360,6 @@ def test_broken_files(
     assert said in shown[0]
 
 
-@pytest.mark.slow
 def test_formats_and_places(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def report(*more: str) -> object:
         with pytest.raises(SystemExit) as stop:
@@ -403,7 +396,6 @@ def test_any_document_can_be_drawn() -> None:
     assert width > height > 100
 
 
-@pytest.mark.slow
 def test_drawing_leaves_torch_and_matplotlib_alone(out: Path) -> None:
     """Reports are drawn inside other people's programs."""
     import matplotlib

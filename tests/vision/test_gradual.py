@@ -37,6 +37,8 @@ from moe_fair.vision.settings import SCORED
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.surgery import cut, cuts_of
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
 
 
@@ -268,7 +270,6 @@ def gradually(pictures: Path, **more: Any) -> Any:
     return pipeline.Settings.of({**plain, **wanted})
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_model(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +301,6 @@ def test_a_killed_run_goes_on_to_the_same_model(
     assert not (tmp_path / "out.pruning").exists()
 
 
-@pytest.mark.slow
 def test_the_command(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

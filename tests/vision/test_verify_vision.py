@@ -19,6 +19,8 @@ from moe_fair.core.manifest import MANIFEST, write_manifest
 from moe_fair.pipelines import vision as pipeline
 from moe_fair.pipelines.verify import verify
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 
 @pytest.fixture(scope="module")
 def made(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +58,6 @@ def record(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     write_manifest(out)
 
 
-@pytest.mark.slow
 def test_what_was_written_verifies(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, steps in (("first", "2 steps"), ("second", "1 step,")):
         assert checked(made / name, "--trust-remote-code") == 0

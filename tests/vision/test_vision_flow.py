@@ -26,6 +26,8 @@ from moe_fair.vision.graph import logits
 from moe_fair.vision.inputs import matched
 from moe_fair.vision.settings import Settings
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 NET = "vision.architectures:small"
 QUICK = ["--samples", "18", "--directions", "8", "--batch-size", "12", "--image-size", "16"]
 
@@ -59,7 +61,6 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     )
 
 
-@pytest.mark.slow
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run(NET, "--data", pictures, "--ratio", "0.5", *QUICK, "--finetune-epochs", "1", "-o", out)
@@ -97,7 +98,6 @@ class Both(torch.nn.Module):
         return features, self.head(features)
 
 
-@pytest.mark.slow
 def test_a_result_knows_where_its_logits_are(
     pictures: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
@@ -116,7 +116,6 @@ def test_a_result_knows_where_its_logits_are(
     )
 
 
-@pytest.mark.slow
 def test_json_and_a_second_pruning_of_the_result(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +149,6 @@ def test_weights_that_are_not_finite_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_result_that_does_not_verify_gets_no_name(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +231,6 @@ def test_labels_of_a_folder_follow_the_names_of_the_model(pictures: Path) -> Non
     assert matched(data.test, ("x", "y")).labels.tolist() == data.test.labels.tolist()
 
 
-@pytest.mark.slow
 def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> None:
     done = pipeline.prune(
         settings(pictures, steps=3, finetune_epochs=1, ratio=0.6), tmp_path / "out"
@@ -250,7 +247,6 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
     assert len(history) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "place"),
     [

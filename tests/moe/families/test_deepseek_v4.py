@@ -48,6 +48,8 @@ from moe_fair.moe.table_surgery import check_tables
 from moe_fair.moe.token_table import remapped
 from moe_fair.pipelines.verify import verify
 
+pytestmark = pytest.mark.slow  # whole runs, by and large
+
 HASH = [f"model.layers.{i}.mlp" for i in (0, 2)]
 TABLE = "model.layers.0.ffn.gate.tid2eid"
 
@@ -117,7 +119,6 @@ def test_of_equally_near_experts_the_first_is_taken() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_vocabulary_as_published_takes_seconds() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.rand(129280, 256, generator=g).argsort(1)[:, :6].contiguous()
@@ -157,7 +158,6 @@ def test_without_each_expert(tmp_path: Path, without: Any) -> None:
     check_counterfactual(Checkpoint(str(tmp_path), hash_layers="cut"), without=without)
 
 
-@pytest.mark.slow
 def test_with_layers_on_disk_the_tables_are_the_same(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -177,7 +177,6 @@ def test_with_layers_on_disk_the_tables_are_the_same(
         assert a.max() > 0
 
 
-@pytest.mark.slow
 def test_trial_losses_are_those_of_tables_replaced_by_hand(checkpoint: Checkpoint) -> None:
     check_trial(checkpoint)
 
@@ -296,7 +295,6 @@ def run(*arguments: object) -> None:
     assert stop.value.code == 0
 
 
-@pytest.mark.slow
 def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, fails: Any) -> None:
     stats, plan, out = tmp_path / "stats", tmp_path / "plan.json", tmp_path / "out"
     run("calibrate", readable, "-o", stats, "--hash-layers", "cut", "--no-taylor",
@@ -334,7 +332,6 @@ def test_of_a_model_without_such_layers_nothing_is_asked(tmp_path: Path, fails: 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_changed_table_does_not_verify(readable: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", readable, "-o", out, "--experts", 6, "--method", "reap", "--repair", "none",
@@ -352,7 +349,6 @@ def test_a_changed_table_does_not_verify(readable: Path, tmp_path: Path) -> None
         assert words in found.wrong
 
 
-@pytest.mark.slow
 def test_by_the_command(readable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the defaults, counts differ between layers; the loss is measured and all is verified."""
     out = tmp_path / "out"
