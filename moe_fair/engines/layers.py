@@ -152,7 +152,7 @@ class LayeredModel:
         known = self.model.state_dict()
         groups: dict[int, list[StoredTensor]] = {}
         for t in tensors:
-            name = self._name(t)
+            name = self.packing.owner_name(t.name) if self.packing else t.name
             target = find(name)
             self._destinations[name] = target
             if target.name.startswith(prefix):
@@ -161,11 +161,6 @@ class LayeredModel:
             elif target.name in known:
                 groups.setdefault(OUTSIDE, []).append(t)
         return groups
-
-    def _name(self, t: StoredTensor) -> str:
-        """What the tensor is called, or the weight that it is a part of."""
-        owner = self.packing.owners.get(t.name) if self.packing else None
-        return owner.name if owner else t.name
 
     def _load(self, group: int) -> None:
         """Put one group's tensors into the model."""

@@ -284,8 +284,7 @@ class Checkpoint:
 
     def weight_place(self, stored: str) -> str:
         """Name in the model of the weight that a stored tensor is, or is any part of."""
-        owner = self.packing.owners.get(stored) if self.packing else None
-        return self.find(owner.name if owner else stored).name
+        return self.find(self.packing.owner_name(stored) if self.packing else stored).name
 
     @cached_property
     def heads(self) -> Heads:

@@ -8,13 +8,12 @@ will be stored: one that is no better than the layer only cut is left as it was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from moe_fair.engines.batch import Batch
 from moe_fair.engines.names import Destination
 from moe_fair.engines.packing import PackedWeight
 from moe_fair.engines.packing.scheme import CODES
@@ -22,6 +21,7 @@ from moe_fair.engines.shards import StoredTensor
 from moe_fair.engines.stored_values import read_tensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.layer_examples import Kinds
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import cut_tensors
 
@@ -120,21 +120,12 @@ class StoredLayer:
     """One layer's repair, judged as it will be stored.
 
     Args:
-        judges: batch -> [B] which sequences judge.
+        kinds: which tokens judge; where none does, those that teach have to.
     """
 
-    def __init__(
-        self,
-        repacking: Repacking,
-        block: MoeBlock,
-        batches: Sequence[Batch],
-        judges: Callable[[Batch], Tensor],
-    ) -> None:
-        self.repacking, self.block = repacking, block
+    def __init__(self, repacking: Repacking, block: MoeBlock, kinds: Kinds) -> None:
+        self.repacking, self.block, self.kinds = repacking, block, kinds
         self.cut = {n: p.detach().cpu().clone() for n, p in block.block.named_parameters()}
-        self.masks = [b.mask.bool() & judges(b).unsqueeze(1) for b in batches]
-        if not any(bool(m.any()) for m in self.masks):
-            self.masks = [b.mask.bool() for b in batches]
         self.before = self.size = 0.0
         self.tensors: dict[str, Tensor] = {}
 
@@ -144,8 +135,8 @@ class StoredLayer:
         Args:
             given, out, target: [B, L, D] into it, out of it, and wanted out of it.
         """
-        self.before += _squares(target, out, self.masks[j])
-        self.size += _squares(target, given, self.masks[j])
+        self.before += self._squares(j, target, out)
+        self.size += self._squares(j, target, given)
 
     def settle(
         self,
@@ -170,7 +161,7 @@ class StoredLayer:
                 self.tensors |= stored
         if not self.tensors:
             return done
-        after = sum(_squares(target, out, self.masks[j]) for j, out, target in runs)
+        after = sum(self._squares(j, target, out) for j, out, target in runs)
         if after < self.before:
             size = max(self.size, 1e-300)
             return replace(done, tuned_after=after / size) if done.epoch else done
@@ -182,8 +173,7 @@ class StoredLayer:
             tuned_after=done.tuned_before,
         )  # fmt: skip
 
-
-def _squares(a: Tensor, b: Tensor, mask: Tensor) -> float:
-    """Σ (a - b)² over the masked tokens of [B, L, D]; NaN never passes for small."""
-    e = float(((a.float() - b.float()).square().sum(-1) * mask).sum(dtype=torch.float64))
-    return e if e == e else float("inf")
+    def _squares(self, j: int, a: Tensor, b: Tensor) -> float:
+        """Σ (a - b)² over a batch's tokens that judge, of [B, L, D]; NaN never passes for small."""
+        e = float(self.kinds.squares(j, a, b, bool(self.kinds.judging)))
+        return e if e == e else float("inf")

@@ -163,7 +163,7 @@ class Repairer:
 
         stored = None
         if self.repacking is not None:
-            stored = StoredLayer(self.repacking, block, batches, judges)
+            stored = StoredLayer(self.repacking, block, kinds)
         for j in range(len(batches)):
             came = pruned[j]
             if split is None:
@@ -177,8 +177,8 @@ class Repairer:
                 # where the experts' output simply adds, it is what the fit is about
                 with watch if share is None else watch.silent():
                     rest = rest + split.run(x)
-            if stored is not None:
-                stored.only_cut(j, came, rest, original[j])
+            if stored is not None:  # of a split layer the rest lacks what the experts give
+                stored.only_cut(j, came, rest if split is None else out(j), original[j])
             if share is None:
                 target = wanted[j].flatten(0, -2)
             else:  # the difference of two streams is small beside them: not in their own type

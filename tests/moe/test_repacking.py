@@ -25,7 +25,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.engine_choice import start_layerwise
 from moe_fair.moe.overlay import ORIGINAL, original_tensors
-from moe_fair.moe.repacking import PACKED, Repacking
+from moe_fair.moe.repacking import PACKED, Repacking, StoredLayer
 from moe_fair.moe.repair import Repairer
 from moe_fair.moe.surgery import cut
 from moe_fair.pipelines.companions import check_files_beside
@@ -207,6 +207,34 @@ def test_a_layer_that_packing_undoes_stays_as_it_was_cut(
         if not torch.equal(p, state[name]):
             changed.add(name.partition(".experts")[0])
     assert changed == {b.name for b in source.blocks} - undone
+
+
+def test_what_a_repair_has_to_better_is_the_layer_only_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts that stay and all: by the stock model, cut, up to the end of its first layer."""
+    fp8(tmp_path / "model")
+    source = Checkpoint(str(tmp_path / "model"))
+    kept = _kept(source)
+    reference = source.load("float32", "cpu").eval()
+    cut(reference, kept)
+    seen: list[torch.Tensor] = []
+
+    def noting(self: Any, j: int, given: Any, out: torch.Tensor, target: Any) -> None:
+        seen.append(out)
+        only_cut(self, j, given, out, target)
+
+    only_cut = StoredLayer.only_cut
+    monkeypatch.setattr(StoredLayer, "only_cut", noting)
+    engine = StreamingEngine(LoadedLayers(source.load("float32", "cpu")))
+    Repairer(engine, kept, "refit", repacking=Repacking(source, kept)).run(batches())
+    for batch, out in zip(batches(), seen, strict=False):  # the first layer's come first
+        with torch.no_grad():
+            said = reference(
+                batch.input_ids, attention_mask=batch.mask, output_hidden_states=True
+            ).hidden_states[1]
+        real = batch.mask.bool()
+        torch.testing.assert_close(out[real], said[real], rtol=1e-4, atol=1e-5)
 
 
 def test_a_killed_repair_goes_on_with_what_was_stored(tmp_path: Path) -> None:

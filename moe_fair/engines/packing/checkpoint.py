@@ -39,6 +39,11 @@ class Packing:
         """Stored name of every part -> its weight."""
         return {t.name: w for w in self.weights.values() for t in w.parts.values()}
 
+    def owner_name(self, stored: str) -> str:
+        """Name, unpacked, of the weight that a tensor is any part of, or of a plain tensor."""
+        owner = self.owners.get(stored)
+        return owner.name if owner else stored
+
     def weight_of(self, stored: str) -> str | None:
         """Name, unpacked, of the weight whose codes this tensor holds, or of a plain tensor.
 
