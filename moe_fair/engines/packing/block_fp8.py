@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.engines.packing.scheme import CODES, FLOATS, SCALE, PackedWeight, expect, gather
+from moe_fair.engines.packing.scheme import (
+    CODES,
+    FLOATS,
+    FP8_LARGEST,
+    SCALE,
+    PackedWeight,
+    expect,
+    gather,
+)
 from moe_fair.engines.shards import StoredTensor
 
-LARGEST = 448.0  # of float8_e4m3fn
 SQUARE = (128, 128)
 
 
@@ -78,12 +85,12 @@ class BlockFP8:
             padded[..., :r, :c] = values.abs()
             squares = padded.view(*more, rows, self.rows, columns, self.columns)
             largest = squares.amax((-3, -1))
-        scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = (largest / FP8_LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
         if self.exponents:
             scale = scale.log2().ceil().exp2()
         scale = scale.to(old.dtype)
         codes = self._times(values.float().clone(), 1 / scale.float())
-        return {CODES: codes.clamp_(-LARGEST, LARGEST).to(like[CODES].dtype), SCALE: scale}
+        return {CODES: codes.clamp_(-FP8_LARGEST, FP8_LARGEST).to(like[CODES].dtype), SCALE: scale}
 
     def _times(self, values: Tensor, scale: Tensor) -> Tensor:
         """Multiply in place; a band of squares at a time, which needs no scale for every weight."""

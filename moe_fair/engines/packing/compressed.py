@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.engines.packing.scheme import CODES, FLOATS, SCALE, ZERO, PackedWeight, expect, gather
+from moe_fair.engines.packing.scheme import (
+    CODES,
+    FLOATS,
+    FP8_LARGEST,
+    SCALE,
+    SHARES,
+    ZERO,
+    PackedWeight,
+    expect,
+    gather,
+)
 from moe_fair.engines.shards import StoredTensor
 
 INSTALL = "pip install 'moe_fair[packed]'"
@@ -29,8 +39,6 @@ ROLES = {
 DTYPES = {WORDS: ("I32",), NVFP4: ("U8",), MXFP4: ("U8",)} | dict.fromkeys(
     NUMBERS, ("F8_E4M3", "I8")
 )
-# of a group's largest number, tried as what becomes its largest code; 8 bits keep the first
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 class CompressedTensors:
@@ -253,7 +261,7 @@ def _scales(values: Tensor, group: Any, like: Mapping[str, Tensor]) -> tuple[Ten
         else:
             scale, zero = calculate_qparams(low * share, high * share, args, global_scale=shared)
             if dtype == torch.float8_e4m3fn:
-                scale = scale.clamp_max(448.0)
+                scale = scale.clamp_max(FP8_LARGEST)
             scale = scale.to(dtype).float()
         near = fake_quantize(
             values, scale, None if args.symmetric else zero, args, global_scale=shared

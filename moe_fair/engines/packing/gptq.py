@@ -19,6 +19,7 @@ from moe_fair.engines.packing.scheme import (
     CODES,
     FLOATS,
     SCALE,
+    SHARES,
     ZERO,
     PackedWeight,
     expect,
@@ -31,7 +32,6 @@ ORDER = "group index"
 ROLES = {CODES: ".qweight", ZERO: ".qzeros", SCALE: ".scales", ORDER: ".g_idx"}
 BITS = (2, 4, 8)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place in the word of each number in turn
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 class GPTQ:

@@ -15,19 +15,25 @@ import torch
 from torch import Tensor
 
 from moe_fair.engines.packing import fp4
-from moe_fair.engines.packing.scheme import CODES, FLOATS, SCALE, PackedWeight, expect, gather
+from moe_fair.engines.packing.scheme import (
+    CODES,
+    FLOATS,
+    FP8_LARGEST,
+    SCALE,
+    SHARES,
+    PackedWeight,
+    expect,
+    gather,
+)
 from moe_fair.engines.shards import StoredTensor
 
 SHARED = "global scale"
 ROLES = {CODES: ".weight", SCALE: ".weight_scale", SHARED: ".weight_scale_2"}
 GROUP = 16
-FP8_LARGEST = 448.0
 # what it calls what is unpacked here; which weight is which follows from its tensors
 ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MIXED_PRECISION",
 )  # fmt: skip
-# of the scale by which a group's largest number becomes 6; smaller ones cut it off
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 class ModelOpt:

@@ -17,6 +17,10 @@ from moe_fair.engines.shards import StoredTensor
 
 CODES, SCALE, ZERO = "codes", "scale", "zero point"  # roles that most schemes have
 FLOATS = ("F64", "F32", "F16", "BF16")
+FP8_LARGEST = 448.0  # of float8_e4m3fn
+# below 8 bits: what of a group's largest number is tried as what becomes its largest code, since
+# cutting it off may come nearer to the others
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 @dataclass(frozen=True)
