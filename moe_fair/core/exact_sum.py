@@ -7,6 +7,9 @@ which processes or devices added up shows only in digits that are rounded away i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -15,3 +18,21 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total = a + b
     b_in_total = total - a
     return total, (a - (total - b_in_total)) + (b - b_in_total)
+
+
+def add_exactly(
+    totals: Sequence[Tensor], lost: Sequence[Tensor], terms: Sequence[Tensor]
+) -> None:
+    """Add each term to its total in place, and what rounding takes from it to its `lost`.
+
+    Float64 tensors of any shapes; on a device in as many launches for all as `two_sum` for one.
+    """
+    if not totals:
+        return
+    new = torch._foreach_add(totals, terms)
+    term = torch._foreach_sub(new, totals)  # of the sum, the term's part; then the total's
+    total = torch._foreach_sub(new, term)
+    errors = torch._foreach_sub(totals, total)
+    torch._foreach_add_(errors, torch._foreach_sub(terms, term))
+    torch._foreach_add_(lost, errors)
+    torch._foreach_copy_(totals, new)

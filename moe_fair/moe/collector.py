@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
 
-from moe_fair.core.exact_sum import two_sum
+from moe_fair.core.exact_sum import add_exactly
 from moe_fair.core.sketch import DIRECTIONS, Sketch
 from moe_fair.core.units import Statistics, UnitGroup
 from moe_fair.engines.batch import After, Batch
@@ -174,15 +174,18 @@ class _BlockCollector:
         config = getattr(self.experts, "config", None)
         return getattr(config, "_experts_implementation", None) == "grouped_mm"
 
-    def add(self, domain: int, name: str, value: Tensor) -> None:
-        """Add [E, ...] to this domain's sum."""
-        if name not in self.sums:
-            shape = (self.domains, *value.shape)
-            self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-            self.compensation[name] = torch.zeros_like(self.sums[name])
-        total, lost = two_sum(self.sums[name][domain], value)
-        self.sums[name][domain] = total
-        self.compensation[name][domain] += lost
+    def add(self, domain: int, values: Mapping[str, Tensor]) -> None:
+        """Add [E, ...] each to this domain's sum."""
+        for name, value in values.items():
+            if name not in self.sums:
+                shape = (self.domains, *value.shape)
+                self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+                self.compensation[name] = torch.zeros_like(self.sums[name])
+        add_exactly(
+            [self.sums[n][domain] for n in values],
+            [self.compensation[n][domain] for n in values],
+            [v.double() for v in values.values()],
+        )
 
     def weigh(self) -> None:
         """The constants, once the weights are there."""
@@ -257,6 +260,7 @@ class _BatchAccumulator:
 
     def flush(self) -> None:
         """Enter the batch's share."""
+        sums: dict[str, Tensor] = {}
         for name, value in self.values.items():
             kind = self.tap.statistics[name].kind
             if kind == "row":
@@ -264,7 +268,8 @@ class _BatchAccumulator:
             elif kind == "sketch":
                 self._enter_outputs(value)
             else:
-                self.tap.add(self.batch.domain, name, value)
+                sums[name] = value
+        self.tap.add(self.batch.domain, sums)
         self.values = {}
 
     def _enter_rows(self, rows: Tensor) -> None:

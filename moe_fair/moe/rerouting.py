@@ -130,9 +130,9 @@ class Rerouting:
         args, kwargs = self._call
         hidden = logits.repeat(len(cases), *[1] * (logits.dim() - 1))
         if any(cases):
+            rows = [r for r, case in enumerate(cases) for _ in case]
             gone = torch.zeros(len(cases), self.block.num_experts, dtype=torch.bool)
-            for row, case in zip(gone, cases, strict=True):
-                row[case] = True
+            gone[rows, [e for case in cases for e in case]] = True
             gone = gone.to(hidden.device).repeat_interleave(len(hidden) // len(cases), 0)
             hidden.masked_fill_(
                 gone.view(-1, *[1] * (logits.dim() - 2), gone.shape[-1]), -torch.inf
@@ -349,11 +349,17 @@ class Candidates:
             yield slice(start, min(start + step, tokens))
 
     def errors(self, f: Tensor) -> Tensor:
-        """[T, R] ‖Δ_r‖² in float64, from the candidates' outputs [T, M, D]."""
+        """[T, R] ‖Δ_r‖² in float64, from the candidates' outputs [T, M, D].
+
+        Their products are float64 on a CPU; other devices can be slow at it, and float32 leaves
+        of a sum of D products more digits than the outputs have.
+        """
+        precise = torch.promote_types(f.dtype, torch.float32)
+        wide = torch.float64 if f.device.type == "cpu" else precise
         parts = []
         for s in self.chunks(f.shape[-1]):
-            fd, c = f[s].double(), self.change[s].double()
-            gram = fd @ fd.transpose(1, 2)
+            fd, c = f[s].to(wide), self.change[s].double()
+            gram = (fd @ fd.transpose(1, 2)).double()
             parts.append(((c @ gram) * c).sum(-1).clamp_(min=0))
         return torch.cat(parts)
 

@@ -9,9 +9,10 @@ Shape legend: S (token, slot) rows, K slots of a token, E experts, D model, V ki
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-CELLS = 2**24  # float64 elements of one piece
+CELLS = 2**24  # elements of one piece
+ROWS = 1024  # whose vectors are added in float32 on a device
 
 
 def sums(values: Tensor, ids: Tensor, size: int) -> Tensor:
@@ -66,11 +67,11 @@ def vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Te
         ids: [S].
         counted: [S] 1 for a row that counts, 0 for one that does not; None: all do.
     """
+    if f.device.type != "cpu":
+        return dense_vector_sums(f, ids, size, counted)
     order = torch.argsort(ids, stable=True)
     if counted is not None:
         counted = counted[order, None]
-    if f.device.type != "cpu":
-        return segment_sums(f[order], ids[order], size, counted)
     total = f.new_zeros(2, size, f.shape[-1], dtype=torch.float64)
     start, f = 0, f[order]
     for e, end in enumerate(torch.bincount(ids, minlength=size).cumsum(0).tolist()):
@@ -84,20 +85,23 @@ def vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Te
     return total
 
 
-def segment_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Tensor:
-    """`vector_sums` of rows that are sorted by expert, some columns at a time."""
-    ends = torch.searchsorted(ids, torch.arange(size + 1, device=ids.device))
-    lengths = ends.diff()
-    total = f.new_zeros(2, size, f.shape[-1], dtype=torch.float64)
-    width = max(1, CELLS // max(1, len(f)))
-    for i in range(0, f.shape[-1], width):
-        rows = f[:, i : i + width].double()
-        if counted is not None:
-            rows = rows * counted
+def dense_vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None) -> Tensor:
+    """`vector_sums` by products with a matrix of ones and zeros, ROWS rows at a time.
+
+    Of so many rows an expert's are added in float32 at least; what comes of them in float64.
+    """
+    precise, width = torch.promote_types(f.dtype, torch.float32), f.shape[-1]
+    ones = f.new_ones(len(f), 1, dtype=precise) if counted is None else counted[:, None].to(precise)
+    chosen = ones.new_zeros(len(f), size).scatter_(1, ids[:, None], ones)
+    lacking = -len(f) % ROWS
+    f, chosen = (nn.functional.pad(t, (0, 0, 0, lacking)) if lacking else t for t in (f, chosen))
+    total = f.new_zeros(2, size, width, dtype=torch.float64)
+    step = max(1, CELLS // (ROWS * width))
+    chosen = chosen.view(-1, ROWS, size).transpose(1, 2)
+    for rows, part in zip(f.view(-1, ROWS, width).split(step), chosen.split(step), strict=True):
+        rows = rows.to(precise)
         for which, values in enumerate((rows, rows.square())):
-            total[which, :, i : i + width] = torch.segment_reduce(
-                values.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0
-            )
+            total[which] += (part @ values).sum(0, dtype=torch.float64)
     return total
 
 
@@ -105,8 +109,9 @@ def weight_sums(p: Tensor) -> Tensor:
     """[2, E] Σ|w| and Σw² of each expert's matrix, from [E, ...]."""
     rows = p.detach().flatten(1)
     if rows.device.type != "cpu":  # reads the weights as they are, without a copy in float64
-        norms = [torch.linalg.vector_norm(rows, n, 1, dtype=torch.float64) for n in (1, 2)]
-        return torch.stack([norms[0], norms[1].square()])
+        lines = p.detach().flatten(1, -2)  # one sum an expert would keep few threads busy
+        norms = [torch.linalg.vector_norm(lines, n, -1, dtype=torch.float64) for n in (1, 2)]
+        return torch.stack([norms[0].sum(1), norms[1].square().sum(1)])
     found = []
     for part in rows.split(max(1, CELLS // rows.shape[1])):
         wide = part.double().abs()  # of float64 `double` makes no copy

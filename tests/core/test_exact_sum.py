@@ -8,7 +8,7 @@ import random
 import torch
 from torch import Tensor
 
-from moe_fair.core.exact_sum import two_sum
+from moe_fair.core.exact_sum import add_exactly, two_sum
 from moe_fair.core.units import Statistics, UnitGroup
 
 GROUP = UnitGroup("l0", 0, 64)
@@ -62,3 +62,18 @@ def test_any_tree_of_merges_gives_the_correctly_rounded_sum() -> None:
         assert torch.equal(rounded.rows["l0"], values)
         assert not rounded.compensation
     assert len(plain) > 1  # order shows in plain addition
+
+
+def test_many_are_added_as_each_is() -> None:
+    g = torch.Generator().manual_seed(1)
+    shapes = [(3,), (2, 4), ()]
+    totals, lost, terms = (
+        [torch.randn(s, generator=g, dtype=torch.float64) * 10**i for s in shapes] for i in range(3)
+    )
+    each = [two_sum(a, b) for a, b in zip(totals, terms, strict=True)]
+    before = [t.clone() for t in lost]
+    add_exactly(totals, lost, terms)
+    for (total, error), b, now, left in zip(each, before, totals, lost, strict=True):
+        assert torch.equal(now, total)
+        assert torch.equal(left, b + error)
+    add_exactly([], [], [])

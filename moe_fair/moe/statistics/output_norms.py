@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_fair.moe.statistic import Pass, Statistic
 
+TINY = 1e-8  # a norm that a quotient can have below it
 name = "output_norms"
 collected = "always"
 names = {
@@ -26,8 +27,10 @@ def accumulate(seen: Pass) -> dict[str, Tensor]:
     """[E] each."""
     norm = torch.linalg.vector_norm(seen.f, dim=-1, dtype=seen.precise).double()
     gated = seen.g * norm
-    x, y = seen.x.double(), seen.y.double()  # 1 - cos cancels where a layer turns little
-    turn = 1 - torch.cosine_similarity(x, x + y, dim=-1)
+    x = seen.x.double()  # 1 - cos cancels where a layer turns little
+    out = x + seen.y
+    sizes = [torch.linalg.vector_norm(v, dim=-1).clamp(min=TINY) for v in (x, out)]
+    turn = 1 - torch.linalg.vecdot(x, out) / (sizes[0] * sizes[1])
     return seen.per_expert(
         {
             "norm": norm,
