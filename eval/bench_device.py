@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -87,7 +88,8 @@ def main() -> None:
         if not times[v]:
             continue
         base = "bare forward + backward" if backward else "bare forward"
-        ratio = statistics.median(a / b for a, b in zip(times[v], times[base], strict=True))
+        pairs = zip(times[v], times[base], strict=bool(times[base]))  # not asked for: no ratio
+        ratio = statistics.median([a / b for a, b in pairs] or [math.nan])
         speed = text.tokens / statistics.median(times[v])
         found[v] = {"tokens_per_second": speed, "ratio": ratio, "peak_bytes": peaks[v]}
         told = f"{ratio:.3f} | {base}" if watched is not None else "- | -"

@@ -30,6 +30,7 @@ CAPACITY = 256  # values kept as they are
 OCTAVES, SUBS = 12, 16  # gates near 0 make most values small beside the largest
 SIDE = OCTAVES * SUBS + 1  # bins on either side of zero
 LOWEST = -126  # exponent of the smallest normal float32
+NOTHING = -(2**15)  # below every exponent
 
 
 def directions(size: int) -> Tensor:
@@ -78,17 +79,39 @@ class Cell:
             assert self.bins is not None
             up = 0 if top is None else top - self.top
             return Cell(self.count, None, _coarser(self.bins, up), self.top + up)
-        mantissa, exponent = torch.frexp(self.values)
         if top is None:
-            seen = exponent[self.values != 0]
-            top = int(seen.max()) if len(seen) else LOWEST
-        sub = ((2 * mantissa.abs() - 1) * SUBS).long()  # |mantissa| is in [1/2, 1)
-        place = ((exponent.long() - (top - OCTAVES) - 1) * SUBS + sub + 1).clamp(min=0)
-        place = torch.where((exponent <= top - OCTAVES) | (self.values == 0), 0, place)
-        place = torch.where(self.values < 0, SIDE - 1 - place, SIDE + place)
+            exponent = torch.frexp(self.values).exponent[self.values != 0]
+            top = int(exponent.max()) if len(exponent) else LOWEST
+        place = _places(self.values, torch.tensor(top))
         bins = torch.zeros(len(place), 2 * SIDE, dtype=torch.int32)
         bins.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
         return Cell(self.count, None, bins, top)
+
+
+def _places(values: Tensor, top: Tensor) -> Tensor:
+    """The bin of each value, of bins that reach to 2^top; `top` as it broadcasts."""
+    mantissa, exponent = torch.frexp(values)
+    sub = ((2 * mantissa.abs() - 1) * SUBS).long()  # |mantissa| is in [1/2, 1)
+    place = ((exponent.long() - (top - OCTAVES) - 1) * SUBS + sub + 1).clamp(min=0)
+    place = torch.where((exponent <= top - OCTAVES) | (values == 0), 0, place)
+    return torch.where(values < 0, SIDE - 1 - place, SIDE + place)
+
+
+def _binned(units: Tensor, values: Tensor, size: int) -> tuple[Tensor, list[int]]:
+    """[size, P, B] bins of each unit's values and their tops, in as many launches for all as one.
+
+    Args:
+        units: [n] which unit each row of the values [n, P] is of, below `size`.
+    """
+    exponent = torch.where(values == 0, NOTHING, torch.frexp(values).exponent).amax(1)
+    tops = exponent.new_full((size,), NOTHING).scatter_reduce_(0, units, exponent, "amax")
+    tops = torch.where(tops == NOTHING, LOWEST, tops)
+    cells = size * DIRECTIONS
+    row = units[:, None] * DIRECTIONS + torch.arange(DIRECTIONS, device=units.device)
+    place = (row * (2 * SIDE) + _places(values, tops[units, None])).flatten()
+    bins = torch.zeros(cells * 2 * SIDE, dtype=torch.int32, device=units.device)
+    bins.scatter_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+    return bins.view(size, DIRECTIONS, 2 * SIDE).cpu(), tops.tolist()
 
 
 def _coarser(bins: Tensor, octaves: int) -> Tensor:
@@ -162,15 +185,41 @@ class Sketch:
         self.domains, self.units = domains, units
         self.cells: dict[tuple[int, int], Cell] = {}
 
-    def add(self, domain: int, unit: int, values: Tensor) -> None:
-        """Enter projected outputs [n, P] of one unit.
+    def add(self, domain: int, units: Tensor, values: Tensor) -> None:
+        """Enter projected outputs [n, P], each of one of the units [n], on any device.
 
         Raises:
             ValueError: NaN or Inf among them.
         """
         if not bool(torch.isfinite(values).all()):
             raise ValueError("the calibration run met NaN or Inf in an expert's output")
-        self._enter((domain, unit), Cell.of(values.T))
+        values, here = values.float(), units.cpu()
+        counts = torch.bincount(here, minlength=self.units)
+        known = torch.tensor([self._count(domain, u) for u in range(self.units)])
+        many = counts + known > CAPACITY
+        for binned in (False, True):
+            its = (counts > 0) & (many == binned)
+            numbers = its.nonzero().flatten().tolist()
+            rows = its[here].nonzero().flatten()
+            rows = rows[here[rows].argsort(stable=True)].to(values.device)
+            if not numbers:
+                continue
+            if binned:
+                place = (its.cumsum(0) - 1).to(units.device)[units[rows]]
+                bins, tops = _binned(place, values[rows], len(numbers))
+                cells = [
+                    Cell(int(counts[u]), None, b, t)
+                    for u, b, t in zip(numbers, bins, tops, strict=True)
+                ]
+            else:
+                each = values[rows].cpu().split(counts[its].tolist())
+                cells = [Cell.of(v.T) for v in each]
+            for unit, cell in zip(numbers, cells, strict=True):
+                self._enter((domain, unit), cell)
+
+    def _count(self, domain: int, unit: int) -> int:
+        cell = self.cells.get((domain, unit))
+        return 0 if cell is None else cell.count
 
     def _enter(self, key: tuple[int, int], cell: Cell) -> None:
         if cell.count:

@@ -281,14 +281,11 @@ class _BatchAccumulator:
     def _enter_outputs(self, rows: Tensor) -> None:
         """[S, P] into the distributions of each expert."""
         assert self.tap.sketch is not None
-        rows, ids = rows.cpu(), self.seen.ids.cpu()
+        ids = self.seen.ids
         if self.seen.counted is not None:
-            real = self.seen.counted.cpu() > 0
+            real = self.seen.counted > 0
             rows, ids = rows[real], ids[real]
-        order = torch.argsort(ids, stable=True)
-        runs = torch.bincount(ids, minlength=self.tap.size).tolist()
-        for e, values in enumerate(rows[order].split(runs)):
-            self.tap.sketch.add(self.batch.domain, e, values)
+        self.tap.sketch.add(self.batch.domain, ids, rows)
 
 
 class _Gate(torch.autograd.Function):

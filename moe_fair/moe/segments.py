@@ -108,12 +108,18 @@ def dense_vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None)
 def weight_sums(p: Tensor) -> Tensor:
     """[2, E] Σ|w| and Σw² of each expert's matrix, from [E, ...]."""
     rows = p.detach().flatten(1)
-    if rows.device.type != "cpu":  # reads the weights as they are, without a copy in float64
-        lines = p.detach().flatten(1, -2)  # one sum an expert would keep few threads busy
-        norms = [torch.linalg.vector_norm(lines, n, -1, dtype=torch.float64) for n in (1, 2)]
-        return torch.stack([norms[0].sum(1), norms[1].square().sum(1)])
+    if rows.device.type != "cpu":
+        return dense_weight_sums(p.detach())
     found = []
     for part in rows.split(max(1, CELLS // rows.shape[1])):
         wide = part.double().abs()  # of float64 `double` makes no copy
         found.append(torch.stack([wide.sum(1), wide.square_().sum(1)]))
     return torch.cat(found, 1)
+
+
+def dense_weight_sums(p: Tensor) -> Tensor:
+    """`weight_sums` line by line in float32 at least, of which float64 sums are made: reading in
+    float64 takes ten times as long where the device's float64 is fast, and more elsewhere."""
+    precise = torch.promote_types(p.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(p, n, -1, dtype=precise).double() for n in (1, 2)]
+    return torch.stack([norms[0].flatten(1).sum(1), norms[1].square().flatten(1).sum(1)])

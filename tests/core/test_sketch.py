@@ -108,7 +108,7 @@ def sketch(seed: int, sizes: list[tuple[int, int, int]]) -> tuple[Sketch, dict]:
     made, kept = Sketch(2, 3), {}
     for i, (domain, unit, n) in enumerate(sizes):
         kept[domain, unit] = values(seed + i, n, 1.0 + i, rows=DIRECTIONS)
-        made.add(domain, unit, kept[domain, unit].T)
+        made.add(domain, torch.full((n,), unit), kept[domain, unit].T)
     return made, kept
 
 
@@ -129,7 +129,32 @@ def test_scores_are_the_definition_and_packing_brings_them_back() -> None:
 
 def test_nan_is_said() -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
-        Sketch(1, 1).add(0, 0, torch.full((1, DIRECTIONS), float("nan")))
+        Sketch(1, 1).add(0, torch.zeros(1).long(), torch.full((1, DIRECTIONS), float("nan")))
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_units_together_are_as_each_alone(parts: int) -> None:
+    """Above and below what is kept as it is, all zeros, tiny values, growing ones."""
+    sizes = [0, 1, CAPACITY, CAPACITY + 1, 900, 300, 400]
+    each = [values(i, n, 10.0 ** (i - 4), rows=DIRECTIONS) for i, n in enumerate(sizes)]
+    each[5].zero_()
+    each[6] *= 1e-36
+    each[6][:, 0] = 1e-42  # below the smallest normal number
+    units = torch.cat([torch.full((n,), u) for u, n in enumerate(sizes)])
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))
+    made, rows = Sketch(1, len(sizes)), torch.cat(each, 1).T[order]
+    for some in order.tensor_split(parts):
+        at = torch.isin(order, some)
+        made.add(0, units[order[at]], rows[at])
+    for unit, its in enumerate(each):
+        want = Cell.of(its)
+        if not want.count:
+            assert (0, unit) not in made.cells
+            continue
+        got = made.cells[0, unit]
+        assert (got.count, got.top) == (want.count, want.top)
+        for a, b in ((got.values, want.values), (got.bins, want.bins)):
+            assert a is b is None or torch.equal(a, b)
 
 
 def test_directions_are_unit_vectors_and_stay() -> None:

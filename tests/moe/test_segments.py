@@ -49,3 +49,6 @@ def test_weights_of_float64_stay_as_they_are() -> None:
     torch.testing.assert_close(got[0], before.abs().sum((1, 2)))
     torch.testing.assert_close(got[1], before.square().sum((1, 2)))
     assert torch.equal(w, before)
+    torch.testing.assert_close(segments.dense_weight_sums(w), got)
+    rounded = segments.dense_weight_sums(w.float())
+    torch.testing.assert_close(rounded, got, rtol=1e-6, atol=0)
