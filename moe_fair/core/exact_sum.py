@@ -20,9 +20,7 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return total, (a - (total - b_in_total)) + (b - b_in_total)
 
 
-def add_exactly(
-    totals: Sequence[Tensor], lost: Sequence[Tensor], terms: Sequence[Tensor]
-) -> None:
+def add_exactly(totals: Sequence[Tensor], lost: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
     """Add each term to its total in place, and what rounding takes from it to its `lost`.
 
     Float64 tensors of any shapes; on a device in as many launches for all as `two_sum` for one.
