@@ -94,11 +94,11 @@ def _fail(e: Exception, arguments: list[str]) -> int:
 
 def _lack(e: Exception, text: str) -> str | None:
     """What the machine ran out of, in words; the libraries below have many kinds of exception."""
-    from moe_fair.engines.oom import out_of_memory
+    from moe_fair.engines.oom import lacking, out_of_memory
 
     if out_of_memory(e):
         return (
-            f"out of memory: {text}; use a smaller --batch-size, --engine streaming, or "
+            f"out of memory: {lacking(e)}; use a smaller --batch-size, --engine streaming, or "
             "--checkpointing; the same command goes on where it stopped"
         )
     if type(e).__name__ == "SafetensorError":

@@ -6,7 +6,12 @@ import ctypes
 import errno
 import gc
 import os
+import re
 
+# of torch's message, which goes on with what it has reserved and advice on its allocator
+_CUDA = re.compile(
+    r"Tried to allocate (\S+ \S+)\. GPU (\d+) has a total capacity of (\S+ \S+) of which (\S+ \S+)"
+)
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
@@ -21,6 +26,15 @@ def out_of_memory(e: BaseException) -> bool:
         or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
         or (isinstance(e, RuntimeError) and any(w in text for w in words))
     )
+
+
+def lacking(e: BaseException) -> str:
+    """What was lacking, in a few words."""
+    found = _CUDA.search(str(e))
+    if found:
+        wanted, number, whole, free = found.groups()
+        return f"{wanted} wanted, {free} of {whole} free on GPU {number}"
+    return str(e).partition("\n")[0] or type(e).__name__
 
 
 def release() -> None:

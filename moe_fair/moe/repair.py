@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.oom import out_of_memory, release
+from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -225,7 +225,7 @@ class Repairer:
             except Exception as e:
                 if not out_of_memory(e) or not self.sparing:
                     raise
-                lack = str(e).partition("\n")[0]
+                lack = lacking(e)
             if lack is not None:  # outside of the handler, which held what had been allocated
                 release()
                 part, parts = 0, 2 * parts

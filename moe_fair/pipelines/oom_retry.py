@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import After, Batch, Engine, Observer
-from moe_fair.engines.oom import out_of_memory, release
+from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team, aloud
 from moe_fair.engines.progress import Progress
 from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
-from moe_fair.moe.checkpoint_source import Checkpoint, first_line
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import Choice, start, start_layerwise
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class Elastic:
         except Exception as e:
             if self.name != "resident" or not out_of_memory(e):
                 raise
-            lack = first_line(e)
+            lack = lacking(e)
         if lack is not None:
             self._stream(lack)
 
@@ -152,7 +152,7 @@ class Elastic:
             except Exception as e:
                 if not out_of_memory(e):
                     raise
-                lack = first_line(e)
+                lack = lacking(e)
             # outside of the handler: the exception held all that the attempt had allocated
             done = found if done is None else done
             if all(self.team.gather(lack is None) if self.in_step else [lack is None]):
@@ -189,7 +189,7 @@ class Elastic:
             self._start(ALONE)
         except Exception as e:
             if isinstance(e, ValueError) or out_of_memory(e):
-                raise self._no_more(first_line(e)) from e
+                raise self._no_more(lacking(e)) from e
             raise
 
     def _start(self, team: Team) -> None:
@@ -256,7 +256,7 @@ def layerwise_until_it_fits(
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            lack = first_line(e)
+            lack = lacking(e)
         running = None  # outside of the handler: the exception held what the attempt had allocated
         release()
         if step + 1 < len(ladder):
