@@ -7,8 +7,6 @@ which processes or devices added up shows only in digits that are rounded away i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return total, (a - (total - b_in_total)) + (b - b_in_total)
 
 
-def add_exactly(totals: Sequence[Tensor], lost: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
+def add_exactly(totals: list[Tensor], lost: list[Tensor], terms: list[Tensor]) -> None:
     """Add each term to its total in place, and what rounding takes from it to its `lost`.
 
     Float64 tensors of any shapes; on a device in as many launches for all as `two_sum` for one.

@@ -34,7 +34,7 @@ def lacking(e: BaseException) -> str:
     if found:
         wanted, number, whole, free = found.groups()
         return f"{wanted} wanted, {free} of {whole} free on GPU {number}"
-    return str(e).partition("\n")[0] or type(e).__name__
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def release() -> None:
