@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from moe_fair.vision import zoo
 from moe_fair.vision.accuracy import top1
-from moe_fair.vision.data import Data, Preprocessing, open_data
+from moe_fair.vision.data import Data, open_data
 from moe_fair.vision.load import load_weights
+from moe_fair.vision.preprocessing import Preprocessing
 
 RATE, DECAY, BATCH, SHIFT = 0.05, 5e-4, 64, 2
 

@@ -59,14 +59,16 @@ VISIBLE = {
     "settings":
         "NAME --json --debug",
     "vision prune":
-        "MODEL --data --batch-size --seed --weights --image-size --mean --std --logits --revision "
+        "MODEL --data --batch-size --seed --weights --image-size --mean --std --transforms "
+        "--logits --revision "
         "--trust-remote-code --allow-pickle --device --ratio --flops --params --tolerance "
         "--removal --protection --allocate --method --units-per-step --minibatches --momentum "
         "--probes --min-channels --align --heads --samples --directions --max-memory --steps "
         "--finetune-epochs --optimizer --lr --distill --output --recipe --fresh --json "
         "--debug --set",
     "vision sparsify":
-        "MODEL --data --batch-size --seed --weights --image-size --mean --std --logits --revision "
+        "MODEL --data --batch-size --seed --weights --image-size --mean --std --transforms "
+        "--logits --revision "
         "--trust-remote-code --allow-pickle --device --sparsity --allocate --repair "
         "--shrinkage --samples --output --recipe --json --debug --set",
     "vision export":

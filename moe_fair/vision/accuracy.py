@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from moe_fair.vision.data import ImageSet
 from moe_fair.vision.graph import logits
@@ -28,12 +27,12 @@ def top1(model: nn.Module, images: ImageSet, batch_size: int) -> float:
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    right = 0
+    right = torch.zeros((), dtype=torch.int64, device=device)
     with torch.no_grad():
-        for x, y in DataLoader(images, batch_size):
-            right += int((logits(model, x.to(device)).argmax(-1) == y.to(device)).sum())
+        for x, y in images.batches(batch_size):
+            right += (logits(model, x.to(device)).argmax(-1) == y.to(device)).sum()
     model.train(training)
-    return right / len(images)
+    return int(right) / len(images)
 
 
 def guessed(share: float, images: ImageSet) -> bool:

@@ -19,8 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_fair.vision.data import Preprocessing
 from moe_fair.vision.load import Source, build, find_processor, load_weights, once, processed
+from moe_fair.vision.preprocessing import Preprocessing, Transform, called
 from moe_fair.vision.surgery import Cut, cut
 
 PRUNED_FILE = "pruned.json"
@@ -50,6 +50,7 @@ def save_pruned(
         "history": [[list(c) for c in step] for step in history],
         "preprocessing": asdict(source.preprocessing) if source.preprocessing else None,
         "labels": source.labels,
+        **({"transforms": source.transforms} if source.transforms else {}),
     }
     (folder / PRUNED_FILE).write_text(json.dumps(record, indent=None, sort_keys=True) + "\n")
 
@@ -78,6 +79,12 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
         cut(model, step)
     load_weights(model, folder / WEIGHTS_FILE)
     labels = tuple(record["labels"]) if record["labels"] else None
+    transforms = record.get("transforms")
+    if transforms:
+        transform = called(transforms) if trust_remote_code else _refusing(folder, transforms)
+        return Source(
+            model.eval(), record["base"], transform, None, None, labels, history, transforms
+        )
     if record["preprocessing"]:
         numbers: dict[str, Any] = dict(record["preprocessing"])
         own = Preprocessing(
@@ -89,6 +96,18 @@ def open_pruned(folder: Path, *, trust_remote_code: bool = False) -> Source:
         raise ValueError(f"{folder} has neither preprocessing nor an image processor")
     transform = processed(processor)
     return Source(model.eval(), record["base"], transform, None, processor, labels, history)
+
+
+def _refusing(folder: Path, transforms: dict[str, Any]) -> Transform:
+    """In place of code that nobody has allowed: the model can be had without it."""
+
+    def transform(_: Any) -> Any:
+        raise ValueError(
+            f"{folder} has its pictures made ready by {transforms['module']}:"
+            f"{transforms['function']}; if you know that code, load it with trust_remote_code=True"
+        )
+
+    return transform
 
 
 def read_record(folder: Path) -> dict[str, Any]:

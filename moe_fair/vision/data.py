@@ -10,7 +10,10 @@ Every set comes in two parts, for scoring and training and for testing, which sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,45 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moe_fair.vision.pictures import check_files, converted
+from moe_fair.vision.pictures import check_files
+from moe_fair.vision.preprocessing import Transform
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 TEST_NAMES = ("test", "val", "validation")
 HELD_OUT = 0.2  # where a source has no test part of its own
 SPLIT_SEED = 0
-
-Transform = Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """PIL image -> [C, H, W] float32: resized, scaled to 0..1, normalised per channel."""
-
-    channels: int
-    size: int
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-
-    def __post_init__(self) -> None:
-        for name, values in (("--mean", self.mean), ("--std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(
-                    f"{name} has {len(values)} values; the model has {self.channels} channels"
-                )
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} must be finite numbers")
-        if min(self.std) <= 0:
-            raise ValueError(f"--std {min(self.std)} is not above 0")
-
-    def __call__(self, image: Any) -> Tensor:
-        from PIL import Image
-
-        image = converted(image, "L" if self.channels == 1 else "RGB")
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (pixels - mean) / std
+READERS = 8  # most threads that read pictures
 
 
 class ImageSet(Dataset):
@@ -105,7 +77,32 @@ class ImageSet(Dataset):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """[S, C, H, W] and [S]: everything in memory."""
-        return torch.stack([self[i][0] for i in range(len(self))]), self.labels
+        return next(self.batches(len(self)))
+
+    def batches(
+        self, size: int, order: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """[size, C, H, W] and [size], the last batch what is left.
+
+        Threads read pictures ahead of what is asked for, which Pillow does beside other work.
+
+        Args:
+            order: ids; None: all as they come.
+        """
+        order = range(len(self)) if order is None else order
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        workers = min(READERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: deque[list[Future[tuple[Tensor, int]]]] = deque()
+            try:
+                for n in range(len(batches) + 1):
+                    if n < len(batches):
+                        ahead.append([pool.submit(self.__getitem__, i) for i in batches[n]])
+                    if n:
+                        read = [f.result() for f in ahead.popleft()]
+                        yield torch.stack([x for x, _ in read]), torch.tensor([y for _, y in read])
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)

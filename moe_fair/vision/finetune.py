@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from moe_fair.core.registry import pick
 from moe_fair.vision.data import ImageSet
@@ -96,7 +95,8 @@ def check_trained(model: nn.Module, loss: float = 0.0) -> None:
     Raises:
         ValueError: the loss or a weight is not finite.
     """
-    if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if not (math.isfinite(loss) and bool(finite)):
         raise ValueError("training diverged: weights are not finite any more; lower --lr")
 
 
@@ -115,9 +115,9 @@ def _epoch(
     generator = torch.Generator().manual_seed(1000 * training.seed + epoch)
     # what dropout draws must not depend on what ran before a kill
     torch.manual_seed(1000 * training.seed + epoch)
-    loader = DataLoader(images, training.batch_size, shuffle=True, generator=generator)
-    total = 0.0
-    for x, y in loader:
+    order = torch.randperm(len(images), generator=generator).tolist()
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for x, y in images.batches(training.batch_size, order):
         if len(x) == 1 and len(images) > 1:
             continue  # batch normalisation cannot train on one image
         x, y = x.to(accelerator.device), y.to(accelerator.device)
@@ -126,8 +126,8 @@ def _epoch(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        total += float(loss.detach()) * len(x)
-    return total / len(images)
+        total += loss.detach().double() * len(x)
+    return float(total) / len(images)
 
 
 def loss_of(

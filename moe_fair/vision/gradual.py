@@ -179,7 +179,8 @@ def _train(
     teacher: nn.Module | None,
 ) -> tuple[Tensor, float]:
     """One step's minibatches: [N] the criterion, and the mean loss."""
-    device, total = next(model.parameters()).device, 0.0
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     first = len(state.steps) * schedule.minibatches
     batches = minibatches(images, training.batch_size, training.seed, first)
     with Gates(model, graph.groups) as gates:
@@ -190,16 +191,17 @@ def _train(
             x, y = x.to(device), y.to(device)
             gates.values = gate_values(state.there, device)
             with attention(twice=schedule.method == "taylor-so"):
-                loss = loss_of(logits(model, x), x, y, training.distill, teacher)
-            sums.add(loss)
+                now = loss_of(logits(model, x), x, y, training.distill, teacher)
+            sums.add(now)
             optimizer.step()
             optimizer.zero_grad()
-            total += float(loss.detach())
-    if not math.isfinite(total):
+            total += now.detach()
+    loss = float(total)
+    if not math.isfinite(loss):
         raise ValueError(
-            f"the loss is {total} in step {len(state.steps) + 1}: training diverged; lower --lr"
+            f"the loss is {loss} in step {len(state.steps) + 1}: training diverged; lower --lr"
         )
-    return sums.scores(), total / schedule.minibatches
+    return sums.scores(), loss / schedule.minibatches
 
 
 class Sums:
@@ -305,10 +307,9 @@ def minibatches(
     for epoch in itertools.count(start // per_epoch):
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(images), generator=generator).tolist()
-        for i in range(per_epoch):
-            number = epoch * per_epoch + i
-            if number >= start:
-                yield number, images.part(order[i * size : (i + 1) * size]).tensors()
+        number = max(start, epoch * per_epoch)
+        rest = order[(number - epoch * per_epoch) * size : per_epoch * size]
+        yield from enumerate(images.batches(size, rest), number)
 
 
 def _next(

@@ -14,6 +14,7 @@ from torch import nn
 from moe_fair.vision.data import Data, ImageSet
 from moe_fair.vision.load import Source
 
+BATCH = 64
 SAMPLED = 2048  # images of a part that are looked at; a larger one's are evenly spread
 
 
@@ -47,7 +48,8 @@ def _code(source: Source) -> str:
     """Of the files that define the model's function and its modules' classes, but torch's own."""
     digest = hashlib.sha256(json.dumps([source.base, source.history], sort_keys=True).encode())
     names = {type(m).__module__ for m in source.model.modules()}
-    names |= {str(source.base["module"])} if "module" in source.base else set()
+    for part in (source.base, source.transforms or {}):
+        names |= {str(part["module"])} if "module" in part else set()
     for name in sorted(names):
         file = None if name.startswith("torch.") else _file(name)
         if file is not None:
@@ -69,8 +71,9 @@ def _images(part: ImageSet) -> bytes:
     taken = min(count, SAMPLED)
     digest = hashlib.sha256(json.dumps([count, part.classes]).encode())
     digest.update(_bytes(part.labels))
-    for i in range(taken):
-        digest.update(_bytes(part[i * count // taken][0]))
+    for images, _ in part.batches(BATCH, [i * count // taken for i in range(taken)]):
+        for image in images:
+            digest.update(_bytes(image))
     return digest.digest()
 
 

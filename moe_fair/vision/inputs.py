@@ -27,6 +27,7 @@ def open_inputs(settings: Subject) -> tuple[Source, Data]:
         mean=settings.mean,
         std=settings.std,
         logits=settings.logits,
+        transforms=settings.transforms,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         allow_pickle=settings.allow_pickle,

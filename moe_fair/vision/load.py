@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.pickles import read
-from moe_fair.vision.data import Preprocessing, Transform
 from moe_fair.vision.graph import CHOSEN
 from moe_fair.vision.pictures import converted
+from moe_fair.vision.preprocessing import Preprocessing, Transform
 from moe_fair.vision.trace import detach_computed
 
 # modules whose model functions a checkpoint may name: these are then called unasked
@@ -42,6 +42,7 @@ class Source:
         base: how to build the model before any cut; goes into a pruned checkpoint as JSON.
         transform: PIL image -> tensor.
         preprocessing: the transform's numbers where it is our own, else None.
+        transforms: parts of the user's function that gave the transform, if one did.
         processor: the transformers image processor, if there is one.
         labels: names of the classes where the model knows them.
         history: cuts that have been made already.
@@ -54,6 +55,7 @@ class Source:
     processor: Any
     labels: tuple[str, ...] | None
     history: tuple[list, ...] = ()
+    transforms: dict[str, Any] | None = None
 
 
 def parse_function(spec: str) -> dict[str, Any] | None:

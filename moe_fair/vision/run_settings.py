@@ -61,7 +61,9 @@ class Subject:
     batch_size: int = given(64, "Images per batch", RUN, BOTH, minimum=1)
     seed: int = given(0, "Draws images, directions and the order of training", RUN, BOTH, minimum=0)
     weights: str | None = given(None, "Safetensors file to fill the model with", MODEL, BOTH)
-    image_size: int | None = given(None, "Side of the images", MODEL, BOTH, usual="32")
+    image_size: int | None = given(
+        None, "Side of the images", MODEL, BOTH, usual="timm's or torchvision's, or 32"
+    )
     mean: tuple[float, ...] | None = given(
         None, "Of the pixels in 0..1, one number or one a channel", MODEL, BOTH, usual="0.5",
         parse=numbers("--mean"),
@@ -69,6 +71,12 @@ class Subject:
     std: tuple[float, ...] | None = given(
         None, "Likewise", MODEL, BOTH, usual="0.5", parse=numbers("--std")
     )
+    transforms: str | None = given(
+        None,
+        "module:function that gives what makes a tensor of a picture, in place of --image-size, "
+        "--mean and --std",
+        MODEL, BOTH,
+    )  # fmt: skip
     logits: str | None = given(
         None, "Where in what the model gives they are, by name or number", MODEL, BOTH,
         usual="what is named logits, or all",

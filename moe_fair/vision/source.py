@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from moe_fair.vision.checkpoint import PRUNED_FILE, open_pruned
@@ -14,6 +15,7 @@ from moe_fair.vision.load import (
     own_preprocessing,
     parse_function,
 )
+from moe_fair.vision.preprocessing import called, published
 
 
 def open_source(
@@ -24,6 +26,7 @@ def open_source(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     logits: str | None = None,
+    transforms: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -34,7 +37,9 @@ def open_source(
         weights: safetensors file of a `module:function` model's weights.
         allow_pickle: also read pickled weights, their tensors alone; see `engines.pickles`.
         logits: where in what a `module:function` model gives they are, by name or number.
-        image_size, mean, std: of a model without an image processor; 32, 0.5 and 0.5 by default.
+        image_size, mean, std: of a model without an image processor; by default what timm or
+            torchvision has for it, or 32, 0.5 and 0.5.
+        transforms: `module:function` that gives what makes a tensor of a PIL image, in their place.
 
     Raises:
         ValueError: there is no such model; says what was tried.
@@ -45,6 +50,22 @@ def open_source(
     for name, value in (("weights", weights), ("logits", logits)):
         if value is not None and function is None:
             raise ValueError(f"--{name} belongs to a `module:function` model; others bring theirs")
+    if transforms is not None:
+        if pruned:
+            raise ValueError("--transforms: a pruned checkpoint brings its own")
+        if any(v is not None for v in own.values()):
+            raise ValueError("--transforms is in place of --image-size, --mean and --std")
+        spec_of = parse_function(transforms)
+        if spec_of is None:
+            raise ValueError(f"--transforms {transforms!r}: write it as module:function")
+        source = open_source(
+            spec, weights=weights, logits=logits, revision=revision,
+            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        )  # fmt: skip
+        return replace(
+            source, transform=called(spec_of), preprocessing=None, processor=None,
+            transforms=spec_of,
+        )  # fmt: skip
     if pruned:
         return open_pruned(Path(spec), trust_remote_code=trust_remote_code)
     if function:
@@ -52,6 +73,7 @@ def open_source(
         model = build(base, trusted=True)
         if weights is not None:
             load_weights(model, weights, allow_pickle=allow_pickle)
-        preprocessing = own_preprocessing(first_channels(model), own)
+        given = {**published(model, base), **{k: v for k, v in own.items() if v is not None}}
+        preprocessing = own_preprocessing(first_channels(model), given)
         return Source(model.eval(), base, preprocessing, preprocessing, None, None)
     return open_transformers(spec, own, revision, trust_remote_code, allow_pickle)

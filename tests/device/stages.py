@@ -106,6 +106,43 @@ def asked(model: Path, device: str, folder: Path) -> Numbers:
     return {"accuracy": [float(a["acc"]) for a in answers], "likely": likely}
 
 
+def pictured(**more: Any) -> Stage:
+    """A pruned classifier of scikit-learn's digits."""
+
+    def stage(model: Path, device: str, folder: Path) -> Numbers:
+        from moe_fair.pipelines import vision
+        from moe_fair.vision.settings import Settings
+
+        given = {
+            "model": "moe_fair.vision.zoo:vgg_small", "data": "digits", "samples": 32,
+            "batch_size": 32, "ratio": 0.5, "directions": 8, "seed": 1, "device": device,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        done = vision.prune(Settings.of({**given, **more}), folder / "out")
+        made = {f"kept {g.name}": list(map(float, g.kept)) for g in done.plans[-1].groups}
+        for file in sorted((folder / "out").glob("*.safetensors")):
+            weights = load_file(file)
+            made |= {f"{n} weight": t.float().flatten().tolist() for n, t in weights.items()}
+        return made
+
+    return stage
+
+
+def thinned(model: Path, device: str, folder: Path) -> Numbers:
+    """The same net with zeros, repaired."""
+    from moe_fair.pipelines import sparse
+    from moe_fair.vision.sparse.settings import SparseSettings
+
+    given = {
+        "model": "moe_fair.vision.zoo:vgg_small", "data": "digits", "samples": 32,
+        "batch_size": 32, "sparsity": 0.8, "device": device,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    sparse.sparsify(SparseSettings.of(given), folder / "out")
+    [file] = (folder / "out").glob("*.safetensors")
+    return {f"{n} weight": t.float().flatten().tolist() for n, t in load_file(file).items()}
+
+
 STAGES: dict[str, Stage] = {
     "resident": calibrated(),
     "checkpointed": calibrated(checkpointing=True),
@@ -119,6 +156,10 @@ STAGES: dict[str, Stage] = {
     "oracle": oracle,
     "agreement": agreement,
     "lm-eval": asked,
+    "images": pictured(),
+    "images, trained": pictured(finetune_epochs=1),
+    "images, Taylor while training": pictured(method="taylor-fo", finetune_epochs=1),
+    "sparse": thinned,
 }
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from moe_fair.cli import main
 from moe_fair.publish.classifier import export_classifier
 from moe_fair.vision.checkpoint import load_pruned, save_pruned
-from moe_fair.vision.data import Preprocessing
 from moe_fair.vision.load import Source, build
+from moe_fair.vision.preprocessing import Preprocessing
 from moe_fair.vision.surgery import Cut, cut
 
 HERE = "publish.test_classifier"

@@ -21,9 +21,9 @@ from torch import nn
 from vision.architectures import ARCHITECTURES, images, lively
 
 from moe_fair.vision.checkpoint import save_pruned
-from moe_fair.vision.data import Preprocessing
 from moe_fair.vision.graph import ChannelGroup, Graph, logits
 from moe_fair.vision.load import Source
+from moe_fair.vision.preprocessing import Preprocessing
 from moe_fair.vision.proof import fault, find_groups, uneven_plan
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.trial import Trial

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moe_fair.vision.data import Preprocessing, _table, open_data, sample
+from moe_fair.vision.data import _table, open_data, sample
+from moe_fair.vision.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(channels=3, size=16)
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from moe_fair.vision import finetune as module
 from moe_fair.vision import zoo
-from moe_fair.vision.data import ImageSet, Preprocessing, open_data
+from moe_fair.vision.data import ImageSet, open_data
 from moe_fair.vision.finetune import Training, finetune, loss_of
+from moe_fair.vision.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_fair.vision.checkpoint import load_pruned, save_pruned
 from moe_fair.vision.collect import MeasureConfig, collect, taylor
-from moe_fair.vision.data import Preprocessing
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.load import Source
+from moe_fair.vision.preprocessing import Preprocessing
 from moe_fair.vision.proof import find_groups, uneven_plan
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.surgery import cut, cuts_of

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_fair.vision.data import Preprocessing, open_data
+from moe_fair.vision.data import open_data
 from moe_fair.vision.load import processed
 from moe_fair.vision.pictures import converted
+from moe_fair.vision.preprocessing import Preprocessing
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
