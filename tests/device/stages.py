@@ -114,10 +114,9 @@ def pictured(**more: Any) -> Stage:
         from moe_fair.vision.settings import Settings
 
         given = {
-            "model": "moe_fair.vision.zoo:vgg_small", "data": "digits", "samples": 32,
-            "batch_size": 32, "ratio": 0.5, "directions": 8, "seed": 1, "device": device,
+            "model": "moe_fair.vision.zoo:vgg_small", "data": "digits", "batch_size": 32,
+            "ratio": 0.5, "seed": 1, "device": device,
         }  # fmt: skip
-        torch.manual_seed(0)
         done = vision.prune(Settings.of({**given, **more}), folder / "out")
         made = {f"kept {g.name}": list(map(float, g.kept)) for g in done.plans[-1].groups}
         for file in sorted((folder / "out").glob("*.safetensors")):
@@ -137,7 +136,6 @@ def thinned(model: Path, device: str, folder: Path) -> Numbers:
         "model": "moe_fair.vision.zoo:vgg_small", "data": "digits", "samples": 32,
         "batch_size": 32, "sparsity": 0.8, "device": device,
     }  # fmt: skip
-    torch.manual_seed(0)
     sparse.sparsify(SparseSettings.of(given), folder / "out")
     [file] = (folder / "out").glob("*.safetensors")
     return {f"{n} weight": t.float().flatten().tolist() for n, t in load_file(file).items()}
@@ -156,9 +154,9 @@ STAGES: dict[str, Stage] = {
     "oracle": oracle,
     "agreement": agreement,
     "lm-eval": asked,
-    "images": pictured(),
-    "images, trained": pictured(finetune_epochs=1),
-    "images, Taylor while training": pictured(method="taylor-fo", finetune_epochs=1),
+    "images": pictured(samples=32, directions=8),
+    "images, trained": pictured(samples=32, directions=8, finetune_epochs=1),
+    "images, Taylor while training": pictured(method="taylor-fo", minibatches=2),
     "sparse": thinned,
 }
 

@@ -44,6 +44,11 @@ CEILINGS = {
     "oracle": (460, 115, 13000, 870),
     "agreement": (115, 145, 4000, 6200),
     "lm-eval": (32, 145, 1750, 1),
+    # of these some 400 waits and 3,000 launches are the latency's, which goes by time
+    "images": (720, 400, 9500, 5),
+    "images, trained": (740, 480, 15500, 5),
+    "images, Taylor while training": (2600, 1200, 27000, 60),
+    "sparse": (150, 120, 2100, 20200),
 }
 pytestmark = [
     pytest.mark.slow,
