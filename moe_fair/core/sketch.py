@@ -196,14 +196,15 @@ class Sketch:
         values, here = values.float(), units.cpu()
         counts = torch.bincount(here, minlength=self.units)
         known = torch.tensor([self._count(domain, u) for u in range(self.units)])
-        many = counts + known > CAPACITY
-        for binned in (False, True):
-            its = (counts > 0) & (many == binned)
+        many = (counts > 0) & (counts + known > CAPACITY)
+        if not bool(many.any()):
+            values = values.cpu()
+        for binned, its in ((False, (counts > 0) & ~many), (True, many)):
             numbers = its.nonzero().flatten().tolist()
-            rows = its[here].nonzero().flatten()
-            rows = rows[here[rows].argsort(stable=True)].to(values.device)
             if not numbers:
                 continue
+            rows = its[here].nonzero().flatten()
+            rows = rows[here[rows].argsort(stable=True)].to(values.device)
             if binned:
                 place = (its.cumsum(0) - 1).to(units.device)[units[rows]]
                 bins, tops = _binned(place, values[rows], len(numbers))
