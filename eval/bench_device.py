@@ -27,10 +27,11 @@ import torch
 from bench_collect import bare, timed
 
 from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration_text import CalibrationSet, sample
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import start
 from moe_fair.moe.statistics import collecting, unasked

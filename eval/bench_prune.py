@@ -26,7 +26,8 @@ from scaling import Shape
 from scaling_prune import STAGES, Run, optimizer_bytes
 
 from moe_fair.core.recipe import Recipe
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.engines.device import pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.pipelines import moe as pipeline
 
 # how a stage's first line begins

@@ -10,8 +10,8 @@ import pytest
 import torch
 from places import CALIBRATION, MODEL, ROOT
 
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.oom import out_of_memory
-from moe_fair.moe.checkpoint_source import pick_device
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "xpu:3", "privateuseone"])

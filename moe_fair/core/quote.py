@@ -6,6 +6,7 @@ import reprlib
 from typing import Any
 
 MOST = 80  # characters
+ADVICE = 400  # of what a library says
 
 
 def quote(value: Any, most: int = MOST) -> str:
@@ -23,3 +24,14 @@ def clip(text: str, most: int = MOST) -> str:
     """The text on one line, of so many characters at most."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 3] + "..."
+
+
+def advice(e: BaseException) -> str:
+    """An exception's text in one line, whole: what a library advises stands behind its first."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= ADVICE else text[: ADVICE - 2].rstrip() + " …"
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -20,11 +20,13 @@ from lm_eval.utils import handle_non_serializable
 from transformers import AutoModelForCausalLM
 
 from moe_fair.core.output import partial_path
+from moe_fair.core.quote import first_line
 from moe_fair.core.registry import nearest
 from moe_fair.engines.auto import auto_class
+from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.engines.processes import ALONE, Team, unlaunched
 from moe_fair.evaluate.shared_model import SharedModel
-from moe_fair.moe.checkpoint_source import Checkpoint, first_line, pick_device, pick_dtype
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.side_files import needs_code
 
 # the eight tasks of HC-SMoE's tables (arXiv 2410.08589); REAP (arXiv 2510.13999) took them over

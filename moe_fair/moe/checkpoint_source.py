@@ -1,16 +1,10 @@
-"""Finding a model on disk or on the Hub, knowing it before it is loaded, and loading it."""
+"""A model's files, and everything that can be known of it before its weights are loaded."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from moe_fair.core.plan import ModelSize
+from moe_fair.core.quote import advice
 from moe_fair.core.units import UnitGroup
 from moe_fair.engines.auto import auto_class
+from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.packing import Packing, Scheme, find_packing, scheme_of
 from moe_fair.engines.pickles import convert, pickle_files
@@ -36,18 +31,15 @@ from moe_fair.engines.shards import (
 )
 from moe_fair.engines.stock import stock_config
 from moe_fair.moe.blocks import HASH_LAYERS, MoeBlock, find_blocks
-from moe_fair.moe.device_map import check_map, read_map, without_overlap
-from moe_fair.moe.folder_kind import check_folder, local_folder, other_weights
+from moe_fair.moe.checkpoint_files import locate, model_digest, tokenizer_digest
+from moe_fair.moe.folder_kind import check_folder, other_weights
+from moe_fair.moe.loading import load_model, spread_model
 from moe_fair.moe.mtp import Heads, find_heads, is_head
 from moe_fair.moe.quantised import check_admitted
-from moe_fair.moe.side_files import COPIES, WEIGHTS, needs_code
+from moe_fair.moe.side_files import needs_code
 from moe_fair.moe.tensor_slicing import ExpertTensor, classify, unit_sizes
 from moe_fair.moe.trusted_code import named_kernel, not_ours
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADVICE = 400  # characters of what a library says
-SAMPLED = 64  # pages of a large shard that enter its digest
-PAGE = 65536
 PROBE = "The 1st: a text, as it is."  # every tokenizer knows some of it
 
 
@@ -81,7 +73,7 @@ class Checkpoint:
         hash_layers: str = "keep",
     ) -> None:
         self.model, self.revision, self.allow_pickle = model, revision, allow_pickle
-        self.home = _locate(model, revision)
+        self.home = locate(model, revision)
         try:
             self.published = check_folder(self.home)
         except ValueError as e:
@@ -180,7 +172,7 @@ class Checkpoint:
         local = Path(self.model).is_dir()
         for pattern in ("*.safetensors", "*.bin"):
             if not local:
-                _locate(self.model, self.revision, pattern)
+                locate(self.model, self.revision, pattern)
             if any(self.home.glob(pattern)):
                 return pattern == "*.bin" and bool(pickle_files(self.home))
         return False
@@ -195,7 +187,7 @@ class Checkpoint:
             ValueError: there are none.
         """
         if not Path(self.model).is_dir() and not self.allow_pickle:
-            _locate(self.model, self.revision, "*.safetensors")
+            locate(self.model, self.revision, "*.safetensors")
         try:
             named = shard_files(self.path)
         except ValueError as e:
@@ -320,14 +312,9 @@ class Checkpoint:
 
         What is measured with hash layers cut also says so.
         """
-        digest = hashlib.sha256(_canonical(self.path / "config.json"))
-        for shard in self.shards:
-            digest.update(_shard_digest(shard))
-        tokenizer = hashlib.sha256()
-        for file in sorted(self.path.glob("tokenizer*")):
-            tokenizer.update(file.name.encode() + file.read_bytes())
         chosen = {} if self.hash_layers == "keep" else {"hash_layers": self.hash_layers}
-        return {"model": digest.hexdigest(), "tokenizer": tokenizer.hexdigest(), **chosen}
+        model = model_digest(self.path / "config.json", self.shards)
+        return {"model": model, "tokenizer": tokenizer_digest(self.path), **chosen}
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -368,191 +355,5 @@ class Checkpoint:
         where = pick_device(device)
         self.shards  # noqa: B018  # a missing file is told before torch allocates anything
         if device_map is not None:
-            return self._spread(pick_dtype(dtype, where), device_map)
-        return self._from_files(pick_dtype(dtype, where)).to(where)
-
-    def _from_files(self, dtype: torch.dtype | str, **more: Any) -> Any:
-        """The model, filled by transformers from the files, or from weights unpacked as it asks."""
-        if self.packing is not None:
-            return self._unpacked(self.packing, dtype, **more)
-        model, info = auto_class(self.config).from_pretrained(
-            self.path,
-            config=copy.deepcopy(self.config),
-            dtype=dtype,
-            trust_remote_code=self.brings_model,
-            use_safetensors=True,
-            output_loading_info=True,
-            **more,
-        )
-        self._check_whole(info)
-        return model
-
-    def _unpacked(self, packing: Packing, dtype: torch.dtype | str, **more: Any) -> Any:
-        config = plain_config(self.config)
-        if isinstance(dtype, str):  # transformers would look for it in tensors that are none yet
-            dtype = config.get_text_config().dtype or config.dtype or torch.bfloat16
-        with ExitStack() as files:
-            state: dict[str, Any] = {}
-            for shard in self.shards:
-                f = files.enter_context(safe_open(str(shard), framework="pt", device="cpu"))
-                state |= {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            kind: Any = type(self.skeleton)
-            model, info = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=packing.unpacked(state),
-                dtype=dtype,
-                output_loading_info=True,
-                **more,
-            )
-        self._check_whole(info)
-        if (self.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.path)
-        return model
-
-    def _check_whole(self, info: dict[str, Any]) -> None:
-        """Nothing was made up: transformers fills what is missing with random numbers."""
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{self.model}: its files hold no {missing[0]} ({len(missing)} tensors missing), "
-                "which would be random numbers; download or copy it again"
-            )
-
-    def _spread(self, dtype: torch.dtype | str, device_map: str) -> Any:
-        """The model over the devices of a map; what goes to disk lies in a temporary directory."""
-        places = read_map(device_map)
-        if isinstance(places, dict):
-            check_map(device_map, places, self.skeleton)
-            places = without_overlap(places, self.skeleton)
-        folder = tempfile.mkdtemp(prefix="moe_fair-offload-")
-        model = self._from_files(dtype, device_map=places, offload_folder=folder)
-        weakref.finalize(model, shutil.rmtree, folder, True)
-        return model
-
-
-def pick_device(device: str) -> torch.device:
-    """The device that a name or `auto` stands for.
-
-    Raises:
-        ValueError: no such device here, one that has no float64, or one for several processes.
-    """
-    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU"):
-        return torch.device("cpu")  # accelerate launch --cpu
-    if device == "auto":
-        accelerator = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        if accelerator is None or _no_float64(accelerator) is not None:
-            return torch.device("cpu")
-        return accelerator
-    try:
-        found = torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"--device {device}: {first_line(e)}") from e
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
-    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(
-            f"--device {device}: torch sees {count} CUDA devices here, the last of them "
-            f"cuda:{count - 1}"
-        )
-    if (reason := _no_float64(found)) is not None:
-        raise ValueError(
-            f"--device {device}: statistics are summed in float64, which it does not give here "
-            f"({reason}); use --device cpu"
-        )
-    together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    if found.type != "cpu" and found.index is not None and together > 1:
-        raise ValueError(
-            f"--device {device} is one device for {together} processes; give --device "
-            f"{found.type}, and each takes its own"
-        )
-    return found
-
-
-def _no_float64(device: torch.device) -> str | None:
-    """What torch says when it is asked for a float64 number there; None where it gives one."""
-    if device.type in ("cpu", "cuda"):
-        return None
-    try:
-        torch.ones((), dtype=torch.float64, device=device).sum().item()
-    except Exception as e:  # a backend that is not there raises whatever it meets first
-        return first_line(e)
-    return None
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """The torch data type that a name stands for; see `Checkpoint.load`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if dtype == "checkpoint" or (dtype == "auto" and device.type != "cpu"):
-        return "auto"
-    if dtype == "auto":
-        return torch.float32
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype!r} is none of auto, checkpoint, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def plain_config(config: Any) -> Any:
-    """The config of the same model with weights that are not packed."""
-    plain = copy.deepcopy(config)
-    for part in {id(p): p for p in (plain, plain.get_text_config())}.values():
-        for name in ("quantization_config", "compression_config"):
-            vars(part).pop(name, None)
-    return plain
-
-
-def advice(e: BaseException) -> str:
-    """An exception's text in one line, whole: what a library advises stands behind its first."""
-    text = " ".join(str(e).split())
-    return text if len(text) <= ADVICE else text[: ADVICE - 2].rstrip() + " …"
-
-
-def first_line(e: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
-
-def _locate(model: str, revision: str | None, weights: str | None = None) -> Path:
-    """The folder of a model; from the Hub with every file beside the weights.
-
-    Args:
-        weights: a pattern of root-level weights to bring too; None: none yet.
-    """
-    if (folder := local_folder(model)) is not None:
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    # `*` matches `/` here: a copy in a folder, as `original/`, is not fetched with the weights
-    left = [*(p for p in WEIGHTS if p != weights), *(f"{c}/*" for c in COPIES)]
-    left = [p for p in left if p != "*.index.json"] + ["*/*.safetensors", "*/*.bin"]
-    try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=left))
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as e:
-        raise ValueError(
-            f"{model}: no such local directory, and the Hub did not give it ({type(e).__name__}); "
-            "check the name, the network and `hf auth login`, or give a local model directory"
-        ) from e
-
-
-def _canonical(path: Path) -> bytes:
-    return json.dumps(json.loads(path.read_text()), sort_keys=True).encode()
-
-
-def _shard_digest(path: Path) -> bytes:
-    """Header, size and content; of a file over SAMPLED pages, evenly spread pages of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as f:
-        if size <= SAMPLED * PAGE * 16:
-            while chunk := f.read(PAGE * 16):
-                digest.update(chunk)
-        else:
-            for i in range(SAMPLED):
-                f.seek((size - PAGE) * i // (SAMPLED - 1))
-                digest.update(f.read(PAGE))
-    return digest.digest()
+            return spread_model(self, pick_dtype(dtype, where), device_map)
+        return load_model(self, pick_dtype(dtype, where)).to(where)

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_fair.core.quote import first_line
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.shards import write_shards
 from moe_fair.engines.stock import stock_type
 from moe_fair.moe.blocks import COUNTERS, layer_index, rows_of
-from moe_fair.moe.checkpoint_source import Checkpoint, first_line
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs

@@ -9,13 +9,14 @@ import torch
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.engines.batch import Engine, Visit
+from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.oom import release
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.device_map import offloaded
 
 ENGINES = ("auto", "resident", "streaming")

@@ -15,12 +15,13 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.sizes import parse_bytes
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.engines.batch import Batch, Losses
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.processes import ALONE, Team, is_first
 from moe_fair.engines.progress import Progress
 from moe_fair.evaluate import HeldoutLoss, heldout_loss
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.device_map import placement
 from moe_fair.moe.engine_choice import Choice, choose, weight_dtype

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, sequence_losses
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.one_layer import alone
@@ -27,7 +28,7 @@ from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.layer_distillation import distill_layer

@@ -14,12 +14,13 @@ from moe_fair.core.cost_curves import depths_to_measure
 from moe_fair.core.engine_facts import Layout, verdicts
 from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import ModelSize, Plan
+from moe_fair.core.quote import first_line
 from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.settings import flag
 from moe_fair.core.units import Statistics
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.checkpoint_source import first_line, pick_device
 from moe_fair.moe.engine_choice import free_memory, weight_dtype
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.moe.repairs import repair

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
+from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device, pick_dtype
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import count_path
 from moe_fair.moe.table_surgery import check_tables
 from moe_fair.moe.text_sources import OWN, Source, parse_sources

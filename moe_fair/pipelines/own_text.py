@@ -20,10 +20,11 @@ from moe_fair.core.lock import release as release_lock
 from moe_fair.core.lock import take
 from moe_fair.core.output import digest, partial_path, write_whole
 from moe_fair.core.recipe import Recipe
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.oom import release
 from moe_fair.engines.processes import ALONE, Team, current_team
 from moe_fair.engines.progress import Progress
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.self_text import (
     DOCUMENTS,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from moe_fair.core.output import digest, write_whole
 from moe_fair.core.recipe import Recipe
+from moe_fair.engines.device import pick_device
 from moe_fair.engines.progress import Progress
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.checkpoint_source import Checkpoint, pick_device
+from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.removal import RemovalLosses
 

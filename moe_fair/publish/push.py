@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from moe_fair.core.manifest import FOLDER, MANIFEST, WRITTEN_LATER, listed_files, unlisted
-from moe_fair.moe.checkpoint_source import first_line
+from moe_fair.core.quote import first_line
 from moe_fair.pipelines.verify import verify
 from moe_fair.publish.card import CARD, Base, read_metadata, write_card
 from moe_fair.report.sources import Sources, gather

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moe_fair.engines.device import pick_device
 from moe_fair.vision.data import Data, ImageSet, open_data
 from moe_fair.vision.graph import logits
 from moe_fair.vision.load import Source, example
@@ -33,7 +34,7 @@ def open_inputs(settings: Subject) -> tuple[Source, Data]:
         allow_pickle=settings.allow_pickle,
     )
     check_finite(source.model)
-    source.model.to(_device(settings.device))
+    source.model.to(pick_device(settings.device))
     data = open_data(settings.data, source.transform)
     data = Data(matched(data.train, source.labels), matched(data.test, source.labels))
     _check_classes(source.model, data, example(source))
@@ -59,14 +60,3 @@ def _check_classes(model: nn.Module, data: Data, x: torch.Tensor) -> None:
         raise ValueError(
             f"{data.train.name} has labels up to {most} and the model has {outputs} outputs"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name!r}: {' '.join(str(e).split())[:160]}") from e
-    return device
