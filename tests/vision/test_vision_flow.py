@@ -309,7 +309,7 @@ def test_other_settings_start_over(pictures: Path, tmp_path: Path) -> None:
         (["--ratio", ".5", "--mean", "a,b"], "write numbers with commas"),
         (["--ratio", ".5", "--mean", "0.1,0.2"], "--mean has 2 values"),
         (["--ratio", ".5", "--max-memory", "x"], "--max-memory"),
-        (["--ratio", ".5", "--device", "quantum"], "--device 'quantum'"),
+        (["--ratio", ".5", "--device", "quantum"], "--device quantum"),
         (["--ratio", ".5", "--weights", "no.safetensors"], "no weights at no.safetensors"),
         (["--ratio", ".99", "--min-channels", "4"], "the target is out of reach"),
         (["--params", ".999"], "the target is out of reach"),
