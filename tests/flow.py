@@ -83,7 +83,7 @@ def check_streaming(checkpoint: Checkpoint) -> None:
     layered = LayeredModel(
         checkpoint.path, checkpoint.config, dtype=torch.float32, device=torch.device("cpu")
     )
-    engine = StreamingEngine(layered, activation_bytes=20_000)
+    engine = StreamingEngine(layered, device_bytes=20_000)
     streaming = collect(checkpoint, layered.model, engine)
     for group in resident.groups:
         assert torch.equal(resident.rows[group.name], streaming.rows[group.name])

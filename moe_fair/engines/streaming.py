@@ -13,12 +13,10 @@ Shape legend: B sequences, L tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from moe_fair.engines.batch import (
     sequence_losses,
     token_losses,
 )
+from moe_fair.engines.boundaries import Boundaries
 from moe_fair.engines.decoder import Decoder, last_hidden_states
 from moe_fair.engines.layers import OUTSIDE, LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
@@ -72,7 +71,9 @@ class StreamingEngine:
 
     Args:
         layered: the model.
-        activation_bytes: boundary activations kept in memory; what is more goes to files.
+        device_bytes, host_bytes: of every layer's inputs, which wait for the backward, so many stay
+            on the device, so many more in the main memory of a device that has its own; what is
+            more goes to files.
         visit: see `batch.Visit`.
     """
 
@@ -80,11 +81,12 @@ class StreamingEngine:
         self,
         layered: LayeredModel | LoadedLayers,
         *,
-        activation_bytes: int = 2**28,
+        device_bytes: int = 2**28,
+        host_bytes: int = 0,
         visit: Visit = quietly,
     ) -> None:
         self.layered, self.model = layered, layered.model
-        self.activation_bytes, self.visit = activation_bytes, visit
+        self.device_bytes, self.host_bytes, self.visit = device_bytes, host_bytes, visit
         self.seconds: dict[str, float] = {}  # per phase of the last run, loading of layers apart
 
     @property
@@ -107,7 +109,7 @@ class StreamingEngine:
         back = [OUTSIDE, *reversed(layers)] if backward else [OUTSIDE] if after else []
         with (
             self.layered.in_step([OUTSIDE, *layers, *back]),
-            _Activations(self.activation_bytes) as kept,
+            Boundaries(self.device_bytes, self.host_bytes) as kept,
         ):
             with self._timed("forward"):
                 calls, hidden = self.embed(batches)
@@ -177,7 +179,7 @@ class StreamingEngine:
         calls: list[list[LayerCall]],
         hidden: list[Tensor],
         observer: Observer | None,
-        kept: _Activations | None,
+        kept: Boundaries | None,
     ) -> list[Tensor]:
         """The last layer's output, [B, L, D] a batch; every layer's input goes to `kept`.
 
@@ -263,7 +265,7 @@ class StreamingEngine:
         calls: list[list[LayerCall]],
         gradients: list[Tensor],
         observer: Observer,
-        kept: _Activations,
+        kept: Boundaries,
     ) -> None:
         for i in reversed(range(len(self.layered))):
             with self.layered.layer(i, i - 1 if i else None) as layer:
@@ -337,43 +339,3 @@ class _Stub(nn.Module):
             return super().__getattr__(name)
         except AttributeError:  # what a model reads off its layers, such as attention_type
             return getattr(self.__dict__["real"], name)
-
-
-class _Activations:
-    """Tensors by key: in memory up to a limit, then in files of a temporary directory."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
-        self._memory: dict[tuple[int, int], Tensor] = {}
-        self._files: dict[tuple[int, int], tuple[Path, torch.dtype, torch.Size]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> _Activations:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._memory.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def put(self, key: tuple[int, int], tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.held + size <= self.most:
-            self._memory[key] = tensor.detach()
-            self.held += size
-            return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="moe_fair-activations-")
-        path = Path(self._folder.name) / f"{key[0]}-{key[1]}"
-        tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tofile(path)
-        self._files[key] = (path, tensor.dtype, tensor.shape)
-
-    def pop(self, key: tuple[int, int], device: torch.device) -> Tensor:
-        if key in self._memory:
-            tensor = self._memory.pop(key)
-            self.held -= tensor.numel() * tensor.element_size()
-            return tensor
-        path, dtype, shape = self._files.pop(key)
-        tensor = torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype).view(shape)
-        path.unlink()
-        return tensor.to(device)

@@ -22,6 +22,7 @@ from moe_fair.moe.device_map import offloaded
 ENGINES = ("auto", "resident", "streaming")
 # of the free memory: the rest is for activations, logits and whatever else runs
 USABLE = 0.7
+WAITING = 0.25  # of free main memory: inputs of layers, on their way through a model on a device
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def start(
         team=team,
         packing=source.packing,
     )
-    return StreamingEngine(layered, visit=visit), layered.model
+    return StreamingEngine(layered, host_bytes=_apart(where, team), visit=visit), layered.model
 
 
 def start_layerwise(
@@ -114,6 +115,13 @@ def start_layerwise(
     if isinstance(found, StreamingEngine):
         return found
     return StreamingEngine(LoadedLayers(model), visit=visit)
+
+
+def _apart(device: torch.device, team: Team) -> int:
+    """Bytes of main memory for what waits in a run on a device that has memory of its own."""
+    if device.type == "cpu":
+        return 0
+    return int(free_memory(torch.device("cpu"), team.node_size) * WAITING)
 
 
 def weight_dtype(source: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:

@@ -52,6 +52,23 @@ def calibrated(**more: Any) -> Stage:
     return stage
 
 
+def little_room(model: Path, device: str, folder: Path) -> Numbers:
+    """Streamed, layers' inputs in three places: a batch's of 24 × 4 × 32 numbers is 12 kB."""
+    from moe_fair.engines import streaming
+
+    stock = streaming.Boundaries
+
+    def small(device_bytes: int, host_bytes: int) -> streaming.Boundaries:
+        assert (host_bytes > 0) == (device != "cpu")
+        return stock(30_000, 30_000 if host_bytes else 0)
+
+    streaming.Boundaries = small  # type: ignore[assignment, misc]
+    try:
+        return calibrated(engine="streaming")(model, device, folder)
+    finally:
+        streaming.Boundaries = stock  # type: ignore[misc]
+
+
 def over_two(model: Path, device: str, folder: Path) -> Numbers:
     """A layer a device; on a CPU all of it is there."""
     if device == "cpu":
@@ -145,6 +162,7 @@ STAGES: dict[str, Stage] = {
     "resident": calibrated(),
     "checkpointed": calibrated(checkpointing=True),
     "streaming": calibrated(engine="streaming"),
+    "streaming, little room": little_room,
     "two devices": over_two,
     "own text": calibrated(calibration="self", for_=FOR[:1]),
     **{f"repair {k}": pruned(repair=k, rivals=()) for k in repairs() if k != "novice"},

@@ -30,6 +30,7 @@ CEILINGS = {
     "resident": (170, 70, 4300, 970),
     "checkpointed": (170, 70, 5300, 970),
     "streaming": (190, 190, 5500, 970),
+    "streaming, little room": (194, 195, 5500, 970),
     "two devices": (175, 115, 4400, 970),
     "own text": (115, 100, 8200, 230),
     "repair channel": (190, 195, 6700, 910),

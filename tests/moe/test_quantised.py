@@ -59,7 +59,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def _statistics(source: Checkpoint, engine: str) -> Statistics:
     found, model = start(source, engine, "float32", "cpu", _all)
     if isinstance(found, StreamingEngine):
-        found.activation_bytes = 20_000
+        found.device_bytes = 20_000
     return collect(source, model, found)
 
 

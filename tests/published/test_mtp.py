@@ -157,7 +157,7 @@ def test_streamed_statistics_are_those_of_the_model_in_memory(
     model = loaded(source.path)[0]
     resident = collected(source, model, ResidentEngine(model))
     layered = LayeredModel(source.path, source.config, dtype=torch.float32, device=CPU)
-    engine = StreamingEngine(layered, activation_bytes=20_000)
+    engine = StreamingEngine(layered, device_bytes=20_000)
     streamed = collected(source, layered.model, engine)
     for group in resident.groups:
         assert torch.equal(resident.rows[group.name], streamed.rows[group.name])
