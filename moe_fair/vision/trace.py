@@ -18,6 +18,9 @@ from torch import Tensor, nn
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
 # takes some hundreds of either
 MOST_CALLS, MOST_STEPS = 20_000, 5_000
+# places in all tensors that one layer's channels come to; where windows are cut out of a picture
+# (Swin), every reshape multiplies them, and a gigabyte is soon full
+MOST_PLACES = 2_000_000
 
 
 class TooLongError(Exception):
@@ -120,10 +123,20 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
         return call
 
     class Group(graph.Group):
+        places = 0
+
         def add_dep(self, dep: Any, idxs: Any) -> None:
-            if len(self.items) > MOST_STEPS:
+            self.places += len(idxs)
+            if len(self.items) > MOST_STEPS or self.places > MOST_PLACES:
                 raise TooLongError("too many paths lead away from it")
             super().add_dep(dep, idxs)
+
+    flatten = index_mapping._FlattenIndexMapping.__call__
+
+    def flattened(mapping: Any, idxs: Any) -> Any:
+        if not mapping.reverse and len(idxs) * mapping._stride > MOST_PLACES:
+            raise TooLongError("too many paths lead away from it")
+        return flatten(mapping, idxs)
 
     stock = index_mapping.update_index_mapping
 
@@ -142,6 +155,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
     limits = {n: counted(getattr(shape_infer, n)) for n in names}
     changes = [(shape_infer, n, f) for n, f in limits.items()]
     changes += [(index_mapping, "update_index_mapping", update), (graph, "Group", Group)]
+    changes += [(index_mapping._FlattenIndexMapping, "__call__", flattened)]
     before = [(place, n, getattr(place, n)) for place, n, _ in changes]
     for place, n, ours in changes:
         setattr(place, n, ours)

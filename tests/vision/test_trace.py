@@ -99,6 +99,29 @@ def test_what_fails_in_the_trace_is_the_reason(monkeypatch: pytest.MonkeyPatch) 
     assert graph.whole["a"].startswith("its channels cannot be followed: TooLongError")
 
 
+class Flat(Net):
+    """Every channel of the last layer is 64 inputs of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        x = nn.functional.adaptive_avg_pool2d(self.d(x).relu(), 8)
+        return self.head(x.flatten(1))
+
+
+def test_what_multiplies_channels_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's Swin came to 19 GB of places before the machine ended the process."""
+    graph = find_groups(Flat().eval(), images(2, 16))
+    assert {g.name for g in graph.groups} == {"a", "b", "c", "d"}
+    monkeypatch.setattr(trace, "MOST_PLACES", 6 * 64 - 1)
+    graph = find_groups(Flat().eval(), images(2, 16))
+    assert {g.name for g in graph.groups} == {"a", "b", "c"}
+    assert "TooLongError: too many paths" in graph.whole["d"]
+
+
 class Raises(Net):
     def between(self, x: Tensor) -> Tensor:
         raise KeyError("of the model's own")
