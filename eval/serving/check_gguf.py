@@ -2,7 +2,7 @@
 
     python eval/serving/check_gguf.py PROGRAM FOLDER WHICH [--against OTHER] [--how WORDS]
 
-PROGRAM is check_gguf.cpp, built; FOLDER is one that `unequal.py` has made, with WHICH.gguf of one
+PROGRAM is check_gguf.cpp, built, or check_node.mjs, which node runs; FOLDER is one that `unequal.py` has made, with WHICH.gguf of one
 of its checkpoints. Prints a line of JSON, see `runs.jsonl`.
 """
 
@@ -28,8 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     expected = json.loads((args.folder / "expected.json").read_text())
     numbers = (expected["short"], len(expected[args.which]["greedy"]), *expected["ids"])
+    command = ["node", args.program] if args.program.suffix == ".mjs" else [args.program]
     ended = subprocess.run(
-        [args.program, args.folder / f"{args.which}.gguf", *map(str, numbers)],
+        [*command, args.folder / f"{args.which}.gguf", *map(str, numbers)],
         stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     found = json.loads(ended.stdout)
