@@ -10,7 +10,7 @@ tensor's size. What runs are the weights as they would be written.
 
 Held-back sequences of every domain judge, a few times on the way. Kept is the best that worsens
 neither the loss nor the divergence of any domain; where nothing is gained any more, training ends,
-and where nothing ever was, it begins again with a quarter of the step.
+and where nothing ever was, it begins again with a quarter of the step, and of that one.
 
 Shape legend: B sequences, L tokens, V vocabulary.
 """
@@ -47,7 +47,7 @@ BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm
 LOOKS = 8  # times that the held-back sequences are asked
 PATIENCE = 2  # looks without a gain after which training ends
-TRIED = (1.0, 0.25)  # shares of the step, each where the one before gains nothing
+TRIED = (1.0, 0.25, 0.0625)  # shares of the step, each where the one before gains nothing
 SAVED = 64  # steps after which everything is saved, for a killed run to go on from
 STATE = "state.safetensors"
 FORMAT = "moe_fair.healing/1"
