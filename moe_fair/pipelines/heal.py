@@ -77,10 +77,10 @@ def heal_model(
         f"{len(text.judging)} sequences"
     )
     teacher = Teacher(work, digest(key), text, team, EACH)
-    teacher.write(recipe.with_settings({"batch_size": most}), source, say)
-    release()
     lack = None
     try:
+        teacher.write(recipe.with_settings({"batch_size": most}), source, say)
+        release()
         its = digest({**key, "pruned": pruned.fingerprint["model"]})
         return _heal(recipe, pruned, text, teacher, work, its, most, say, team)
     except UnknownLayoutError as e:

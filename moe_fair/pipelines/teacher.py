@@ -48,7 +48,11 @@ class Teacher:
         self.files = {i: self._file(c) for c, chunk in enumerate(self.chunks) for i in chunk}
 
     def write(self, recipe: Recipe, source: Checkpoint, say: Say) -> None:
-        """Ask the original for all that is not there yet; its memory is free again then."""
+        """Ask the original for all that is not there yet; its memory is free again then.
+
+        Raises:
+            MemoryError: there is too little of it, here or in another process.
+        """
         files = [self._file(c) for c in range(len(self.chunks))] + [self._file(WRITTEN)]
         there = [all(x) for x in zip(*self.team.gather([self._is_ours(f) for f in files]))]  # noqa: B905
         if all(there):
@@ -57,19 +61,32 @@ class Teacher:
         say(f"the original's predictions, engine: {chosen.engine}")
         left = [c for c, done in enumerate(there[:-1]) if not done]
         tokens = sum(self.text.length(i) for c in left for i in self.chunks[c])
+        lack = None
         with Progress("original's predictions", tokens * passes(chosen, source, False)) as progress:
             engine = Elastic(loading(recipe), source, chosen, progress, self.team, say)
-            for c in left:
-                mine = self.chunks[c]
-                batches = batches_of(self.text.text, mine, recipe.batch_size) if mine else []
-                self._save(files[c], dict(_rows(engine.logits(batches, _predicted))))
-            if not there[-1]:
-                written = continuations(
-                    lambda batch, n: torch.cat(engine.logits([batch], lambda _, x: _first(x, n))),
-                    beginnings(self.text),
-                    recipe.batch_size,
-                )
-                self._save(files[-1], {WRITTEN: written})
+            try:
+                self._ask(engine, left, not there[-1], recipe.batch_size)
+            except ValueError as e:
+                # others that read layers in step with this process would wait for it
+                if not str(e).startswith("out of memory") or engine.in_step:
+                    raise
+                lack = str(e)
+        if lost := [x for x in self.team.gather(lack) if x is not None]:
+            raise MemoryError(lost[0].removeprefix("out of memory: ").partition(";")[0])
+
+    def _ask(self, engine: Elastic, left: Sequence[int], writes: bool, most: int) -> None:
+        """Write what is missing: chunks, and whether continuations are."""
+        for c in left:
+            mine = self.chunks[c]
+            batches = batches_of(self.text.text, mine, most) if mine else []
+            self._save(self._file(c), dict(_rows(engine.logits(batches, _predicted))))
+        if writes:
+            written = continuations(
+                lambda batch, n: torch.cat(engine.logits([batch], lambda _, x: _first(x, n))),
+                beginnings(self.text),
+                most,
+            )
+            self._save(self._file(WRITTEN), {WRITTEN: written})
 
     def wanted(self, number: int) -> Predictions:
         """Behind each token of a sequence but the last."""

@@ -14,6 +14,7 @@ from flow import kept_experts
 from safetensors import safe_open
 from tiny import tiny_model
 
+from moe_fair.core.recipe import Recipe
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.moe import healing
 from moe_fair.moe.calibration_text import CalibrationSet
@@ -25,6 +26,8 @@ from moe_fair.moe.healing import Healer
 from moe_fair.moe.healing_text import HealingText, batches_of, healing_text
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.predictions import Predictions, divergence, top_predictions
+from moe_fair.pipelines.heal import heal_model
+from moe_fair.pipelines.oom_retry import Elastic
 
 LENGTH = 24
 
@@ -240,6 +243,30 @@ def test_memory_that_runs_out_is_made_do_with(
     monkeypatch.setattr(one, "most", 1)
     with pytest.raises(ZeroDivisionError):  # no other error is taken for it
         one._learn()
+
+
+@pytest.mark.parametrize("where", ["original", "training"])
+def test_a_run_without_memory_ends_with_what_was_repaired(
+    where: str, pair: tuple[Any, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever model finds no room."""
+    _, pruned = pair
+    source = Checkpoint(str(pruned.path.parent / "original"))
+
+    def never(*_: Any, **__: Any) -> Any:
+        if where == "original":
+            raise ValueError("out of memory: no room; there is nothing smaller to try")
+        raise MemoryError("no room")
+
+    home, name = (Elastic, "logits") if where == "original" else (Healer, "_terms")
+    monkeypatch.setattr(home, name, never)
+    before = {f.name: f.read_bytes() for f in pruned.path.iterdir()}
+    said: list[str] = []
+    recipe = Recipe().with_settings({"model": source.model, "heal": 500, "dtype": "float32"})
+    work = tmp_path / "work"
+    assert heal_model(recipe, source, pruned.path, text(), work, said.append, ALONE) is None
+    assert said[-1] == "note: not healed: out of memory (no room)"
+    assert {f.name: f.read_bytes() for f in pruned.path.iterdir()} == before
 
 
 def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
