@@ -204,8 +204,8 @@ def _mean(x: Tensor) -> float:
 def summary(found: Healing) -> str:
     """One line with the numbers."""
     parts = [
-        f"{d}: loss {a.loss:.4f} -> {found.after[d].loss:.4f}, KL {a.kl:.4f} -> "
-        f"{found.after[d].kl:.4f}"
+        f"{d}: loss {a.loss:.4f} -> {found.after[d].loss:.4f}, KL {a.kl:.5f} -> "
+        f"{found.after[d].kl:.5f}"
         for d, a in found.before.items()
     ]
     done = f"not healed, {found.refused}" if found.refused else f"healed, {found.steps} steps"

@@ -122,8 +122,8 @@ def healing_table(found: Healing) -> Table:
     return Table(
         ("healing", "loss before", "after", "KL before", "after"),
         tuple(
-            (d, f"{a.loss:.4f}", f"{found.after[d].loss:.4f}", f"{a.kl:.4f}",
-             f"{found.after[d].kl:.4f}")
+            (d, f"{a.loss:.4f}", f"{found.after[d].loss:.4f}", f"{a.kl:.5f}",
+             f"{found.after[d].kl:.5f}")
             for d, a in found.before.items()
         ),
     )  # fmt: skip
