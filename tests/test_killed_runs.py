@@ -72,6 +72,19 @@ def test_a_killed_run_goes_on(tmp_path: Path, engine: str, moments: list[str]) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+def test_a_killed_healing_goes_on(tmp_path: Path) -> None:
+    """On one thread, bit for bit; killed as the original speaks, and in the midst of the steps."""
+    heal = [*RUN, "--heal", "9000"]
+    finish(tmp_path / "whole", "resident", heal)
+    expected = bytes_of(tmp_path / "whole")
+    for moment in ("original-continuations-0-of-1.safetensors", "state.safetensors"):
+        kill_once(tmp_path / "killed", "resident", f"killed.calibrating/heal/{moment}", heal)
+        assert not (tmp_path / "killed").exists()
+    finish(tmp_path / "killed", "resident", heal)
+    assert bytes_of(tmp_path / "killed") == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
 @pytest.mark.nightly
 def test_chunks_of_other_settings_are_passed_over(tmp_path: Path) -> None:
     output = tmp_path / "out"

@@ -124,6 +124,7 @@ SETTINGS = {
     "reduce": "calibrate plan prune",
     "hash_layers": "calibrate prune oracle",
     "repair": "prune",
+    "heal": "prune",
     "heldout": "prune eval",
     "heldout_samples": "prune eval",
     "stats": "prune oracle",

@@ -293,6 +293,12 @@ class Recipe:
         panel=SCORES, commands=("prune",), shown=True, choices="repairs",
         usual="distill where the model's experts allow it",
     )  # fmt: skip
+    heal: int = setting(
+        0,
+        "Tokens of calibration text on which the repaired model is trained end to end toward the "
+        "original's predictions; 0: none",
+        panel=SCORES, commands=("prune",), minimum=0,
+    )  # fmt: skip
     heldout: tuple[str, ...] = setting(
         (), "Held-out text (as --calibration) on which original and pruned are measured",
         panel=TEXTS, commands=("prune", "eval"), shown=True,

@@ -128,6 +128,37 @@ class Team:
             dist.all_gather_object(box, item)
         return box
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Everybody's tensors added up, in place and to the same bits in every process."""
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        for t in tensors:
+            for piece in _pieces(t):
+                own = piece.cpu()
+                parts = [torch.empty_like(own) for _ in range(self.size)]
+                with _contact():
+                    dist.all_gather(parts, own)
+                total = parts[0]
+                for part in parts[1:]:  # in the order of ranks
+                    total += part
+                piece.copy_(total)
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """The first process's tensors, in place in every process."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for t in tensors:
+            for piece in _pieces(t):
+                own = piece.cpu()
+                with _contact():
+                    dist.broadcast(own, src=0)
+                piece.copy_(own)
+
     def broadcast_on_node(self, item: T) -> T:
         """The item of this machine's first process, once all on this machine have come here."""
         if self.node_size == 1:

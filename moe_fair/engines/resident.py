@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_fair.engines.batch import (
@@ -46,7 +46,9 @@ class ResidentEngine:
         self.bytes_read = 0  # the weights are there
         self.model = model.eval().requires_grad_(False)
         self.device = _input_device(model)
-        self.layers = find_decoder(model).layers if checkpointing else ()
+        self.layers: tuple[nn.Module, ...] = ()
+        if checkpointing:
+            self.layers = tuple(find_decoder(model).layers)
 
     def run(
         self,
@@ -91,32 +93,36 @@ class ResidentEngine:
         for batch in self.visit("measuring", None, batches):
             yield self._logits(batch.to(self.device))
 
-    @contextmanager
-    def _checkpointed(self, backward: bool) -> Iterator[None]:
-        """The layers note their input alone; the embeddings' output takes the gradient."""
-        if not backward or not self.layers:
-            yield
-            return
-        stock = [layer.forward for layer in self.layers]
-        own = ["forward" in layer.__dict__ for layer in self.layers]  # accelerate's hook
-        entry = self.model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: output.requires_grad_(True)
-        )
-        for layer, forward in zip(self.layers, stock, strict=True):
-            layer.forward = partial(_again, forward)
-        try:
-            yield
-        finally:
-            entry.remove()
-            for layer, forward, hooked in zip(self.layers, stock, own, strict=True):
-                del layer.forward
-                if hooked:
-                    layer.forward = forward
+    def _checkpointed(self, backward: bool) -> AbstractContextManager[None]:
+        return checkpointed(self.model, self.layers if backward else ())
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask(), use_cache=False
         ).logits
+
+
+@contextmanager
+def checkpointed(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """These layers note their input alone; the embeddings' output takes the gradient."""
+    if not layers:
+        yield
+        return
+    stock = [layer.forward for layer in layers]
+    own = ["forward" in layer.__dict__ for layer in layers]  # accelerate's hook
+    entry = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_(True)
+    )
+    for layer, forward in zip(layers, stock, strict=True):
+        layer.forward = partial(_again, forward)
+    try:
+        yield
+    finally:
+        entry.remove()
+        for layer, forward, hooked in zip(layers, stock, own, strict=True):
+            del layer.forward
+            if hooked:
+                layer.forward = forward
 
 
 def _again(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -50,7 +50,8 @@ REQUIRED = (
 )  # fmt: skip
 TOKENIZER = REQUIRED[:7]  # without which there is none
 OF_RESULTS = (
-    "plan.json", "recipe.yaml", RESULT_FILE, STATISTICS_FILE, "repair.json", "drafts.json",
+    "plan.json", "recipe.yaml", RESULT_FILE, STATISTICS_FILE, "repair.json", "heal.json",
+    "drafts.json",
     "self.jsonl", "self.yaml",
 )  # fmt: skip
 WRITTEN = tuple(f"{FOLDER}/{name}" for name in OF_RESULTS)

@@ -22,7 +22,10 @@ from moe_fair.engines.device import pick_device
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.engine_choice import free_memory, weight_dtype
+from moe_fair.moe.healing import LOOKS
+from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
+from moe_fair.moe.predictions import TOP
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
 from moe_fair.moe.routed_output import KEPT_BYTES
@@ -195,6 +198,8 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
         yield stage("try plans", n, f"the model and up to {plans} plans, forward", work + load)
     if job.repair is not None and job.text is not None:
         yield _repair(job, c, load)
+    if job.recipe.heal and job.text is not None:
+        yield _heal(job, c, load)
     # every byte is read, written, and compared again
     work = (source.size.bytes + 3 * job.after.bytes) * c.load / c.bytes if c else 0.0
     yield stage("cut and verify", 0, f"{job.after.bytes / 1e9:.2f} GB written", work)
@@ -234,6 +239,21 @@ def _repair(job: Job, c: Costs | None, load: float) -> Stage:
     return Stage("repair", n, what, seconds + load)
 
 
+def _heal(job: Job, c: Costs | None, load: float) -> Stage:
+    """Healing's: the original once forward, the pruned model forward and backward."""
+    assert job.text is not None
+    its = healing_text(job.text, job.recipe.heal, job.recipe.seed)
+    what = f"{len(its.steps)} steps end to end, and {LOOKS} looks at what judges"
+    if c is None:
+        return Stage("heal", its.tokens, what, None)
+    layers = int(job.source.config.get_text_config().num_hidden_layers)
+    judged = sum(its.length(i) for i in its.judging)
+    seconds = _through(c, job.text.tokens, len(its.steps), layers) + 2 * load
+    seconds += layers * c.learned.at(its.tokens, len(its.steps)) + its.tokens * c.head_learned
+    seconds += (LOOKS + 1) * _through(c, judged, len(its.judging), layers)
+    return Stage("heal", its.tokens, what, seconds)
+
+
 def _through(c: Costs | None, tokens: int, batches: int, layers: float) -> float:
     """Seconds of a text once forward through so many layers and the output layer."""
     return layers * c.forward.at(tokens, batches) + tokens * c.head if c else 0.0
@@ -265,6 +285,8 @@ def _checks(job: Job, output: Path) -> dict[str, str]:
     )
     found["served by"] = _served(job, rule)
     found["repair"] = job.repair or "none"
+    if job.recipe.heal:
+        found["healing"] = "every domain has sequences that judge, and what changes can be written"
     for name, text in (("calibration text", job.text), ("held-out text", job.heldout)):
         if text is not None:
             found[name] = _text(text)
@@ -312,6 +334,8 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
     if job.repair is not None and getattr(repair(job.repair), "trains", False):
         kept = layer * _kept(job) // source.groups[0].size
         found["repair"] = kept * 16  # float32: weights, their gradient and AdamW's two moments
+    if job.recipe.heal:  # as they run and as they were, and a gradient at a time
+        found["healing"] = 2 * item * job.after.parameters
     return found
 
 
@@ -326,4 +350,6 @@ def _disk(job: Job, output: Path) -> dict[str, int]:
             item = weight_dtype(job.source, job.recipe.dtype, device).itemsize
             each += item * sum(g.unit_parameters for g in job.source.groups)
         found["meanwhile"] = each * _kept(job)
+    if job.recipe.heal and job.text is not None:  # the original's predictions, and what is kept
+        found["healing"] = job.text.tokens * TOP * 8 + job.after.bytes
     return found

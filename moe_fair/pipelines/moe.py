@@ -21,6 +21,7 @@ from moe_fair.evaluate import HeldoutLoss
 from moe_fair.evaluate.record import save_drafts
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
+from moe_fair.moe.healing_record import Healing
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
@@ -30,6 +31,8 @@ from moe_fair.pipelines.checks import check_disk, check_same_model
 from moe_fair.pipelines.collection import asked, for_calibrate
 from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.finish import name_result, verify_result
+from moe_fair.pipelines.heal import heal_model
+from moe_fair.pipelines.heal import save as save_healing
 from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.pipelines.own_source import calibration_text, with_own_text
@@ -214,7 +217,9 @@ def _prune(
     made = team.broadcast(lambda: run.decide(statistics))
     if team.first:
         repairs = run.cut(made, run.repair(made))
-        run.write(made, statistics, repairs)
+    healing = run.heal()
+    if team.first:
+        run.write(made, statistics, repairs, healing)
     before, after = run.evaluate()
     if team.first:
         run.evaluate_heads(made)
@@ -304,7 +309,23 @@ class _Pruning:
             self.say(left)
         return repairs
 
-    def write(self, made: Plan, statistics: Statistics | None, repairs: list[LayerRepair]) -> None:
+    def heal(self) -> Healing | None:
+        """What was cut trained end to end, where that is asked for; every process takes part."""
+        if not self.recipe.heal:
+            return None
+        assert self.job.text is not None
+        home = self.work / "heal"
+        return heal_model(
+            self.recipe, self.source, self.folder, self.job.text, home, self.say, self.team
+        )
+
+    def write(
+        self,
+        made: Plan,
+        statistics: Statistics | None,
+        repairs: list[LayerRepair],
+        healing: Healing | None,
+    ) -> None:
         """What explains the checkpoint, beside it."""
         notes = self.folder / FOLDER
         if statistics is not None:
@@ -319,6 +340,8 @@ class _Pruning:
         if repairs:
             table = json.dumps([asdict(r) for r in repairs], indent=1)
             (notes / "repair.json").write_text(table + "\n")
+        if healing is not None:
+            save_healing(healing, notes)
 
     def evaluate(self) -> tuple[HeldoutLoss | None, HeldoutLoss | None]:
         """Held-out loss of the original and of what was written."""

@@ -136,6 +136,14 @@ class Elastic:
             losses, weights = zip(*parts, strict=True)
             yield torch.cat(losses), torch.cat(weights)
 
+    def logits(self, batches: Sequence[Batch], keep: Callable[[Batch, Tensor], T]) -> list[T]:
+        """What is kept of the logits [B, L, V] of every batch, or of its parts, in order."""
+
+        def attempt(parts: Sequence[Batch]) -> list[T]:
+            return [keep(b, x) for b, x in zip(parts, self.engine.logits(parts), strict=True)]
+
+        return self._until_it_fits(batches, attempt)
+
     def _until_it_fits(
         self, batches: Sequence[Batch], attempt: Callable[[Sequence[Batch]], T]
     ) -> T:

@@ -22,6 +22,8 @@ from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import check_writable
+from moe_fair.moe.healed_weights import check_healable
+from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.merge import check_mergeable
 from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import check_all
@@ -157,6 +159,8 @@ def check_prune(
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
+    if recipe.heal:
+        check_healable(source)
     uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
     check_writable(source, unequal=not uniform)
     alone, costly = False, None
@@ -184,7 +188,9 @@ def check_prune(
             check_needs(recipe)
         else:
             _check_held(statistics, recipe)
-    run = replace(run, repairs=kind is not None, heldout=bool(recipe.heldout))
+    run = replace(
+        run, repairs=kind is not None, heals=recipe.heal > 0, heldout=bool(recipe.heldout)
+    )
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
     if team.first:
@@ -211,6 +217,8 @@ def check_prune(
     if text is not None:
         seen, trial = divided(recipe, text, run, earlier, say)
         check_domains(recipe, seen, statistics, run)
+        if recipe.heal:
+            healing_text(text, recipe.heal, recipe.seed)  # it can be made
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
     return Job(

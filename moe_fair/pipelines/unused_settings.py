@@ -31,6 +31,7 @@ class Run:
         tries: plans are tried against those of rivals.
         measures: removals are measured on a share of the text, alone or as cost curves.
         repairs: the remaining experts are fitted.
+        heals: what is cut is trained end to end.
         heldout: held-out losses are measured.
         backward: statistics are gathered with a backward.
     """
@@ -40,13 +41,14 @@ class Run:
     tries: bool = False
     measures: bool = False
     repairs: bool = False
+    heals: bool = False
     heldout: bool = False
     backward: bool = True
 
     @property
     def reads_text(self) -> bool:
         """Calibration text is run through the model."""
-        return self.collects or self.tries or self.measures or self.repairs
+        return self.collects or self.tries or self.measures or self.repairs or self.heals
 
 
 def unused(recipe: Recipe, run: Run) -> dict[str, str]:

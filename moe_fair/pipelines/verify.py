@@ -29,7 +29,7 @@ from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
-from moe_fair.report.sources import load_repairs
+from moe_fair.report.sources import load_healing, load_repairs
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.verify import can_build, check_cuts, check_model, zeros_of
 
@@ -107,8 +107,11 @@ def verify(
     checks = [_check("files", lambda: check_files(output, hashes=hashes))]
     plan: Plan | None = None
     repairs: list[LayerRepair] = []
+    healed = False
     try:
         plan, repairs = Plan.load(path), load_repairs(output / FOLDER / "repair.json") or []
+        healing = load_healing(output / FOLDER / "heal.json")
+        healed = healing is not None and not healing.refused
     except ValueError as e:
         checks.append(Check("plan", False, str(e)))
     if plan is not None and original is not None and not _pruned_from(plan, original):
@@ -142,10 +145,11 @@ def verify(
         checks.append(_check("side files", beside))
     checks.append(_check("tensors", lambda: _tensors(made, found)))
     if checks[-1].ok:
-        checks.append(_check("repairs", lambda: _repairs(repairs, found)))
+        checks.append(_check("repairs", lambda: _repairs(repairs, healed, found)))
     if checks[-1].ok and original is not None:
         before = original.with_hash_layers(cut)
-        checks.append(_check("experts", lambda: _experts(made, repairs, before, found)))
+        look = partial(_experts, made, repairs, healed, before, found)
+        checks.append(_check("experts", look))
     elif original is None:
         text = "not compared; --against ORIGINAL compares them byte by byte"
         checks.append(Check("experts", None, text))
@@ -232,9 +236,11 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
     return f"{len(tensors)} tensors, {experts} experts in {len(plan.groups)} layers, as planned"
 
 
-def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
-    """What repairs changed is finite."""
+def _repairs(repairs: Sequence[LayerRepair], healed: bool, found: Checkpoint) -> str:
+    """What repairs and healing changed is finite."""
     changed = repaired_names(repairs, found.blocks)
+    layers = len({n for n, _ in changed.values()})
+    changed |= dict.fromkeys(_healed_names(healed, found), ("", "heal"))
     count = 0
     with _Reading() as reading:
         for t in found.tensors:
@@ -243,7 +249,15 @@ def _repairs(repairs: Sequence[LayerRepair], found: Checkpoint) -> str:
                 _finite(t, reading)
     if not changed:
         return "none"
-    return f"{count} tensors of {len({n for n, _ in changed.values()})} layers, all finite"
+    what = "healed end to end" if healed else f"of {layers} layers"
+    return f"{count} tensors {what}, all finite"
+
+
+def _healed_names(healed: bool, found: Checkpoint) -> Iterator[str]:
+    """Names in the model of what healing changed."""
+    from moe_fair.moe.healed_weights import healed_parameters
+
+    yield from healed_parameters(found.skeleton) if healed else ()
 
 
 def repaired_names(
@@ -266,12 +280,17 @@ def repaired_names(
 
 
 def _experts(
-    plan: Plan, repairs: Sequence[LayerRepair], original: Checkpoint, found: Checkpoint
+    plan: Plan,
+    repairs: Sequence[LayerRepair],
+    healed: bool,
+    original: Checkpoint,
+    found: Checkpoint,
 ) -> str:
     """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
     from moe_fair.moe.table_surgery import new_tables
 
     changed = repaired_names(repairs, original.blocks)
+    changed |= dict.fromkeys(_healed_names(healed, original), ("", "heal"))
     merged = _merged_names(plan, original)
     place = original.weight_place
     left = {t.name: t for t in found.tensors}
@@ -312,7 +331,8 @@ def _experts(
     text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
     text += f"; {joined} hold merged experts" if joined else ""
     text += f"; {len(tables)} tables of token ids name the remaining experts" if tables else ""
-    return text + (f"; {repaired} were repaired" if repaired else "")
+    done = "repaired or healed" if healed else "repaired"
+    return text + (f"; {repaired} were {done}" if repaired else "")
 
 
 def _merged_names(plan: Plan, original: Checkpoint) -> dict[str, set[int]]:

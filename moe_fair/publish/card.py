@@ -118,6 +118,9 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
             f"What remains was then repaired ({plain(', '.join(done))}) on calibration text, "
             "layer by layer, to give what the original's layers give; no labels were used."
         )
+    if s.healing is not None and not s.healing.refused:
+        healed = "The layers were trained end to end toward the original's predictions, on text."
+        after = f"{after} {healed}" if done else healed
     how = "merged by hierarchical clustering (HC-SMoE) with" if plan.merges else "pruned by"
     yield (
         f"{original} with {kept} of its {size} routed experts: {how} moe_fair, "

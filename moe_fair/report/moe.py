@@ -12,6 +12,7 @@ from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.ranking import RankedGroup, rank
 from moe_fair.core.units import Scores, UnitGroup
 from moe_fair.evaluate.drafts import Drafts
+from moe_fair.moe.healing_record import Healing
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.report import figures
 from moe_fair.report.coverage import coverage_blocks
@@ -34,6 +35,7 @@ from moe_fair.report.numbers import (
     change,
     depths,
     drafts_table,
+    healing_table,
     heldout_table,
     layer_label,
     method,
@@ -65,6 +67,7 @@ def document(s: Sources) -> Document:
                 ("Scores", _scores(s.plan)),
                 ("Which domain uses which experts", _routing(s)),
                 *([("Repair", _repair(s.repairs))] if s.repairs else []),
+                *([("Healing", _healing(s.healing))] if s.healing else []),
                 ("Size", [size_table(s.plan.before, s.plan.after)]),
                 ("Held-out loss", _heldout(s)),
                 *([("Multi-token prediction", _drafts(s.drafts))] if s.drafts else []),
@@ -260,6 +263,16 @@ def _repair(repairs: list[LayerRepair]) -> Iterator[Block]:
         "layer where the fit did not help was left alone."
     )
     yield repair_table(repairs)
+
+
+def _healing(found: Healing) -> Iterator[Block]:
+    done = f"was not kept: {found.refused}" if found.refused else "was kept"
+    yield Text(
+        "The whole pruned model was then trained toward the original's predictions on "
+        f"calibration text, which {done}. Next-token loss and KL from the original in nats, on "
+        f"sequences that taught nothing, after {found.steps} steps."
+    )
+    yield healing_table(found)
 
 
 def _heldout(s: Sources) -> Iterator[Block]:

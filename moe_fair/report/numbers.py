@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what holds the numbers knows how they are made, with torch
     from moe_fair.evaluate.compare import Row
     from moe_fair.evaluate.drafts import Drafts
     from moe_fair.evaluate.heldout import HeldoutLoss
+    from moe_fair.moe.healing_record import Healing
     from moe_fair.moe.layer_repair import LayerRepair
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
@@ -112,6 +113,18 @@ def repair_table(repairs: Sequence[LayerRepair]) -> Table:
             (r.name, r.repair, f"{r.before:.4f}", f"{r.after:.4f}",
              *((f"{r.tuned_before:.4f}", f"{r.tuned_after:.4f}", str(r.epoch)) if tuned else ()))
             for r in repairs
+        ),
+    )  # fmt: skip
+
+
+def healing_table(found: Healing) -> Table:
+    """Loss and divergence per domain on held-back sequences, repaired and healed."""
+    return Table(
+        ("healing", "loss before", "after", "KL before", "after"),
+        tuple(
+            (d, f"{a.loss:.4f}", f"{found.after[d].loss:.4f}", f"{a.kl:.5f}",
+             f"{found.after[d].kl:.5f}")
+            for d, a in found.before.items()
         ),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from moe_fair.evaluate.record import (
     load_drafts,
     load_heldout,
 )
+from moe_fair.moe.healing_record import Healing, Judged
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.vision.checkpoint import PRUNED_FILE
 
@@ -69,6 +70,7 @@ class Sources:
     agreement: Agreements | None
     benchmarks: list[Row] | None
     drafts: tuple[Drafts, Drafts] | None = None
+    healing: Healing | None = None
     layout: Layout | None = None
 
     @property
@@ -105,6 +107,7 @@ def gather(output: Path) -> Sources:
         agreement=load_agreement(folder),
         benchmarks=load_benchmarks(folder),
         drafts=load_drafts(folder),
+        healing=load_healing(folder / "heal.json"),
         layout=_layout(config),
     )
 
@@ -140,6 +143,24 @@ def load_repairs(file: Path) -> list[LayerRepair] | None:
         return [LayerRepair(**{k: v for k, v in layer.items() if k in known}) for layer in layers]
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is not a table of repairs: {e}; remove it") from e
+
+
+def load_healing(file: Path) -> Healing | None:
+    """What healing did, or None where it was not asked for.
+
+    Raises:
+        ValueError: the file does not say.
+    """
+    if not file.is_file():
+        return None
+    known = {f.name for f in fields(Healing)}
+    try:
+        found = {k: v for k, v in json.loads(file.read_text()).items() if k in known}
+        for side in ("before", "after"):
+            found[side] = {d: Judged(**j) for d, j in found[side].items()}
+        return Healing(**found)
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise ValueError(f"{file} does not say what healing did: {e}; remove it") from e
 
 
 def _routing(file: Path) -> Routing | None:
