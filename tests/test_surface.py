@@ -122,6 +122,7 @@ SETTINGS = {
     "reduce": "calibrate plan prune",
     "hash_layers": "calibrate prune oracle",
     "repair": "prune",
+    "save_as": "prune",
     "heldout": "prune eval",
     "heldout_samples": "prune eval",
     "stats": "prune oracle",
