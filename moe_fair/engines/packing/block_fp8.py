@@ -39,6 +39,7 @@ class BlockFP8:
     """
 
     name = "fp8"
+    coarse = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         square = settings.get("weight_block_size", SQUARE) or SQUARE
@@ -72,7 +73,11 @@ class BlockFP8:
         return self._times(values, scale)
 
     def pack(
-        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
+        self,
+        weight: PackedWeight,
+        values: Tensor,
+        like: Mapping[str, Tensor],
+        gram: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See `Scheme`; the largest number of a square becomes the largest code."""
         old = like[SCALE]

@@ -80,12 +80,16 @@ class Packing:
         return found
 
     def pack(
-        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
+        self,
+        weight: PackedWeight,
+        values: Tensor,
+        like: Mapping[str, Tensor],
+        gram: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Role -> tensor, of all parts; those that there are where they stand for these values.
 
         Args:
-            like: as in `Scheme`; of the experts that stay, where one tensor is of several.
+            like, gram: as in `Scheme`; of the experts that stay, where one tensor is of several.
         """
         was = self.scheme.unpack(weight, like)
         if was.shape != values.shape:
@@ -94,7 +98,7 @@ class Packing:
             )
         if torch.equal(was.to(values.dtype), values):
             return dict(like)
-        return {**like, **self.scheme.pack(weight, values, like)}
+        return {**like, **self.scheme.pack(weight, values, like, gram)}
 
     def check_values(self, room: int = SEEN) -> None:
         """Scales are finite numbers; all of them, or as many as `room` bytes hold.

@@ -28,6 +28,7 @@ class MXFP4:
     """See the module."""
 
     name = "mxfp4"
+    coarse = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         pass
@@ -56,7 +57,11 @@ class MXFP4:
         return unpacked.contiguous()  # a transpose is multiplied in another order
 
     def pack(
-        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
+        self,
+        weight: PackedWeight,
+        values: Tensor,
+        like: Mapping[str, Tensor],
+        gram: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See `Scheme`; of two powers of two each group takes that which is nearer."""
         groups = values.float().transpose(-2, -1).unflatten(-1, (-1, 32))  # [E, R, C/32, 32]

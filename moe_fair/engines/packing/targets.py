@@ -74,8 +74,14 @@ class Target:
         """A weight as it will be stored."""
         return PackedWeight(name, shape, self.parts(name, shape))
 
-    def pack(self, weight: PackedWeight, values: Tensor) -> dict[str, Tensor]:
-        """Role -> tensor, of all parts."""
+    def pack(
+        self, weight: PackedWeight, values: Tensor, gram: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Role -> tensor, of all parts.
+
+        Args:
+            gram: as in `Scheme`.
+        """
         if self.scheme is None:
             return {CODES: values.to(torch.bfloat16)}
         like = {
@@ -84,7 +90,7 @@ class Target:
         }
         if SHAPE in like:
             like[SHAPE] = torch.tensor(weight.shape)
-        return {**like, **self.scheme.pack(weight, values, like)}
+        return {**like, **self.scheme.pack(weight, values, like, gram)}
 
     def unpack(self, weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """The numbers that it then has."""
