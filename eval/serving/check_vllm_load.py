@@ -76,7 +76,7 @@ def compared(model: Any, stored: dict[str, torch.Tensor]) -> str:
         left -= set(names)
     missing = sorted(n for n in left if "shape" not in n and "rotary" not in n)
     assert not missing, missing[:3]
-    return f"experts per layer {counts}; {experts} parts of experts, {linear} of linear maps bitwise"
+    return f"experts {counts}; {experts} parts of experts, {linear} of linear maps bitwise"
 
 
 def same(name: str, got: torch.Tensor, parts: list[torch.Tensor]) -> None:
