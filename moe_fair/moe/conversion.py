@@ -56,11 +56,9 @@ class Conversion:
         if not self.weights and not any(map(self.narrows, source.tensors)):
             self._refuse("all of it is bfloat16 already")
 
-    def pack(
-        self, weight: PackedWeight, values: Tensor, gram: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Role -> tensor, of all parts of a weight of the result; `gram` as in `Scheme`."""
-        return self._target(weight).pack(weight, values, gram)
+    def pack(self, weight: PackedWeight, values: Tensor) -> dict[str, Tensor]:
+        """Role -> tensor, of all parts of a weight of the result."""
+        return self._target(weight).pack(weight, values)
 
     def unpack(self, weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """The numbers that it then has."""

@@ -73,6 +73,6 @@ def _check_alike(tensors: Sequence[StoredTensor], places: Mapping[str, str]) -> 
             first = first if first.dtype != t.dtype else other
             raise ValueError(
                 f"{first.name} is {first.dtype} {list(first.shape)} and {t.name} {t.dtype} "
-                f"{list(t.shape)}: a layer's experts of which some are packed, or packed otherwise, "
-                "are not of one size; prune the original model and quantise the result"
+                f"{list(t.shape)}: a layer's experts of which some are packed, or packed "
+                "otherwise, are not of one size; prune the original model and quantise the result"
             )

@@ -27,7 +27,6 @@ from moe_fair.engines.stored_values import read_tensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.conversion import Conversion
-from moe_fair.moe.down_inputs import DownInputs
 from moe_fair.moe.layer_examples import Kinds
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, cut_tensors
@@ -122,22 +121,11 @@ class Repacking:
         """A tensor of the model is packed, or some of it is."""
         return name in self._matrices
 
-    @property
-    def coarse(self) -> bool:
-        """Weights are rounded to whole numbers of few bits, by what comes to them."""
-        scheme = self.packing.scheme if self.packing is not None else None
-        if self.conversion is not None:
-            scheme = self.conversion.target.scheme
-        return scheme is not None and scheme.coarse
-
-    def pack(
-        self, name: str, values: Tensor, inputs: DownInputs | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def pack(self, name: str, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A tensor of the model as the result will hold it.
 
         Args:
             values: with the experts that stay.
-            inputs: of a tensor of down projections, by which they are then rounded.
 
         Returns:
             the values that it then has, in the same data type; name in the result -> tensor.
@@ -145,14 +133,8 @@ class Repacking:
         near = values.detach().cpu().clone()
         stored: dict[str, Tensor] = {}
         for m in self._matrices[name]:
-            wanted, gram = m.of(near), None
-            if inputs is not None and m.place is not None:
-                wanted, gram = inputs.wanted(m.place, wanted)
-            new = self._pack(m, wanted, gram)
-            got = self._unpack(m, new).to(near.dtype)
-            if inputs is not None and m.place is not None:
-                inputs.lose(m.place, got - m.of(near))
-            m.of(near).copy_(got)
+            new = self._pack(m, m.of(near))
+            m.of(near).copy_(self._unpack(m, new))
             stored |= {m.stored[role].name: t.contiguous() for role, t in new.items()}
         return near.to(values.device), stored
 
@@ -241,12 +223,12 @@ class Repacking:
             return self.packing.scheme.unpack(m.weight, parts)
         return parts[CODES]
 
-    def _pack(self, m: _Matrix, values: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+    def _pack(self, m: _Matrix, values: Tensor) -> dict[str, Tensor]:
         if m.becomes is None:
             assert self.packing is not None
-            return self.packing.pack(m.weight, values, m.read(), gram)
+            return self.packing.pack(m.weight, values, m.read())
         assert self.conversion is not None
-        return self.conversion.pack(m.becomes, values, gram)
+        return self.conversion.pack(m.becomes, values)
 
     def _unpack(self, m: _Matrix, parts: Mapping[str, Tensor]) -> Tensor:
         if m.becomes is None:
@@ -295,27 +277,21 @@ class StoredLayer:
         self,
         done: LayerRepair,
         changed: Mapping[str, nn.Parameter],
-        inputs: Callable[[], DownInputs],
         runs: Iterator[tuple[int, Tensor, Tensor]],
     ) -> LayerRepair:
         """Give the block the values that will be stored, or what it was cut to.
 
         Args:
             changed: name in the model -> parameter.
-            inputs: gives what comes to the experts' down projections, once their other matrices are
-                what will be stored.
             runs: number of a batch, what the layer makes of it, and what is wanted; it is asked for
                 once the block has its values.
 
         Returns:
             what was done after all.
         """
-        down = f"{self.block.name}.{self.block.path(self.block.experts, 'down_proj')}"
-        # the others first: the inputs of a down projection are what they then make of a token
-        for name, p in sorted(changed.items(), key=lambda item: item[0] == down):
+        for name, p in changed.items():
             if name in self.repacking:
-                by = inputs() if name == down and self.repacking.coarse else None
-                values, stored = self.repacking.pack(name, p, by)
+                values, stored = self.repacking.pack(name, p)
                 p.data.copy_(values)
                 self.tensors |= stored
         if not self.tensors:

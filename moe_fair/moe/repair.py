@@ -30,7 +30,6 @@ from moe_fair.engines.oom import out_of_memory, release
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.down_inputs import DownInputs
 from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_for
 from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExamples
@@ -206,19 +205,7 @@ class Repairer:
             write_down(block.experts, on_all)
         if stored is not None:  # by what judges, which has not taught what is judged
             runs = ((j, out(j), original[j]) for j in range(len(batches)))
-
-            def inputs() -> DownInputs:
-                now = _Text(kinds, self.sparing)
-                for j in range(len(batches)):
-                    with watch.silent():
-                        out(j)
-                    now.add(j, watch, watch.weights)
-                x, ids, weights, _, learn = now.joined()
-                teaches = slice(None, learn or None)
-                seen = (t[teaches] for t in (x, ids, weights))
-                return DownInputs(RoutedOutput(block.experts, *seen, keep=False))
-
-            found = stored.settle(found, changed_tensors(block, found), inputs, runs)
+            found = stored.settle(found, changed_tensors(block, found), runs)
         self._save(block, found, originals, stored.tensors if stored else {})
         for j in range(len(batches)):
             pruned[j] = out(j)

@@ -97,11 +97,6 @@ class RoutedOutput:
                 self._own_grams.append(gram)
             yield gram
 
-    def gated(self, e: int) -> tuple[Tensor, Tensor]:
-        """One expert's tokens [n] and g·h [n, F] of them, without a bias's 1."""
-        h = self._kept[e] if self._kept is not None else self._hidden(e)
-        return self._tokens[e], h.to(self.precise) * self._gates[e].unsqueeze(1)
-
     def output(self, w: Tensor) -> Tensor:
         """[T, D] with down projections `w` [E, F, D]."""
         y = self.x.new_zeros(len(self.x), w.shape[2], dtype=w.dtype)

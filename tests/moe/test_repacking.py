@@ -185,8 +185,8 @@ def test_a_layer_that_packing_undoes_stays_as_it_was_cut(
     scheme = source.packing.scheme  # type: ignore[union-attr]
     pack, second = type(scheme).pack, source.blocks[1].name
 
-    def spoiled(self: Any, weight: Any, values: torch.Tensor, *more: Any) -> Any:
-        return pack(self, weight, -values if weight.name.startswith(second) else values, *more)
+    def spoiled(self: Any, weight: Any, values: torch.Tensor, like: Any) -> Any:
+        return pack(self, weight, -values if weight.name.startswith(second) else values, like)
 
     monkeypatch.setattr(type(scheme), "pack", spoiled)
     done = {}

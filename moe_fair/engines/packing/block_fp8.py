@@ -39,7 +39,6 @@ class BlockFP8:
     """
 
     name = "fp8"
-    coarse = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         square = settings.get("weight_block_size", SQUARE) or SQUARE
@@ -73,11 +72,7 @@ class BlockFP8:
         return self._times(values, scale)
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Scheme`; the largest number of a square becomes the largest code."""
         old = like[SCALE]

@@ -80,16 +80,12 @@ class Packing:
         return found
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Role -> tensor, of all parts; those that there are where they stand for these values.
 
         Args:
-            like, gram: as in `Scheme`; of the experts that stay, where one tensor is of several.
+            like: as in `Scheme`; of the experts that stay, where one tensor is of several.
         """
         was = self.scheme.unpack(weight, like)
         if was.shape != values.shape:
@@ -98,7 +94,7 @@ class Packing:
             )
         if torch.equal(was.to(values.dtype), values):
             return dict(like)
-        return {**like, **self.scheme.pack(weight, values, like, gram)}
+        return {**like, **self.scheme.pack(weight, values, like)}
 
     def check_values(self, room: int = SEEN) -> None:
         """Scales are finite numbers; all of them, or as many as `room` bytes hold.

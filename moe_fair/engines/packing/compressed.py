@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.engines.packing.feedback import counts, rounded
 from moe_fair.engines.packing.scheme import (
     CODES,
     FLOATS,
     FP8_LARGEST,
-    MORE_SHARES,
     SCALE,
     SHARES,
     ZERO,
@@ -76,7 +74,6 @@ class CompressedTensors:
             raise ValueError(f"weights packed as sparse ({sparse['format']}) are not unpacked")
         self.groups: list[Any] = list(config.config_groups.values())
         self.format = str(config.format)
-        self.coarse = any(_coarse(g.weights) for g in self.groups if g.weights is not None)
         for group in self.groups:
             if group.weights is None or (how := self._format(group)) not in DTYPES:
                 raise ValueError(
@@ -123,11 +120,7 @@ class CompressedTensors:
         return unpacked
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Scheme`; below 8 bits each group takes the scale that comes nearest."""
         from compressed_tensors.compressors import BaseCompressor
@@ -136,12 +129,7 @@ class CompressedTensors:
         group = self._group(weight.name)
         how, args = self._format(group), group.weights
         values = values.float()
-        gram = gram if _coarse(args) else None
-        scale, zero = _scales(values, group, like, None if gram is None else counts(gram))
-        if gram is not None:
-            wide, middle = (_wide(t, values, args) for t in (scale, zero))
-            lowest = -(2 ** (args.num_bits - 1))
-            values = rounded(values, gram, wide, middle, lowest, -lowest - 1)
+        scale, zero = _scales(values, group, like)
         state = {"weight": values, "weight_scale": scale}
         if zero is not None:
             state["weight_zero_point"] = zero
@@ -258,18 +246,8 @@ def _named(parts: Mapping[str, Tensor], how: str) -> dict[str, Tensor]:
     return {names[role]: t for role, t in parts.items()}
 
 
-def _coarse(args: Any) -> bool:
-    return args.type == "int" and args.num_bits < 8
-
-
-def _scales(
-    values: Tensor, group: Any, like: Mapping[str, Tensor], weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of new values; each group's that comes nearest to them.
-
-    Args:
-        weights: [C] by which columns count.
-    """
+def _scales(values: Tensor, group: Any, like: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of new values; each group's that comes nearest to them."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -278,8 +256,7 @@ def _scales(
     low, high = _extremes(values, args)
     dtype = torch.float32 if like[SCALE].dtype == torch.uint8 else like[SCALE].dtype
     best: Tensor | None = None
-    every = SHARES if weights is None else MORE_SHARES
-    shares: list[float | None] = [*(every if args.num_bits < 8 else SHARES[:1])]
+    shares: list[float | None] = [*(SHARES if args.num_bits < 8 else SHARES[:1])]
     if args.symmetric and args.num_bits < 8 and like[SCALE].dtype != torch.uint8:
         shares.append(None)  # the old scale: where weights hardly moved, most codes stay
     for share in shares:
@@ -293,8 +270,7 @@ def _scales(
         near = fake_quantize(
             values, scale, None if args.symmetric else zero, args, global_scale=shared
         )
-        squares = (near.float() - values).square()
-        error = _sums(squares if weights is None else squares * weights, args)
+        error = _sums((near.float() - values).square(), args)
         if best is None:
             best, chosen, zeros = error, scale, zero
             continue
@@ -320,14 +296,6 @@ def _groups(values: Tensor, args: Any) -> Tensor:
         padded[:rows, :columns] = values
         return padded.view(up, high, across, wide).transpose(1, 2).flatten(2)
     return values.reshape(1, -1)
-
-
-def _wide(numbers: Tensor | None, values: Tensor, args: Any) -> Tensor:
-    """Scales or zero points, one for each weight; of none zeros."""
-    if numbers is None:
-        return torch.zeros_like(values)
-    size = args.group_size if args.strategy == "group" else values.shape[1]
-    return numbers.float().repeat_interleave(size, -1)[:, : values.shape[1]].expand_as(values)
 
 
 def _extremes(values: Tensor, args: Any) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fair.engines.packing.feedback import counts, rounded
 from moe_fair.engines.packing.scheme import (
     CODES,
     FLOATS,
-    MORE_SHARES,
     SCALE,
     SHARES,
     ZERO,
@@ -60,7 +58,6 @@ class GPTQ:
                 f"{self.name} weights of {self.bits} bits in the format {kind} are not unpacked; "
                 f"only of {' or '.join(map(str, BITS))} in {' or '.join(self.kinds)}"
             )
-        self.coarse = self.bits < 8
         self.less = 1 if kind == "gptq" else 0  # a zero point is stored so much smaller
 
     def find(self, tensors: Sequence[StoredTensor]) -> list[PackedWeight]:
@@ -90,11 +87,7 @@ class GPTQ:
         return ((codes - zero[group]) * scale[group]).T.contiguous()
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Scheme`; each group takes the scale that comes nearest, zero points as they can."""
         group = self._group(weight, like)
@@ -109,8 +102,7 @@ class GPTQ:
         most = 2**self.bits - 1
         middle = self._zeros(like[ZERO])
         best = torch.full_like(low, torch.inf)
-        shares = SHARES if gram is None else MORE_SHARES
-        for share in shares if self.coarse else SHARES[:1]:
+        for share in SHARES if self.bits < 8 else SHARES[:1]:
             if self.symmetric:
                 zero = middle
                 scale = torch.maximum(-low / zero, high / (most - zero).clamp_min(1)) * share
@@ -122,8 +114,6 @@ class GPTQ:
                 zero = (-low * share / scale).round().clamp(self.less, most)
             codes = (w / scale[group] + zero[group]).round().clamp(0, most)
             error = ((codes - zero[group]) * scale[group] - w).square()
-            if gram is not None:
-                error *= counts(gram).unsqueeze(1)
             error = torch.zeros_like(low).index_add(0, group, error)
             nearer = error < best
             if not torch.isfinite(best).any():
@@ -131,8 +121,6 @@ class GPTQ:
             scales = torch.where(nearer, scale, scales)
             zeros = torch.where(nearer, zero, zeros)
             best = torch.minimum(best, error)
-        if gram is not None and self.coarse:
-            w = rounded(w.T, gram, scales[group].T, zeros[group].T, 0, most).T
         codes = (w / scales[group] + zeros[group]).round().clamp(0, most)
         return {
             CODES: self._words(codes.to(torch.uint8)),

@@ -46,8 +46,6 @@ class ModelOpt:
         ValueError: an algorithm that is not unpacked.
     """
 
-    coarse = False
-
     def __init__(self, settings: Mapping[str, Any]) -> None:
         algorithm = str(settings.get("quant_algo") or settings["quant_method"])
         if algorithm not in ALGORITHMS:
@@ -96,11 +94,7 @@ class ModelOpt:
         return (groups * (scale * parts[SHARED]).unsqueeze(-1)).flatten(-2)
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Scheme`; the scale of the matrix stays, which engines share between matrices."""
         values, old = values.float(), like[SCALE]

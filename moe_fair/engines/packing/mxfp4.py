@@ -28,7 +28,6 @@ class MXFP4:
     """See the module."""
 
     name = "mxfp4"
-    coarse = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         pass
@@ -57,11 +56,7 @@ class MXFP4:
         return unpacked.contiguous()  # a transpose is multiplied in another order
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Scheme`; of two powers of two each group takes that which is nearer."""
         groups = values.float().transpose(-2, -1).unflatten(-1, (-1, 32))  # [E, R, C/32, 32]

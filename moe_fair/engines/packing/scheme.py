@@ -21,8 +21,6 @@ FP8_LARGEST = 448.0  # of float8_e4m3fn
 # below 8 bits: what of a group's largest number is tried as what becomes its largest code, since
 # cutting it off may come nearer to the others
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-# the same where columns count by their inputs, so that some may be cut off far
-MORE_SHARES = (*SHARES, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,9 @@ class Scheme(Protocol):
 
     Attributes:
         name: as its publishers call it.
-        coarse: new values are rounded to whole numbers of fewer than 8 bits, by their inputs.
     """
 
     name: str
-    coarse: bool
 
     def find(self, tensors: Sequence[StoredTensor]) -> list[PackedWeight]:
         """The packed weights of a checkpoint, by its headers.
@@ -69,18 +65,12 @@ class Scheme(Protocol):
         ...
 
     def pack(
-        self,
-        weight: PackedWeight,
-        values: Tensor,
-        like: Mapping[str, Tensor],
-        gram: Tensor | None = None,
+        self, weight: PackedWeight, values: Tensor, like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Role -> tensor, of those that change, with new values.
 
         Args:
             like: the tensors as they were, whose data types and arrangement stay.
-            gram: [C, C] second moments of the inputs of a matrix of C columns, where they are
-                known; whole numbers of few bits are rounded by them.
         """
         ...
 

@@ -74,14 +74,8 @@ class Target:
         """A weight as it will be stored."""
         return PackedWeight(name, shape, self.parts(name, shape))
 
-    def pack(
-        self, weight: PackedWeight, values: Tensor, gram: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Role -> tensor, of all parts.
-
-        Args:
-            gram: as in `Scheme`.
-        """
+    def pack(self, weight: PackedWeight, values: Tensor) -> dict[str, Tensor]:
+        """Role -> tensor, of all parts."""
         if self.scheme is None:
             return {CODES: values.to(torch.bfloat16)}
         like = {
@@ -90,7 +84,7 @@ class Target:
         }
         if SHAPE in like:
             like[SHAPE] = torch.tensor(weight.shape)
-        return {**like, **self.scheme.pack(weight, values, like, gram)}
+        return {**like, **self.scheme.pack(weight, values, like)}
 
     def unpack(self, weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """The numbers that it then has."""
