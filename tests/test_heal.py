@@ -109,6 +109,7 @@ def test_wrong_text_is_rejected_and_nothing_is_changed(tmp_path: Path) -> None:
     [
         (["--heal", "-1"], "--heal -1 is below 0"),
         (["--set", "heal=1.5"], "heal"),
+        (["--heal", "9000", "--save-as", "fp8"], "--save-as fp8 packs them"),
         (["--heal", "5"], "--heal 5 is less than one sequence of 64 tokens"),
         (["--heal", "9000", "--samples", "8"], "nobody would know whether it worsens"),
     ],

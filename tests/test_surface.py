@@ -125,6 +125,7 @@ SETTINGS = {
     "hash_layers": "calibrate prune oracle",
     "repair": "prune",
     "heal": "prune",
+    "save_as": "prune",
     "heldout": "prune eval",
     "heldout_samples": "prune eval",
     "stats": "prune oracle",

@@ -1,11 +1,12 @@
 """A tiny checkpoint packed by llm-compressor or AutoRound, and the same unpacked by them.
 
-    python eval/packed/make_tiny.py MODEL SCHEME OUT
+    python eval/packed/make_tiny.py MODEL SCHEME OUT [GROUP]
 
 Run in an environment of llm-compressor (0.14) and auto-round (0.15), where moe_fair is not
 installed; MODEL is a tiny checkpoint that transformers wrote. SCHEME is one of llm-compressor's
 (FP8_BLOCK, FP8_DYNAMIC, W4A16, W4A16_ASYM, W8A16, NVFP4A16), or `gptq` or `awq`, which AutoRound
-writes. AutoRound's own layer does not read a GPTQ zero point of 0, which is stored as -1, as 0.
+writes. GROUP is the size of groups and squares, 16 by default. AutoRound's own layer does not read
+a GPTQ zero point of 0, which is stored as -1, as 0.
 Writes OUT/packed, and OUT/plain: every packed weight as that library unpacks it, in float32.
 """
 
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-GROUP = 16  # of tiny widths
+GROUP = int(sys.argv[4]) if len(sys.argv) > 4 else 16  # tiny widths have few of 128
 IGNORED = ["lm_head", "re:.*self_attn.*", "re:.*gate$", "re:.*router$"]
 
 

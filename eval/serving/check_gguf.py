@@ -3,7 +3,8 @@
     python eval/serving/check_gguf.py PROGRAM FOLDER WHICH [--against OTHER] [--how WORDS]
 
 PROGRAM is check_gguf.cpp, built, or check_node.mjs, which node runs; FOLDER is one that
-`unequal.py` has made, with WHICH.gguf of one of its checkpoints. Prints a line of JSON, see `runs.jsonl`.
+`unequal.py` has made, with WHICH.gguf of one of its checkpoints. Prints a line of JSON, see
+`runs.jsonl`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python eval/serving/check_vllm.py FOLDER WHICH [--against OTHER] [--tensor-parallel-size N]
 
-FOLDER is one that `unequal.py` has made, WHICH of its checkpoints. Prints a line of JSON: how far
-the log-likelihoods of the prompt lie from transformers' (or from those of another checkpoint that
-vLLM was given before), and whether the greedy continuation is the same.
+FOLDER is one that `unequal.py` or `packed.py` has made, WHICH of its checkpoints. Prints a line of
+JSON: how far the log-likelihoods of the prompt lie from transformers' (or from those of another
+checkpoint that vLLM was given before), and whether the greedy continuation is the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("which")
     parser.add_argument("--against", default="transformers")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--how", default="", help="what the row says of how it is stored")
     args = parser.parse_args()
     if args.tensor_parallel_size == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -39,7 +41,7 @@ def main() -> None:
     ids, short = expected["ids"], expected["short"]
     model = vllm.LLM(
         model=str(args.folder / args.which),
-        dtype="float32",
+        dtype=args.dtype,
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=4,
@@ -57,7 +59,7 @@ def main() -> None:
         "greedy": list(said.outputs[0].token_ids),
     }
     size = args.tensor_parallel_size
-    how = f"tensor parallel {size}" if size > 1 else ""
+    how = f"tensor parallel {size}" if size > 1 else args.how
     print(row("vllm", vllm.__version__, args.folder, args.which, found, args.against, how))
 
 

@@ -299,6 +299,13 @@ class Recipe:
         "original's predictions; 0: none",
         panel=SCORES, commands=("prune",), minimum=0,
     )  # fmt: skip
+    save_as: str | None = setting(
+        None,
+        "What the weights become on the way out: bf16, fp8 (in squares, as DeepSeek publishes), or "
+        "w4a16 (INT4 in groups of 128, as llm-compressor writes it)",
+        panel=RUNNING, commands=("prune",), choices=("bf16", "fp8", "w4a16"),
+        usual="what they are",
+    )  # fmt: skip
     heldout: tuple[str, ...] = setting(
         (), "Held-out text (as --calibration) on which original and pruned are measured",
         panel=TEXTS, commands=("prune", "eval"), shown=True,

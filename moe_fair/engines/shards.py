@@ -94,6 +94,22 @@ class StoredTensor:
         return StoredTensor(self.name, self.dtype, shape, tuple(pieces))
 
 
+@dataclass(frozen=True)
+class MadeTensor(StoredTensor):
+    """A tensor whose bytes lie nowhere yet: they are made when they are written.
+
+    Attributes:
+        make: gives them, a piece at a time.
+    """
+
+    make: Callable[[], Iterable[bytes]]
+
+    @property
+    def bytes(self) -> int:
+        """See `StoredTensor`."""
+        return self.numel * BITS[self.dtype] // 8
+
+
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the order of their names.
 
@@ -310,10 +326,15 @@ def write_shard(shard: Sequence[StoredTensor], path: Path, advance: Callable[[in
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _write_all(target, struct.pack("<Q", len(text)) + text)
-        for piece in _coalesced(p for t in shard for p in t.pieces):
-            if piece.file not in handles:
-                handles[piece.file] = os.open(piece.file, os.O_RDONLY)
-            _copy(handles[piece.file], target, piece, advance)
+        for made, its in itertools.groupby(shard, lambda t: isinstance(t, MadeTensor)):
+            if made:
+                for t in its:
+                    _make(t, target, advance)
+                continue
+            for piece in _coalesced(p for t in its for p in t.pieces):
+                if piece.file not in handles:
+                    handles[piece.file] = os.open(piece.file, os.O_RDONLY)
+                _copy(handles[piece.file], target, piece, advance)
     finally:
         for handle in (target, *handles.values()):
             os.close(handle)
@@ -331,6 +352,16 @@ def _coalesced(pieces: Iterable[Piece]) -> Iterator[Piece]:
             last = p
     if last:
         yield last
+
+
+def _make(t: StoredTensor, target: int, advance: Callable[[int], None]) -> None:
+    assert isinstance(t, MadeTensor)
+    done = 0
+    for data in t.make():
+        _write_all(target, data)
+        advance(len(data))
+        done += len(data)
+    assert done == t.bytes, (t.name, done, t.bytes)
 
 
 def _copy(source: int, target: int, piece: Piece, advance: Callable[[int], None]) -> None:

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from moe_fair.engines.shards import write_shards
 from moe_fair.engines.stock import stock_type
 from moe_fair.moe.blocks import COUNTERS, layer_index, rows_of
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.conversion import Conversion
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.mtp import settings_of
 from moe_fair.moe.overlay import with_repairs
+from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.side_files import QUANTISATION, READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
 from moe_fair.moe.table_surgery import new_tables, with_tables
@@ -48,6 +51,7 @@ def write_model(
     advance: Callable[[int], None] = lambda _: None,
     repaired: Path | None = None,
     drop_heads: bool = False,
+    conversion: Conversion | None = None,
 ) -> SideFiles:
     """Write the pruned weights, config, modeling file and side files into `folder`.
 
@@ -59,6 +63,7 @@ def write_model(
         repaired: folder of repaired layers whose tensors replace the original ones.
         drop_heads: leave out heads for multi-token prediction; else those that `kept` does not name
             stay whole.
+        conversion: what the weights become on the way out; by default they are stored as they are.
 
     Returns:
         what lay beside the original's weights and went along, and what did not.
@@ -68,16 +73,27 @@ def write_model(
     """
     check_all([*source.blocks, *source.heads.blocks], kept)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(source, kept, folder, drop_heads)
+    dropped = {t.name for t in source.heads.tensors} if drop_heads else set()
+    repacking = None
+    if source.packing is not None or conversion is not None:
+        repacking = Repacking(source, kept, conversion, dropped)
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = copy.deepcopy
+    if conversion is not None:
+        assert repacking is not None
+        plain = list(repacking.plain(cut_tensors(source.tensors, source.parts, kept)))
+        settings = partial(conversion.config, stays=plain)
+    _write_config(source, kept, folder, drop_heads, settings)
     if repaired is not None:
-        tensors = with_repairs(source, kept, repaired)
+        tensors = with_repairs(source, kept, repaired, repacking)
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
-    dropped = {t.name for t in source.heads.tensors} if drop_heads else set()
+        if conversion is not None:
+            assert repacking is not None
+            tensors = repacking.all_converted(tensors)
     with tempfile.TemporaryDirectory(prefix="moe_fair-tables-") as place:
         tensors = with_tables(tensors, new_tables(source, kept), Path(place))
         write_shards((t for t in tensors if t.name not in dropped), folder, advance=advance)
-    beside = side_files(source.home, source.packing is not None)
+    beside = side_files(source.home, source.packing is not None and conversion is None)
     for name in beside.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in QUANTISATION:
@@ -128,9 +144,16 @@ def check_writable(source: Checkpoint, unequal: bool) -> None:
 
 
 def _write_config(
-    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path, drop_heads: bool
+    source: Checkpoint,
+    kept: Mapping[str, Sequence[int]],
+    folder: Path,
+    drop_heads: bool,
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
 ) -> None:
     """The stock config where the stock class can hold the result, else ours with its file.
+
+    Args:
+        settings: puts into the config how the result is stored.
 
     Raises:
         ValueError: neither gives a model with the shapes of the result.
@@ -140,7 +163,7 @@ def _write_config(
     counts |= {b.name: len(kept.get(b.name, range(b.num_experts))) for b in source.blocks}
     shapes = _shapes(source, kept)
     heads = _head_counts(source, kept) if source.heads.tensors and not drop_heads else None
-    config = _own_config(source, kept)
+    config = settings(_own_config(source, kept))
     if heads is None:
         _without_heads(config, source)
     if len({*counts.values(), *(heads or {}).values()}) == 1:

@@ -108,10 +108,14 @@ class Heads:
         """They have routed experts."""
         return any(EXPERT.search(t.name) for t in self.tensors)
 
-    @property
-    def size(self) -> ModelSize:
-        """What leaves with them."""
-        return ModelSize(sum(t.numel for t in self.tensors), sum(t.bytes for t in self.tensors))
+    def size(self, weights: Callable[[StoredTensor], int] | None = None) -> ModelSize:
+        """What leaves with them.
+
+        Args:
+            weights: how many a stored tensor stands for, where they are packed.
+        """
+        count = weights or (lambda t: t.numel)
+        return ModelSize(sum(map(count, self.tensors)), sum(t.bytes for t in self.tensors))
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, int]:

@@ -80,9 +80,15 @@ def check_layouts(source: Checkpoint) -> None:
 
 
 def with_repairs(
-    source: Checkpoint, kept: Mapping[str, Sequence[int]], folder: Path
+    source: Checkpoint,
+    kept: Mapping[str, Sequence[int]],
+    folder: Path,
+    repacking: Repacking | None = None,
 ) -> Iterator[StoredTensor]:
     """The tensors of the pruned checkpoint, with those that the repairs in `folder` changed.
+
+    Args:
+        repacking: its packed weights, where there are some.
 
     Raises:
         UnknownLayoutError: a changed tensor whose layout in the checkpoint is unknown.
@@ -92,7 +98,6 @@ def with_repairs(
     new: dict[str, StoredTensor] = {}
     originals: dict[str, Tensor] = {}
     written = fresh(folder / "stored")
-    repacking = None if source.packing is None else Repacking(source, kept)
     packed: dict[str, StoredTensor] = {}  # name in the result -> the tensor
     for file in sorted(folder.glob("layer-*.safetensors")):
         with safe_open(file, framework="pt") as f:
@@ -101,13 +106,19 @@ def with_repairs(
         if repacking is not None:
             again = _packed(file, repacking, originals, written / f"packed-{file.name}")
             packed |= {t.name: t for t in again}
-        changed = _as_stored(file, stored, find, repacking)
-        save_file(changed, written / file.name)
+        plain = _as_stored(file, stored, find, repacking)
+        save_file(plain, written / file.name)
         new |= {t.name: t for t in stored_tensors(written / file.name)}
+    converts = repacking is not None and repacking.conversion is not None
     for t in source.tensors:
         where, part = find(t.name), source.parts.get(t.name)
         for cut in cut_tensors([t], source.parts, kept):
-            if cut.name in packed:
+            if converts:
+                assert repacking is not None
+                if where.name not in new:
+                    yield from repacking.converted(cut, packed)
+                    continue
+            elif cut.name in packed:
                 instead = packed[cut.name]
                 assert (instead.dtype, instead.shape) == (cut.dtype, cut.shape), cut.name
                 yield instead
@@ -121,7 +132,12 @@ def with_repairs(
             if place in (None, 0):
                 first = kept[part.block][0] if part is not None else 0
                 _check_layout(t, where, part, first, originals[where.name])
-            yield _range(new[where.name], cut, where, place)
+            changed = _range(new[where.name], cut, where, place)
+            if converts:
+                assert repacking is not None
+                yield from repacking.converted(changed, packed)
+            else:
+                yield changed
 
 
 def _range(

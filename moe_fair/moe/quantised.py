@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_fair.engines.packing import Packing
 from moe_fair.engines.shards import StoredTensor
+from moe_fair.moe.tensor_slicing import LAST_NUMBER
 
 # data types that no weight has which can multiply as it is
 CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8", "F4")
@@ -61,13 +62,17 @@ def check_admitted(
 def _check_alike(tensors: Sequence[StoredTensor], places: Mapping[str, str]) -> None:
     """A layer's experts are all of one size on disk, on which the budget counts."""
     seen: dict[str, StoredTensor] = {}
+    experts: dict[tuple[str, str], StoredTensor] = {}  # the same matrix of any expert
     for t in tensors:
         if t.name not in places:
             continue
         first = seen.setdefault(places[t.name], t)
-        if first.dtype != t.dtype:
+        matrix = places[t.name], LAST_NUMBER.sub(r"\g<1>*\g<3>", t.name)
+        other = experts.setdefault(matrix, t)
+        if first.dtype != t.dtype or other.shape != t.shape:
+            first = first if first.dtype != t.dtype else other
             raise ValueError(
-                f"{first.name} is {first.dtype} and {t.name} {t.dtype}: a layer's experts of which "
-                "some are packed are not of one size; prune the original model and quantise the "
-                "result"
+                f"{first.name} is {first.dtype} {list(first.shape)} and {t.name} {t.dtype} "
+                f"{list(t.shape)}: a layer's experts of which some are packed, or packed "
+                "otherwise, are not of one size; prune the original model and quantise the result"
             )

@@ -146,6 +146,8 @@ class Repairer:
                 wanted.append(watch.y)
         originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
+        if self.repacking is not None:
+            self.repacking.round(block)
         found = self._earlier(block)
         if found is not None:
             for j in range(len(batches)):

@@ -91,12 +91,14 @@ def check_config(
     original: Checkpoint,
     output: Path,
     heads: Mapping[str, int] | None = None,
+    stored: str | None = None,
 ) -> str:
     """The config is the original's, but for what the plan changes, and that is as planned.
 
     Args:
         counts: block -> experts kept, of every block of a layer.
         heads: the same of heads for multi-token prediction that are still there.
+        stored: what weights have become, where they are stored otherwise.
 
     Returns:
         what was found, in a line.
@@ -105,6 +107,12 @@ def check_config(
         ValueError: the first thing that is wrong.
     """
     old, new = (read_config(folder) for folder in (original.home, output))
+    if stored is not None:
+        from moe_fair.moe.conversion import plain_settings
+        from moe_fair.pipelines.verify_converted import check_packing
+
+        check_packing(stored, original, new)
+        old, new = (dict(plain_settings(config)) for config in (old, new))
     _check_code(old, new, original)
     old.pop("model_file", None)
     _same("model_file", new.pop("model_file", None), _mlx_file(output))

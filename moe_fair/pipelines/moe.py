@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -271,7 +272,7 @@ class _Pruning:
                 made = best_plan(
                     plan, self.recipe, self.source, statistics, self.job.trial, home, self.say
                 )
-        check_disk(made.after.bytes, self.output, self.folder)
+        check_disk(self.job.stored(made.after).bytes, self.output, self.folder)
         return made
 
     def repair(self, made: Plan) -> list[LayerRepair]:
@@ -281,8 +282,9 @@ class _Pruning:
         assert self.job.text is not None
         home = self.work / "repair"
         return repair_model(
-            self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say
-        )
+            self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say,
+            self.job.conversion,
+        )  # fmt: skip
 
     def cut(self, made: Plan, repairs: list[LayerRepair]) -> list[LayerRepair]:
         """The repaired or merged checkpoint, under the temporary name; the repairs it holds."""
@@ -293,17 +295,18 @@ class _Pruning:
         if made.merges:
             changed = fresh(self.work / "merged")
             write_merged(self.source, made, changed)
-        drop = made.mtp == "drop"
+        write = partial(
+            write_model, self.source, made.kept, self.folder, drop_heads=made.mtp == "drop",
+            conversion=self.job.conversion,
+        )  # fmt: skip
         try:
-            beside = write_model(
-                self.source, made.kept, self.folder, repaired=changed, drop_heads=drop
-            )
+            beside = write(repaired=changed)
         except UnknownLayoutError as e:  # what headers could not tell before
             if made.merges:
                 raise
             self.say(f"note: not repaired: {e}")
             repairs = []
-            beside = write_model(self.source, made.kept, self.folder, drop_heads=drop)
+            beside = write()
         self.say(f"written in {time.perf_counter() - started:.1f} s")
         if (left := in_a_line(beside)) is not None:
             self.say(left)

@@ -36,8 +36,9 @@ def head_facts(source: Checkpoint) -> dict[str, Any] | None:
     heads = source.heads
     if not heads.tensors and not heads.promised:
         return None
+    size = heads.size(source.packing.numel if source.packing else None)
     return {
-        "name": heads.name, "parameters": heads.size.parameters, "bytes": heads.size.bytes,
+        "name": heads.name, "parameters": size.parameters, "bytes": size.bytes,
         "experts": heads.with_experts, "why": heads.why, "promised": heads.promised,
     }  # fmt: skip
 

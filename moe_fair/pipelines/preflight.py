@@ -17,11 +17,13 @@ from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import PLANNING, Recipe
+from moe_fair.core.sizes import parse_size
 from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import check_writable
+from moe_fair.moe.conversion import Conversion
 from moe_fair.moe.healed_weights import check_healable
 from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.merge import check_mergeable
@@ -82,6 +84,7 @@ class Job:
         after: size of the result; of one by tolerance, which is not known yet, an estimate.
         own: files of the model's own text, to be kept beside the result.
         sampled: of a dry run, the own text that a run would sample.
+        conversion: what the result's weights will be, where that is not what they are.
     """
 
     recipe: Recipe
@@ -99,6 +102,11 @@ class Job:
     after: ModelSize
     own: dict[str, bytes] = field(default_factory=dict)
     sampled: OwnText | None = None
+    conversion: Conversion | None = None
+
+    def stored(self, cut: ModelSize) -> ModelSize:
+        """About the size of a result, given that of one that is stored as the model is."""
+        return cut if self.conversion is None else self.conversion.size(cut)
 
     @property
     def collected(self) -> Collected:
@@ -155,12 +163,18 @@ def check_prune(
     earlier = _earlier(statistics, ready)
     given, recipe = recipe, with_text_of(recipe, earlier)
     source = open_model(recipe)
+    conversion = _conversion(recipe, source)
     merges = _merges(recipe, ready)
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
     if recipe.heal:
         check_healable(source)
+        if recipe.save_as in ("fp8", "w4a16"):
+            raise ValueError(
+                f"--heal trains weights as they are written, and --save-as {recipe.save_as} packs "
+                "them: leave one of the two out"
+            )
     uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
     check_writable(source, unequal=not uniform)
     alone, costly = False, None
@@ -193,6 +207,7 @@ def check_prune(
     )
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
+    after = after if conversion is None else conversion.size(after)
     if team.first:
         check_disk(after.bytes, output, place.partial)
     say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
@@ -223,8 +238,24 @@ def check_prune(
         say(NOT_TRIED)
     return Job(
         recipe, source, statistics, ready, run, text, seen, trial, heldout, kind, alone, costly,
-        after, own, sampled,
+        after, own, sampled, conversion,
     )  # fmt: skip
+
+
+def _conversion(recipe: Recipe, source: Checkpoint) -> Conversion | None:
+    """What --save-as makes of the model's weights.
+
+    Raises:
+        ValueError: it cannot, or bytes are limited, which are counted as the weights are now.
+    """
+    if recipe.save_as is None:
+        return None
+    if recipe.size is not None and parse_size(recipe.size)[0] == "bytes":
+        raise ValueError(
+            f"--size {recipe.size} counts bytes of weights as they are, and --save-as "
+            f"{recipe.save_as} stores them otherwise; limit parameters, as --size 8B"
+        )
+    return Conversion(source, recipe.save_as)
 
 
 def _earlier(statistics: Statistics | None, ready: Plan | None) -> Earlier:

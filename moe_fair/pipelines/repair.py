@@ -12,6 +12,7 @@ from moe_fair.engines.progress import Progress
 from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.conversion import Conversion
 from moe_fair.moe.layer_distillation import STEP_TOKENS
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
@@ -56,21 +57,29 @@ def repair_model(
     kind: str,
     folder: Path,
     say: Say = lambda _: None,
+    conversion: Conversion | None = None,
 ) -> list[LayerRepair]:
     """Repaired tensors of every cut layer into `folder`; a killed run goes on at the next layer.
 
     A short text is given copies in the model's own words (see `moe.resampled_text`).
 
+    Args:
+        conversion: what the result's weights will be, where that is not what they are.
+
     Returns:
         what was done to each layer.
     """
     copies = copies_of(text, kind)
-    repacking = None if source.packing is None else Repacking(source, kept)
+    repacking = None
+    if source.packing is not None or conversion is not None:
+        repacking = Repacking(source, kept, conversion)
     key = {
         "model": source.fingerprint, "text": text.digest, "kind": kind,
         "kept": {k: list(v) for k, v in kept.items()}, "copies": copies, "seed": recipe.seed,
         "batch": step_sequences(recipe), "dtype": recipe.dtype, "device": recipe.device,
     }  # fmt: skip
+    if conversion is not None:
+        key["save_as"] = conversion.target.name
     folder.mkdir(parents=True, exist_ok=True)
     chosen = choose_engine(recipe, source)
     also = f" and {copies} copies in the model's own words" if copies else ""

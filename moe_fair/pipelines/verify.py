@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from moe_fair.engines.shards import Piece, StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
-from moe_fair.report.sources import load_healing, load_repairs
+from moe_fair.report.sources import load_healing, load_repairs, saved_as
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.verify import can_build, check_cuts, check_model, zeros_of
 
@@ -126,6 +126,7 @@ def verify(
         return Verified(output, tuple(checks))
     from moe_fair.moe.checkpoint_source import Checkpoint
 
+    stored = saved_as(output)
     made, cut = plan, plan.fingerprint.get("hash_layers", "keep")
     found = Checkpoint(str(output), trust_remote_code=trust_remote_code, hash_layers=cut)
     if original is not None:
@@ -139,16 +140,16 @@ def verify(
             for b in source.heads.blocks
             if made.mtp != "drop"
         }
-        look = partial(check_config, counts, source, output, left)
+        look = partial(check_config, counts, source, output, left, stored)
         checks.append(_check("config", look))
         beside = partial(check_files_beside, output, source, found)
         checks.append(_check("side files", beside))
-    checks.append(_check("tensors", lambda: _tensors(made, found)))
+    checks.append(_check("tensors", lambda: _tensors(made, found, stored is None)))
     if checks[-1].ok:
         checks.append(_check("repairs", lambda: _repairs(repairs, healed, found)))
     if checks[-1].ok and original is not None:
         before = original.with_hash_layers(cut)
-        look = partial(_experts, made, repairs, healed, before, found)
+        look = partial(_experts, made, repairs, healed, before, found, stored)
         checks.append(_check("experts", look))
     elif original is None:
         text = "not compared; --against ORIGINAL compares them byte by byte"
@@ -203,8 +204,12 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, " ".join(str(e).split()))
 
 
-def _tensors(plan: Plan, found: Checkpoint) -> str:
-    """The plan's counts are those of the config and of the tensors, and the sizes add up."""
+def _tensors(plan: Plan, found: Checkpoint, as_it_came: bool) -> str:
+    """The plan's counts are those of the config and of the tensors, and the sizes add up.
+
+    Args:
+        as_it_came: weights are stored as the original's: the plan knows their bytes, too.
+    """
     from moe_fair.moe.table_surgery import check_tables
 
     blocks = {b.name: b for b in [*found.blocks, *found.heads.blocks]}
@@ -215,7 +220,8 @@ def _tensors(plan: Plan, found: Checkpoint) -> str:
             raise _Wrong(
                 f"{name}: {len(kept)} experts in the plan, {blocks[name].num_experts} in the config"
             )
-    if found.size != plan.after:
+    known = plan.after if as_it_came else replace(plan.after, bytes=found.size.bytes)
+    if found.size != known:
         raise _Wrong(
             f"{found.size.parameters:,} parameters in {found.size.bytes:,} bytes, planned "
             f"{plan.after.parameters:,} in {plan.after.bytes:,}"
@@ -285,13 +291,23 @@ def _experts(
     healed: bool,
     original: Checkpoint,
     found: Checkpoint,
+    stored: str | None,
 ) -> str:
-    """Every tensor holds the bytes of the original's kept experts, but for what was repaired."""
+    """Every tensor holds the bytes of the original's kept experts, but for what was repaired.
+
+    Args:
+        stored: as what, where that is not what the original's are; then they are near these.
+    """
     from moe_fair.moe.table_surgery import new_tables
 
     changed = repaired_names(repairs, original.blocks)
     changed |= dict.fromkeys(_healed_names(healed, original), ("", "heal"))
     merged = _merged_names(plan, original)
+    if stored is not None:
+        from moe_fair.pipelines.verify_converted import check_experts
+
+        tables = new_tables(original, plan.kept)
+        return check_experts(plan, original, found, changed, merged, tables)
     place = original.weight_place
     left = {t.name: t for t in found.tensors}
     dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from moe_fair.core.engine_facts import Layout
 from moe_fair.core.layout import layout_of
 from moe_fair.core.manifest import check_result
 from moe_fair.core.plan import Plan
+from moe_fair.core.recipe_file import read_settings
 from moe_fair.core.units import STATISTICS_FORMAT, UnitGroup, statistics_file
 from moe_fair.engines.auto import auto_name
+from moe_fair.engines.shards import shard_files, stored_tensors
 from moe_fair.evaluate.agreement import Agreements
 from moe_fair.evaluate.compare import Row
 from moe_fair.evaluate.drafts import Drafts
@@ -96,7 +98,7 @@ def gather(output: Path) -> Sources:
     recipe = folder / "recipe.yaml"
     config = _config(output / "config.json")
     return Sources(
-        plan=Plan.load(folder / "plan.json"),
+        plan=_as_stored(Plan.load(folder / "plan.json"), output),
         auto=auto_name(config),
         brings_code=config.get("moe_fair") is not None,
         sees=any((output / name).is_file() for name in PROCESSORS),
@@ -110,6 +112,23 @@ def gather(output: Path) -> Sources:
         healing=load_healing(folder / "heal.json"),
         layout=_layout(config),
     )
+
+
+def saved_as(output: Path) -> str | None:
+    """What the recipe beside a result says that its weights have become; None: what they were."""
+    try:
+        said = read_settings(output / FOLDER / "recipe.yaml").get("save_as")
+    except ValueError:
+        return None
+    return said if isinstance(said, str) else None
+
+
+def _as_stored(plan: Plan, output: Path) -> Plan:
+    """The plan with the bytes of a result that is stored otherwise, which it does not know."""
+    if saved_as(output) is None:
+        return plan
+    size = sum(t.bytes for file in shard_files(output) for t in stored_tensors(file))
+    return replace(plan, after=replace(plan.after, bytes=size))
 
 
 def _config(file: Path) -> dict[str, Any]:

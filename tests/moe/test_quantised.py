@@ -234,6 +234,48 @@ def test_corrupt_compressed_tensors_are_told(
     assert "\n" not in str(e.value)
 
 
+def test_one_expert_of_eight_bits_among_those_of_four(tmp_path: Path) -> None:
+    """A group of the config may be meant for a single expert: the budget counts on equal sizes."""
+    compressed(tmp_path / "8", "W8A16")
+    compressed(tmp_path / "4", "W4A16")
+    stored, more = tensors_of(tmp_path / "4"), tensors_of(tmp_path / "8")
+    stored |= {n: t for n, t in more.items() if n.startswith(EXPERT)}
+    settings, wide = (
+        json.loads((tmp_path / f / "config.json").read_text())["quantization_config"]
+        for f in ("4", "8")
+    )
+    group = wide["config_groups"]["group_0"] | {"targets": [EXPERT.removesuffix(".")]}
+    settings["config_groups"]["group_1"] = group
+    rewrite(tmp_path / "4", stored, settings)
+    with pytest.raises(ValueError, match=r"packed otherwise, are not of one size") as e:
+        open_model(Recipe(model=str(tmp_path / "4"), length=64))
+    assert "\n" not in str(e.value)
+
+
+def test_layers_of_which_only_some_are_packed(tmp_path: Path) -> None:
+    """As the first and last layers of published models are not."""
+    plain = fp8(tmp_path / "model")
+    stored = tensors_of(tmp_path / "model")
+    first = "model.layers.0.mlp.experts."
+    for name in [n for n in stored if n.startswith(first)]:
+        if name.endswith("_scale_inv"):
+            stored.pop(name)
+        else:
+            stored[name] = plain[name]
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    settings["modules_to_not_convert"].append("model.layers.0.mlp")
+    rewrite(tmp_path / "model", stored, settings)
+    source = open_model(Recipe(model=str(tmp_path / "model"), length=64))
+    other = plain_copy(tmp_path / "model", tmp_path / "plain", plain)
+    _same(_statistics(Checkpoint(str(other)), "resident"), _statistics(source, "streaming"))
+    kept = kept_experts(source, False)
+    write_model(source, kept, tmp_path / "out")
+    found = Checkpoint(str(tmp_path / "out")).load("float32", "cpu").state_dict()
+    reference = source.load("float32", "cpu")
+    cut(reference, kept)
+    assert all(torch.equal(t, found[n]) for n, t in reference.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

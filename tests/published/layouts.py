@@ -964,7 +964,7 @@ def _layouts() -> list[Layout]:
                 | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp.experts.3.down_proj"]},
             },
             stored=fp8(16, ("lm_head", "layers.1.mlp.experts.3.down")),
-            refused="of which some are packed",
+            refused="of which some are packed, or packed otherwise",
         ),
         Layout(
             "RedHatAI/Qwen3-30B-A3B-FP8-dynamic",

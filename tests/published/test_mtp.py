@@ -14,6 +14,7 @@ import torch
 from collected import families
 from flow import DOMAINS, batches, fused_expert
 from places import CALIBRATION, HELDOUT, MODEL
+from published.layouts import FP8, fp8
 from published.mtp_replicas import (
     DEEPSEEK,
     GLM,
@@ -502,6 +503,51 @@ def test_a_packed_head_is_dropped(tmp_path: Path, fails: Callable[..., str]) -> 
     assert "dropped (mtp.layers.0 is packed" in notes(out)
 
 
+@pytest.fixture(scope="module")
+def packed_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As GLM-4.5-FP8 and DeepSeek-V3 are published: body and head in FP8."""
+    home = tmp_path_factory.mktemp("packed") / "model"
+    home.mkdir()
+    write_replica(GLM, home)
+    stored = {n: t for f in home.glob("*.safetensors") for n, t in load_file(f).items()}
+    config = json.loads((home / "config.json").read_text())
+    config["quantization_config"] = FP8 | {"modules_to_not_convert": ["lm_head", "eh_proj"]}
+    for f in home.glob("*.safetensors*"):
+        f.unlink()
+    packed = fp8(16, ("lm_head", "eh_proj"))(stored, config)
+    save_file(packed, home / "model.safetensors", {"format": "pt"})
+    (home / "config.json").write_text(json.dumps(config))
+    return home
+
+
+def test_a_packed_head_of_a_packed_model(
+    packed_with_head: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """By default it is dropped, cutting it is refused before anything is read, keeping keeps it."""
+    source, out = packed_with_head, tmp_path / "out"
+    given = ["--experts", 6, "--length", 24, "-c", CALIBRATION, "-o", out]
+    assert "is packed (F8_E4M3)" in fails("prune", source, "--mtp", "cut", *given)
+    made = moe_fair.prune(str(source), out, **SMALL, **UNIFORM).plan
+    assert made.mtp == "drop"
+    assert "is packed" in notes(out)
+    assert head_names(out) == set()
+    kept = moe_fair.prune(
+        str(source), tmp_path / "kept", **SMALL, experts=6, allocate="global", mtp="keep"
+    ).plan
+    assert kept.mtp == "keep"
+    before, after = (Checkpoint(str(f)).heads.tensors for f in (source, tmp_path / "kept"))
+    assert {t.name for t in before} == {t.name for t in after}
+    assert any(t.name.endswith("scale_inv") for t in after)
+    plain = tmp_path / "plain"
+    moe_fair.prune(
+        str(source), plain, **SMALL, experts=6, allocate="global", mtp="keep", save_as="bf16"
+    )
+    heads = Checkpoint(str(plain)).heads.tensors
+    packed = {t.name for t in before if t.dtype == "F8_E4M3"}
+    assert packed == {t.name for t in heads if t.dtype == "BF16"}  # the others are float32 there
+    assert len(heads) == len(before) - len(packed)  # no scales
+
+
 def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path) -> None:
     source = Checkpoint(str(published(GLM.kind)))
     statistics = moe_fair.calibrate(str(source.path), **{k: v for k, v in SMALL.items()
@@ -512,7 +558,7 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
     assert [len(g.kept) for g in made.groups] == [6, 6, 6, 6]
     assert made.before == source.size
     assert made.after.parameters == limit
-    limit = source.size.parameters - source.heads.size.parameters - 3 * one
+    limit = source.size.parameters - source.heads.size().parameters - 3 * one
     made = moe_fair.plan(statistics, size=f"{limit / 1000}k", allocate="uniform", mtp="drop")
     assert [len(g.kept) for g in made.groups] == [7, 7, 7]
     assert made.after.parameters == limit

@@ -178,7 +178,11 @@ class CompressedTensors:
                 "the config and the tensors contradict each other"
             )
         if ORDER in parts:
-            raise ValueError(f"{parts[ORDER].name}: groups in their own order are not unpacked")
+            raise ValueError(
+                f"{parts[ORDER].name}: groups in their own order (actorder: group), which "
+                "compressed-tensors itself no longer reads, are not unpacked; prune the original "
+                "model and quantise the result, as with actorder: static"
+            )
         for role, wanted in ((ZERO, not args.symmetric), (GLOBAL, how == NVFP4)):
             if wanted and role not in parts:
                 raise ValueError(
