@@ -8,8 +8,8 @@ SlimQwen (arXiv 2605.08738). What changes in a weight is small (`low_rank`), the
 AdamW (arXiv 1711.05101) in float32 whatever the weights' data type, the step relative to each
 tensor's size. What runs are the weights as they would be written.
 
-Held-back sequences of every domain judge, a few times on the way. Kept is the best that worsens
-neither the loss nor the divergence of any domain; where nothing is gained any more, training ends,
+Held-back sequences of every domain judge, a few times on the way. Kept is the best, by what is
+trained for, that raises no domain's loss; where nothing is gained any more, training ends,
 and where nothing ever was, it begins again with a quarter of the step, and of that one.
 
 Shape legend: B sequences, L tokens, V vocabulary.
@@ -67,12 +67,8 @@ class Look:
         return sum(j.kl + LANGUAGE * j.loss for j in self.domains.values()) / len(self.domains)
 
     def worsens(self, before: Look) -> list[str]:
-        """The domains whose loss or divergence is above what it was; NaN is."""
-        return [
-            d
-            for d, now in self.domains.items()
-            if not (now.loss <= before.domains[d].loss and now.kl <= before.domains[d].kl)
-        ]
+        """The domains whose loss is above what it was; NaN is."""
+        return [d for d, j in self.domains.items() if not j.loss <= before.domains[d].loss]
 
 
 class Healer:

@@ -170,11 +170,6 @@ def check_prune(
     kind = None if merges else repair_kind(recipe, source, say)
     if recipe.heal:
         check_healable(source)
-        if recipe.save_as in ("fp8", "w4a16"):
-            raise ValueError(
-                f"--heal trains weights as they are written, and --save-as {recipe.save_as} packs "
-                "them: leave one of the two out"
-            )
     uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
     check_writable(source, unequal=not uniform)
     alone, costly = False, None
@@ -254,6 +249,11 @@ def _conversion(recipe: Recipe, source: Checkpoint) -> Conversion | None:
         raise ValueError(
             f"--size {recipe.size} counts bytes of weights as they are, and --save-as "
             f"{recipe.save_as} stores them otherwise; limit parameters, as --size 8B"
+        )
+    if recipe.heal and recipe.save_as != "bf16":
+        raise ValueError(
+            f"--heal trains weights as they are written, and --save-as {recipe.save_as} packs "
+            "them: leave one of the two out"
         )
     return Conversion(source, recipe.save_as)
 
