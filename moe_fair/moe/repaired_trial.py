@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ def repaired_losses(
             repaired; or the layers hand on more than one stream of hidden states.
     """
     layered = engine.layered
-    text = _Text([b.to(layered.device) for b in (*teaching, *judging)], len(teaching))
+    text = _Text([*teaching, *judging], len(teaching), layered.device)
     blocks = {b.layer: b for b in find_blocks(engine.model)}
     calls, first = engine.embed(text.batches)
     if first[0].dim() != 3:
@@ -90,12 +89,27 @@ def repaired_losses(
     return torch.stack(losses), torch.cat([b.mask[:, 1:].sum(1).double().cpu() for b in judged])
 
 
-@dataclass(frozen=True)
 class _Text:
-    """Batches, of which the first `taught` teach."""
+    """Batches on a device, of which the first `taught` teach.
 
-    batches: Sequence[Batch]
-    taught: int
+    Attributes:
+        rows: of each batch the places of its tokens in [B·L]; None where none is padding. Found
+            out on the host, once: a device would be waited for every time.
+    """
+
+    def __init__(self, batches: Sequence[Batch], taught: int, device: torch.device) -> None:
+        self.taught = taught
+        self.batches = [b.to(device) for b in batches]
+        self.rows: list[Tensor | None] = []
+        for b in batches:
+            real = b.mask.flatten().bool()
+            whole = bool(real.all())
+            self.rows.append(None if whole else real.nonzero().squeeze(1).to(device))
+
+    def tokens(self, x: Tensor, j: int) -> Tensor:
+        """[N, ...] of [B·L, ...] of a batch, without padding."""
+        rows = self.rows[j]
+        return x if rows is None else x.index_select(0, rows)
 
 
 class _Step:
@@ -142,14 +156,15 @@ class _Step:
         for j, x in enumerate(stream):
             with without_experts(self.block, gone), watch:
                 outs.append(self.calls[j].run(self.layer, x))
-            rows = self.text.batches[j].mask.flatten().bool()
             kept = (watch.x, watch.index, watch.weights, self._wanted(j, outs[j], watch.y))
-            parts.append([t[rows] for t in kept])
+            parts.append([self.text.tokens(t, j) for t in kept])
             routed.append(watch.y)
         for j, fitted in enumerate(self._fitted(parts, gone)):
-            rows = self.text.batches[j].mask.flatten().bool()
-            change = torch.zeros_like(routed[j], dtype=fitted.dtype)
-            change[rows] = fitted - routed[j][rows]
+            change = fitted - self.text.tokens(routed[j], j)
+            rows = self.text.rows[j]
+            if rows is not None:
+                every = torch.zeros_like(routed[j], dtype=change.dtype)
+                change = every.index_copy_(0, rows, change)
             outs[j] = self._changed(j, stream[j], outs[j], change, gone)
         return outs
 
