@@ -239,7 +239,8 @@ class Subject:
         """The plan that `moe-fair prune` takes when it tries several; statistics are kept."""
         from moe_fair.pipelines import moe as pipeline
         from moe_fair.pipelines.calibrate import collect
-        from moe_fair.pipelines.plan_selection import best_plan, split_holdout
+        from moe_fair.pipelines.plan_selection import best_plan, split_holdout, teaching_text
+        from moe_fair.pipelines.repair import repair_kind
 
         text, trial = split_holdout(chosen, self.text)
         assert trial is not None
@@ -249,7 +250,10 @@ class Subject:
         with tempfile.TemporaryDirectory() as work:
             home = Path(work) / "trials.json"
             plan = pipeline.plan
-            return best_plan(plan, chosen, self.source, self._partial, trial, home, _quiet)
+            teaching = teaching_text(self.text, trial, repair_kind(chosen, self.source))
+            return best_plan(
+                plan, chosen, self.source, self._partial, trial, home, _quiet, teaching=teaching
+            )
 
     def collect(self, methods: Sequence[str]) -> Statistics | None:
         """Statistics for all the methods, if there are any."""

@@ -48,9 +48,15 @@ def test_a_run_in_one_go(dry: Callable[..., Any], tmp_path: Path) -> None:
     found = dry(*given, "-o", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     stages = {s["name"]: s for s in found["stages"]}
-    assert [s["tokens"] for s in found["stages"]] == [56 * 32, 8 * 32, 4 * 64 * 32, 0, 16 * 32]
+    tokens = [56 * 32, 64 * 32, 4 * 64 * 32, 0, 16 * 32]  # of those tried 8 judge, 56 teach
+    assert [s["tokens"] for s in found["stages"]] == tokens
     assert stages["calibrate"]["passes"] == "forward and backward"
-    assert stages["try plans"]["passes"] == "the model and up to 8 plans, forward"
+    tried = "the model and up to 10 plans, forward"
+    fitted = ", each fitted, then 5 of them on more text"
+    assert stages["try plans"]["passes"] == tried + fitted
+    given_none = dry(*given, "--repair", "none", "-o", tmp_path / "out")
+    bare = {s["name"]: s for s in given_none["stages"]}["try plans"]
+    assert (bare["passes"], bare["tokens"]) == (tried, 8 * 32)
     assert stages["repair"]["passes"] == "distill, layer by layer, 3 copies, 2 epochs"
     assert all(s["seconds"] > 0 for s in found["stages"])
     assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]))

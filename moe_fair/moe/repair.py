@@ -134,7 +134,7 @@ class Repairer:
         pruned: HiddenStates,
     ) -> LayerRepair:
         """Cut and repair one layer; both streams go past it."""
-        share = _uptake(layer, block, calls[0], original[0])
+        share = uptake(layer, block, calls[0], original[0])
         split = split_of(layer, block.block, calls[0], original[0])
         watch = BlockRecorder(block)
         # the original layer's output, or its routed output
@@ -184,7 +184,7 @@ class Repairer:
             if share is None:
                 target = wanted[j].flatten(0, -2)
             else:  # the difference of two streams is small beside them: not in their own type
-                target = (_precise(original[j]) - _precise(rest)).flatten(0, -2) / share
+                target = (precise(original[j]) - precise(rest)).flatten(0, -2) / share
                 if split is None:
                     target += watch.y
             text.add(j, watch, target)
@@ -310,7 +310,7 @@ def teaching(batches: Sequence[Batch]) -> list[Batch]:
     return left
 
 
-def _uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:
+def uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:
     """c where the layer's output takes up a change δ of the routed output as c·δ; None elsewhere.
 
     1 in most families, a residual multiplier in some, None behind a norm.
@@ -381,7 +381,7 @@ def _fit(
         what was done, and the down projections that were fitted to all tokens: what judges has
         taught them, so that nothing that comes after can be compared with them.
     """
-    target = _precise(target)
+    target = precise(target)
     if not 0 < learn < len(x):
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
@@ -417,7 +417,7 @@ def _one_by_one(
         yield ridge, kind.fit(routed, target, ridge)
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -50,7 +50,7 @@ def trial_losses(
     depth = len(layered)
     for i in range(depth):
         block = blocks.get(i)
-        gone = [[], *(_gone(plan, block) for plan in removed)]
+        gone = [[], *(gone_of(plan, block) for plan in removed)]
         with layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
             for j, _ in enumerate(engine.visit("trying", i, batches)):
                 came = [s[j] for s in streams]
@@ -59,21 +59,22 @@ def trial_losses(
                     if q < p:  # so far no different from an earlier one
                         stream[j] = streams[q][j]
                         continue
-                    with _without(block, gone[p]):
+                    with without_experts(block, gone[p]):
                         stream[j] = calls[j][i].run(layer, came[p])
     with layered.outside():
         losses = [
-            torch.cat([_sums(engine, b, x) for b, x in zip(batches, s, strict=True)])
+            torch.cat([summed_losses(engine, b, x) for b, x in zip(batches, s, strict=True)])
             for s in streams
         ]
     return torch.stack(losses), torch.cat([b.mask[:, 1:].sum(1).double().cpu() for b in batches])
 
 
-def _gone(plan: Mapping[str, Sequence[int]], block: MoeBlock | None) -> list[int]:
+def gone_of(plan: Mapping[str, Sequence[int]], block: MoeBlock | None) -> list[int]:
+    """Ids of the block's experts that leave, in their order."""
     return sorted(plan.get(block.name, ())) if block is not None else []
 
 
-def _sums(engine: StreamingEngine, batch: Batch, last: Tensor) -> Tensor:
+def summed_losses(engine: StreamingEngine, batch: Batch, last: Tensor) -> Tensor:
     """[B] summed losses."""
     parts = engine.losses_of(batch, last)
     return sum(
@@ -83,8 +84,12 @@ def _sums(engine: StreamingEngine, batch: Batch, last: Tensor) -> Tensor:
 
 
 @contextmanager
-def _without(block: MoeBlock | None, gone: list[int]) -> Iterator[None]:
-    """The block as if these experts were not there; what its router chose is checked."""
+def without_experts(block: MoeBlock | None, gone: list[int]) -> Iterator[None]:
+    """The block as if these experts were not there; what its router chose is checked.
+
+    Raises:
+        ValueError: the router chose one of them.
+    """
     if block is None or not gone:
         yield
         return

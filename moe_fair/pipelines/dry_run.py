@@ -33,7 +33,7 @@ from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
 from moe_fair.pipelines.mtp_heads import UNIFORM
-from moe_fair.pipelines.plan_selection import rivals
+from moe_fair.pipelines.plan_selection import half, rivals, rounds
 from moe_fair.pipelines.preflight import Job, check_prune
 from moe_fair.pipelines.removal_costs import share
 from moe_fair.pipelines.repair import copies_of, step_sequences
@@ -192,10 +192,7 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
         work = sets * _through(c, part.tokens, batches, layers / 2)
         yield stage("measure removals", part.tokens, f"{sets} removals, forward", work + load)
     if job.trial is not None:
-        n, plans = job.trial.tokens, 1 + len(rivals(job.recipe))
-        batches = len(job.trial.batches(job.recipe.batch_size))
-        work = (1 + plans) * (layers * c.tried.at(n, batches) + n * c.head) if c else 0.0
-        yield stage("try plans", n, f"the model and up to {plans} plans, forward", work + load)
+        yield _trials(job, job.trial, c, load)
     if job.repair is not None and job.text is not None:
         yield _repair(job, c, load)
     if job.recipe.heal and job.text is not None:
@@ -208,6 +205,29 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
         work = _through(c, n, len(job.heldout.batches(job.recipe.batch_size)), layers)
         text = "original and pruned, forward"
         yield stage("held-out losses", n, text, 2 * (work / processes + load))
+
+
+def _trials(job: Job, trial: CalibrationSet, c: Costs | None, load: float) -> Stage:
+    """The trials' stage: one round as the plans are, or rounds in which each is repaired."""
+    plans = 1 + len(rivals(job.recipe))
+    layers = int(job.source.config.get_text_config().num_hidden_layers)
+    what, taught, each = f"the model and up to {plans} plans, forward", 0, 0.0
+    found = [(plans, trial, 0)]
+    if job.teaching is not None and job.repair is not None:
+        parts = rounds(trial, job.teaching, plans)
+        found = [(plans, text, few.tokens) for text, few in parts]
+        if len(parts) > 1:
+            found[-1] = (half(plans), *found[-1][1:])
+            what += f", each fitted, then {half(plans)} of them on more text"
+        taught, each = job.teaching.tokens, 1 / (len(repair(job.repair).ridges) + 1)
+    tokens, seconds = trial.tokens + taught, 0.0
+    if c is None:
+        return Stage("try plans", tokens, what, None)
+    for count, text, more in found:
+        n, batches = text.tokens + more, len(text.batches(job.recipe.batch_size))
+        seconds += (1 + count) * (layers * c.tried.at(n, batches) + text.tokens * c.head) + load
+        seconds += count * len(job.source.blocks) * c.fit.at(n, 1) * each  # at one strength
+    return Stage("try plans", tokens, what, seconds)
 
 
 def _repair(job: Job, c: Costs | None, load: float) -> Stage:

@@ -270,8 +270,9 @@ class _Pruning:
             else:
                 home = self.work / "trials.json"
                 made = best_plan(
-                    plan, self.recipe, self.source, statistics, self.job.trial, home, self.say
-                )
+                    plan, self.recipe, self.source, statistics, self.job.trial, home, self.say,
+                    teaching=self.job.teaching,
+                )  # fmt: skip
         check_disk(self.job.stored(made.after).bytes, self.output, self.folder)
         return made
 

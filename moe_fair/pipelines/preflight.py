@@ -42,7 +42,7 @@ from moe_fair.pipelines.opening import heldout_set, open_model
 from moe_fair.pipelines.own_source import calibration_text, text_to_come, with_own_text
 from moe_fair.pipelines.own_text import OwnText
 from moe_fair.pipelines.plan import plan
-from moe_fair.pipelines.plan_selection import check_rivals, rivals
+from moe_fair.pipelines.plan_selection import check_rivals, rivals, teaching_text
 from moe_fair.pipelines.removal_costs import (
     ALONE_COSTS,
     CURVE_COSTS,
@@ -112,6 +112,11 @@ class Job:
     def collected(self) -> Collected:
         """What is gathered, where statistics are."""
         return for_prune(self.recipe, rivals(self.recipe).values())
+
+    @property
+    def teaching(self) -> CalibrationSet | None:
+        """What plans are repaired on before they are tried; None where they are not."""
+        return teaching_text(self.text, self.trial, self.repair) if self.text is not None else None
 
     def recorded(self, repaired: bool) -> str:
         """The recipe that does the same again, as YAML.

@@ -8,7 +8,7 @@ from moe_fair.core.recipe import Recipe
 
 RIVALS = (
     "fair", "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
-    "frequency/uniform",
+    "frequency/uniform", "reap/global", "reconstruction/global",
 )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     elif _usual(recipe):
         alike = bool(equal_only(recipe.serve or ()))
         names = tuple(n for n in RIVALS if not alike or n.endswith("/uniform"))
-    why = "plans are tried before any repair; name none here"
+    why = "the result's repair is that of --repair; name none here"
     return {name: with_method(recipe, name, "--rivals", why) for name in names}
 
 

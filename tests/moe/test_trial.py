@@ -23,7 +23,7 @@ from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -280,18 +280,75 @@ def test_bad_rivals(given: str, said: str, fails: Fails, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_streamed_in_one_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repair", ["none", "refit"])
+def test_streamed_in_one_go(tmp_path: Path, repair: str) -> None:
     """The engines try the same plans and take the same one."""
     plans = []
     for engine in ("resident", "streaming"):
         out = tmp_path / engine
         moe_fair.prune(
             str(MODEL), out, experts=24, calibration=str(CALIBRATION), samples=64, length=16,
-            repair="none", engine=engine,
+            repair=repair, engine=engine,
         )  # fmt: skip
         plans.append(read(out))
     assert plans[0].explanation == plans[1].explanation
     assert plans[0].kept == plans[1].kept
+
+
+@pytest.mark.slow
+def test_plans_are_tried_as_they_will_be_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_folder: Path
+) -> None:
+    """Two rounds, each found again by a run that was killed; the better half is tried again."""
+    recipe = Recipe(
+        model=str(MODEL), calibration=(str(CALIBRATION),), samples=64, length=16, experts=30,
+        rivals=("reap", "taylor-sq/global", "frequency/uniform"),
+    )  # fmt: skip
+    source = pipeline.open_model(recipe)
+    whole = pipeline.calibration_set(recipe, source, print)
+    text = trials.split_holdout(recipe, whole)[1]
+    assert text is not None
+    assert trials.teaching_text(whole, text, "scale") is None
+    assert trials.teaching_text(whole, text, None) is None
+    teaching = trials.teaching_text(whole, text, "distill")
+    assert teaching is not None
+    assert len(teaching.sequences) == 56  # all that does not judge
+    assert set(teaching.sequences).isdisjoint(text.sequences)
+    statistics, home = Statistics.load(statistics_folder), tmp_path / "work" / "trials.json"
+    said: list[str] = []
+
+    def best(few: CalibrationSet | None, where: Path = home) -> Plan:
+        return trials.best_plan(
+            pipeline.plan, recipe, source, statistics, text, where, said.append, teaching=few
+        )
+
+    first = best(teaching)
+    told = first.explanation["trials"]
+    early = told["first"]
+    assert (told["taught"], early["taught"]) == (56, 14)
+    assert (told["sequences"], early["sequences"]) == (8, 4)
+    own, *others = sorted(
+        early["changes"], key=lambda n: (n != "second-order", early["changes"][n])
+    )
+    again = (len(early["changes"]) + 1) // 2
+    assert set(told["changes"]) == {own, *others[: again - 1]}
+    assert "each repaired on 56: " in first.notes[-1]
+    assert f"trying {again} plans on 128 tokens, repaired on 896" in said[-1]
+    with monkeypatch.context() as m:
+        m.setattr(trials, "repaired_losses", None)  # would fail
+        assert best(teaching) == first
+    untouched = best(None, tmp_path / "bare.json")
+    assert "before any repair" in untouched.notes[-1]
+    bare = untouched.explanation["trials"]
+    assert bare["loss"] == pytest.approx(told["loss"], rel=1e-6)
+    assert told["changes"][own] < bare["changes"][own]
+
+    def no(*_: object, **__: object) -> None:
+        raise NotLayerwise("it has several streams")
+
+    monkeypatch.setattr(trials, "repaired_losses", no)
+    assert best(teaching, tmp_path / "bare.json") == untouched
+    assert any("before any repair: it has several streams" in line for line in said)
 
 
 def test_blocks_without_removals_are_left_alone() -> None:
