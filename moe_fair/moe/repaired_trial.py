@@ -24,7 +24,7 @@ from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.repair import precise, uptake
 from moe_fair.moe.repairs import refit
 from moe_fair.moe.routed_output import RoutedOutput
-from moe_fair.moe.trial import gone_of, summed_losses, without_experts
+from moe_fair.moe.trial import check_gone, gone_of, summed_losses, without_experts
 
 RIDGE = 1.0  # the strongest of refit's: little text teaches
 SWEEPS = 1
@@ -152,13 +152,16 @@ class _Step:
         if self.block is None:
             return [c.run(self.layer, x) for c, x in zip(self.calls, stream, strict=True)]
         outs, parts, routed = [], [], []
+        chosen: list[Tensor] = []
         watch = BlockRecorder(self.block)
         for j, x in enumerate(stream):
-            with without_experts(self.block, gone), watch:
+            with without_experts(self.block, gone) as those, watch:
                 outs.append(self.calls[j].run(self.layer, x))
+            chosen += those
             kept = (watch.x, watch.index, watch.weights, self._wanted(j, outs[j], watch.y))
             parts.append([self.text.tokens(t, j) for t in kept])
             routed.append(watch.y)
+        check_gone(self.block, gone, chosen)
         for j, fitted in enumerate(self._fitted(parts, gone)):
             change = fitted - self.text.tokens(routed[j], j)
             rows = self.text.rows[j]

@@ -52,6 +52,7 @@ def trial_losses(
         block = blocks.get(i)
         gone = [[], *(gone_of(plan, block) for plan in removed)]
         with layered.layer(i, i + 1 if i + 1 < depth else None) as layer:
+            chosen: list[list[Tensor]] = [[] for _ in streams]
             for j, _ in enumerate(engine.visit("trying", i, batches)):
                 came = [s[j] for s in streams]
                 for p, stream in enumerate(streams):
@@ -59,8 +60,11 @@ def trial_losses(
                     if q < p:  # so far no different from an earlier one
                         stream[j] = streams[q][j]
                         continue
-                    with without_experts(block, gone[p]):
+                    with without_experts(block, gone[p]) as those:
                         stream[j] = calls[j][i].run(layer, came[p])
+                    chosen[p] += those
+            for ids, those in zip(gone, chosen, strict=True):
+                check_gone(block, ids, those)
     with layered.outside():
         losses = [
             torch.cat([summed_losses(engine, b, x) for b, x in zip(batches, s, strict=True)])
@@ -84,21 +88,34 @@ def summed_losses(engine: StreamingEngine, batch: Batch, last: Tensor) -> Tensor
 
 
 @contextmanager
-def without_experts(block: MoeBlock | None, gone: list[int]) -> Iterator[None]:
-    """The block as if these experts were not there; what its router chose is checked.
+def without_experts(block: MoeBlock | None, gone: list[int]) -> Iterator[list[Tensor]]:
+    """The block as if these experts were not there.
 
-    Raises:
-        ValueError: the router chose one of them.
+    Returns:
+        what gets the [T, K] experts that the router chose, for `check_gone`.
     """
+    chosen: list[Tensor] = []
     if block is None or not gone:
-        yield
+        yield chosen
         return
     watch = BlockRecorder(block)
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(Rerouting(block).hiding(gone))
-        yield
-    if not set(gone).isdisjoint(watch.index.unique().tolist()):
+        yield chosen
+    chosen.append(watch.index)
+
+
+def check_gone(block: MoeBlock | None, gone: list[int], chosen: Sequence[Tensor]) -> None:
+    """The router chose none of these experts; asked of a device once for all batches.
+
+    Raises:
+        ValueError: it did.
+    """
+    if block is None or not chosen:
+        return
+    found = torch.cat([index.flatten() for index in chosen]).unique()
+    if not set(gone).isdisjoint(found.tolist()):
         raise ValueError(
             f"{block.name}: {type(block.router).__name__} chooses experts whose logits are -inf, "
             "so plans cannot be tried; use --rivals none"

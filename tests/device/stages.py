@@ -87,8 +87,9 @@ def pruned(**more: Any) -> Stage:
         assert done.after is not None
         made = {f"kept {g.name}": list(map(float, g.kept)) for g in done.plan.groups}
         made |= {"heldout": [done.before.mean, done.after.mean]}
-        trials = done.plan.explanation.get("trials", {}).get("changes", {})
-        made |= {f"trial {n}": [v] for n, v in trials.items()}
+        told = done.plan.explanation.get("trials", {})
+        # a change is far smaller than the loss, in which float32 rounds
+        made |= {f"trial {n}": [told["loss"] + v] for n, v in told.get("changes", {}).items()}
         for file in sorted((folder / "out").glob("*.safetensors")):
             made |= {n: t.float().flatten().tolist() for n, t in load_file(file).items()}
         return made
