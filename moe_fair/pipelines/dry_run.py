@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_fair.core.cost_curves import depths_to_measure
 from moe_fair.core.engine_facts import Layout, verdicts
 from moe_fair.core.output import check_output, find_place
-from moe_fair.core.plan import ModelSize, Plan
+from moe_fair.core.plan import Plan
 from moe_fair.core.quote import first_line
 from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.settings import flag
@@ -25,16 +25,16 @@ from moe_fair.moe.engine_choice import free_memory, weight_dtype
 from moe_fair.moe.healing import LOOKS
 from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
-from moe_fair.moe.predictions import TOP
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
 from moe_fair.moe.routed_output import KEPT_BYTES
 from moe_fair.pipelines.calibrate import Say, choose_engine
 from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
+from moe_fair.pipelines.disk import disk_needs, kept_on_average
 from moe_fair.pipelines.mtp_heads import UNIFORM
 from moe_fair.pipelines.plan_selection import half, rivals, rounds
-from moe_fair.pipelines.preflight import Job, check_prune
+from moe_fair.pipelines.preflight import Job, check_prune, merges_experts
 from moe_fair.pipelines.removal_costs import share
 from moe_fair.pipelines.repair import copies_of, step_sequences
 from moe_fair.pipelines.serving import planned_layout
@@ -146,13 +146,7 @@ def _timed(job: Job, engine: str) -> Costs:
 
 
 def _kept(job: Job) -> int:
-    """Experts that a layer keeps, on average, as every router allows."""
-    groups = job.source.groups
-    size = sum(g.size * g.unit_parameters for g in groups)
-    gone = job.source.size.parameters - job.after.parameters
-    group = groups[0]
-    count = round(group.size * (1 - gone / size)) // group.blocks * group.blocks
-    return max(group.floor, min(count, group.size))
+    return kept_on_average(job.source, job.after)
 
 
 def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Iterator[Stage]:
@@ -361,15 +355,7 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
 
 def _disk(job: Job, output: Path) -> dict[str, int]:
     """Bytes of the disk that the result shall lie on."""
-    size: ModelSize = job.after
-    found = {"free": free_space(find_place(output).partial), "result": size.bytes}
-    if job.repair is not None:  # every repaired tensor, until the result is whole
-        each = sum(g.unit_bytes for g in job.source.groups)
-        if job.source.packing is not None:  # packed, and in the type of the weights in memory
-            device = pick_device(job.recipe.device)
-            item = weight_dtype(job.source, job.recipe.dtype, device).itemsize
-            each += item * sum(g.unit_parameters for g in job.source.groups)
-        found["meanwhile"] = each * _kept(job)
-    if job.recipe.heal and job.text is not None:  # the original's predictions, and what is kept
-        found["healing"] = job.text.tokens * TOP * 8 + job.after.bytes
-    return found
+    tokens = job.text.tokens if job.text is not None else 0
+    rewrites = job.repair is not None or merges_experts(job.recipe, job.plan)
+    needs = disk_needs(job.recipe, job.source, job.after, rewrites=rewrites, tokens=tokens)
+    return {"free": free_space(find_place(output).partial), **needs}

@@ -28,8 +28,9 @@ from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.side_files import in_a_line
 from moe_fair.pipelines.calibrate import Say, collect, discard, measure, work_folder
-from moe_fair.pipelines.checks import check_disk, check_same_model
+from moe_fair.pipelines.checks import check_same_model
 from moe_fair.pipelines.collection import asked, for_calibrate
+from moe_fair.pipelines.disk import check_room, disk_needs
 from moe_fair.pipelines.draft_acceptance import measure_drafts
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.pipelines.heal import heal_model
@@ -273,7 +274,13 @@ class _Pruning:
                     plan, self.recipe, self.source, statistics, self.job.trial, home, self.say,
                     teaching=self.job.teaching,
                 )  # fmt: skip
-        check_disk(self.job.stored(made.after).bytes, self.output, self.folder)
+        job = self.job
+        needs = disk_needs(
+            self.recipe, self.source, job.stored(made.after),
+            rewrites=job.repair is not None or bool(made.merges),
+            tokens=job.text.tokens if job.text is not None else 0,
+        )  # fmt: skip
+        check_room(needs, self.output, self.place, self.work)
         return made
 
     def repair(self, made: Plan) -> list[LayerRepair]:

@@ -31,12 +31,12 @@ from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import check_all
 from moe_fair.pipelines.calibrate import Say, work_folder
 from moe_fair.pipelines.checks import (
-    check_disk,
     check_plan_settings,
     check_same_model,
     method,
 )
 from moe_fair.pipelines.collection import check_held, check_needs, for_prune
+from moe_fair.pipelines.disk import check_room, disk_needs
 from moe_fair.pipelines.mtp_heads import check_heads, choose_heads, head_facts, size_without
 from moe_fair.pipelines.opening import heldout_set, open_model
 from moe_fair.pipelines.own_source import calibration_text, text_to_come, with_own_text
@@ -169,7 +169,7 @@ def check_prune(
     given, recipe = recipe, with_text_of(recipe, earlier)
     source = open_model(recipe)
     conversion = _conversion(recipe, source)
-    merges = _merges(recipe, ready)
+    merges = merges_experts(recipe, ready)
     if merges:
         check_mergeable(source)
     kind = None if merges else repair_kind(recipe, source, say)
@@ -208,9 +208,9 @@ def check_prune(
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
     after = after if conversion is None else conversion.size(after)
-    if team.first:
-        check_disk(after.bytes, output, place.partial)
-    say(f"disk: about {after.bytes / 1e9:.2f} GB for the result")
+    tokens, work = recipe.samples * recipe.length, place.beside("calibrating")
+    needs = disk_needs(recipe, source, after, rewrites=kind is not None or merges, tokens=tokens)
+    say(team.broadcast(lambda: check_room(needs, output, place, work)))
     if statistics is not None and not run.measures:
         plan(statistics, recipe)  # it can be made
     heldout = team.broadcast(lambda: heldout_set(recipe, source, say))
@@ -224,8 +224,7 @@ def check_prune(
         if dry:
             text, sampled = text_to_come(recipe, source, say, team)
         else:
-            work = work_folder(place, recipe)
-            text, own = calibration_text(recipe, source, work, say, team)
+            text, own = calibration_text(recipe, source, work_folder(place, recipe), say, team)
     if sampled is not None:  # its digest is not known yet
         recipe = replace(recipe, calibration_digest=None)
     seen = trial = None
@@ -322,7 +321,7 @@ def _check_held(statistics: Statistics, recipe: Recipe) -> None:
             raise ValueError(f"--rivals {name}: {e}") from e
 
 
-def _merges(recipe: Recipe, ready: Plan | None) -> bool:
+def merges_experts(recipe: Recipe, ready: Plan | None) -> bool:
     """Experts are merged; with a plan it is the plan that says so.
 
     Raises:

@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import moe_fair
 from moe_fair.cli import main
+from moe_fair.core.output import find_place
 from moe_fair.engines import shards
 from moe_fair.engines.shards import shard_files, stored_tensors
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.disk import check_room
 from moe_fair.pipelines.verify import verify
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
@@ -75,6 +77,24 @@ def test_a_disk_that_fills_while_the_result_is_written(
     assert sorted(p.name for p in small_disk.iterdir()) == ["out"]
     for name in ("model.safetensors", "moe_fair/manifest.json"):
         assert (out / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+
+
+def test_room_is_asked_for_what_lies_beside_the_result(
+    fails: Callable[..., str], statistics_folder: Path, small_disk: Path
+) -> None:
+    """Repaired layers wait for the cut; those that a killed run has left need no more room."""
+    out = small_disk / "out"
+    run = ["prune", MODEL, "--stats", statistics_folder, "--experts", 40, *TEXT]
+    assert "make room or write elsewhere" in fails(*run, "-o", out)
+    assert list(small_disk.iterdir()) == []
+    place = find_place(out)
+    work = place.beside("calibrating")
+    with pytest.raises(ValueError, match="make room"):
+        check_room({"result": 7_000_000, "meanwhile": 7_000_000}, out, place, work)
+    (work / "repair").mkdir(parents=True)
+    (work / "repair" / "layer-00000.safetensors").write_bytes(bytes(6_000_000))
+    needs = {"result": 6_000_000, "meanwhile": 6_000_000}
+    assert "0.01 GB beside it" in check_room(needs, out, place, work)
 
 
 @pytest.mark.slow
