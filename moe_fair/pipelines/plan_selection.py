@@ -46,8 +46,8 @@ from moe_fair.pipelines.rivals import rivals as rivals
 LEAST = 8  # sequences: fewer tell plans apart by luck
 MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
-TEACHING = 3 * 2**13  # tokens that teach the fits, where that is more than what judges
-FIRST = 4  # one part in so many of them teaches in the first round
+TEACHING = 2**14  # tokens that teach the fits, where that is more than what judges
+FIRST = 3  # one part in so many of them teaches in the first round
 FEW = 3  # plans, of which there is no first round
 
 
