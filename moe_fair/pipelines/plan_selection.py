@@ -7,7 +7,7 @@ statistics. A rival's plan is taken where it is clearly better: by a tenth, and 
 standard error of the difference, paired by sequences.
 
 What counts is what stays after the repair. Where the result is fitted, so is each plan before it is
-judged (`moe.repaired_trial`), in two rounds: all of them with a quarter of the text that teaches
+judged (`moe.repaired_trial`), in two rounds: all of them with a third of the text that teaches
 and half of what judges, then the better half of them with all of it.
 """
 
