@@ -72,6 +72,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, engine: str, moments: list[str]) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.nightly
 def test_a_killed_healing_goes_on(tmp_path: Path) -> None:
     """On one thread, bit for bit; killed as the original speaks, and in the midst of the steps."""
     heal = [*RUN, "--heal", "9000"]

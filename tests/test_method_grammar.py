@@ -34,7 +34,8 @@ def test_rivals_have_the_same_grammar() -> None:
     found = rivals(Recipe(method="ean+refit", rivals=("taylor-sq:reap/tod", "reap")))
     assert found["taylor-sq:reap/tod"].parts["protection"] == "reap"
     assert found["reap"].parts["allocate"] is None
-    with pytest.raises(ValueError, match="--rivals reap\\+refit: plans are tried before any"):
+    said = r"--rivals reap\+refit: the result's repair is that of --repair"
+    with pytest.raises(ValueError, match=said):
         rivals(Recipe(rivals=("reap+refit",)))
 
 

@@ -79,7 +79,7 @@ def test_refused_before_anything_is_measured(
 
 
 def test_rivals_are_those_with_equal_counts() -> None:
-    assert len(rivals(Recipe(experts=4))) == 7
+    assert len(rivals(Recipe(experts=4))) == 9
     found = rivals(Recipe(experts=4, serve=("llama.cpp",)))
     assert set(found) == {"reap/uniform", "mone/uniform", "frequency/uniform"}
 

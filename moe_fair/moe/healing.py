@@ -9,8 +9,9 @@ AdamW (arXiv 1711.05101) in float32 whatever the weights' data type, the step re
 tensor's size. What runs are the weights as they would be written.
 
 Held-back sequences of every domain judge, a few times on the way. Kept is the best, by what is
-trained for, that raises no domain's loss; where nothing is gained any more, training ends,
-and where nothing ever was, it begins again with a quarter of the step, and of that one.
+trained for, that raises no domain's loss, nor its divergence by more than chance may. Where nothing
+is gained any more, training ends, and where nothing ever was, it begins again with a quarter of the
+step, and of that one.
 
 Shape legend: B sequences, L tokens, V vocabulary.
 """
@@ -46,6 +47,7 @@ RISE = 0.1  # of all steps, in which the rate rises; then it falls to zero along
 BETAS = (0.9, 0.95)
 CLIP = 1.0  # the gradient's largest norm
 LOOKS = 8  # times that the held-back sequences are asked
+DRIFT = 1.05  # times which a domain's divergence may be: few sequences judge it
 PATIENCE = 2  # looks without a gain after which training ends
 TRIED = (1.0, 0.25, 0.0625)  # shares of the step, each where the one before gains nothing
 SAVED = 64  # steps after which everything is saved, for a killed run to go on from
@@ -67,8 +69,12 @@ class Look:
         return sum(j.kl + LANGUAGE * j.loss for j in self.domains.values()) / len(self.domains)
 
     def worsens(self, before: Look) -> list[str]:
-        """The domains whose loss is above what it was; NaN is."""
-        return [d for d, j in self.domains.items() if not j.loss <= before.domains[d].loss]
+        """The domains whose loss is above what it was, or whose divergence clearly is; NaN is."""
+        return [
+            d
+            for d, now in self.domains.items()
+            if not (now.loss <= before.domains[d].loss and now.kl <= DRIFT * before.domains[d].kl)
+        ]
 
 
 class Healer:

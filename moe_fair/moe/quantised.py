@@ -39,7 +39,7 @@ def check_admitted(
         ValueError: a tensor is packed in a way that nothing tells.
     """
     owned = packing.owners if packing else {}
-    _check_alike(tensors, places)
+    _check_alike(tensors, places, shapes=packing is not None)
     for t in tensors:
         if t.name in owned:
             continue
@@ -59,8 +59,14 @@ def check_admitted(
             )
 
 
-def _check_alike(tensors: Sequence[StoredTensor], places: Mapping[str, str]) -> None:
-    """A layer's experts are all of one size on disk, on which the budget counts."""
+def _check_alike(
+    tensors: Sequence[StoredTensor], places: Mapping[str, str], *, shapes: bool
+) -> None:
+    """A layer's experts are all of one size on disk, on which the budget counts.
+
+    Args:
+        shapes: of packed weights, in which codes of fewer bits are as many less.
+    """
     seen: dict[str, StoredTensor] = {}
     experts: dict[tuple[str, str], StoredTensor] = {}  # the same matrix of any expert
     for t in tensors:
@@ -69,7 +75,7 @@ def _check_alike(tensors: Sequence[StoredTensor], places: Mapping[str, str]) -> 
         first = seen.setdefault(places[t.name], t)
         matrix = places[t.name], LAST_NUMBER.sub(r"\g<1>*\g<3>", t.name)
         other = experts.setdefault(matrix, t)
-        if first.dtype != t.dtype or other.shape != t.shape:
+        if first.dtype != t.dtype or (shapes and other.shape != t.shape):
             first = first if first.dtype != t.dtype else other
             raise ValueError(
                 f"{first.name} is {first.dtype} {list(first.shape)} and {t.name} {t.dtype} "

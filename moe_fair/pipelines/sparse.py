@@ -72,7 +72,10 @@ def _sparsify(settings: SparseSettings, output: Path, place: Place, say: Say) ->
     budget = run.decide()
     run.cut(budget)
     top["pruned"] = run.evaluate()
-    say(f"top-1 with {settings.sparsity:.2%} of the weights at zero: {top['pruned']:.2%}")
+    say(
+        f"top-1 with {settings.sparsity:.2%} of the weights of {len(run.layers)} layers at zero, "
+        f"{(run.total - run.keep) / run.parameters:.2%} of all parameters: {top['pruned']:.2%}"
+    )
     shifts = run.repair(dense)
     top["final"] = run.evaluate()
     run.write()
@@ -98,6 +101,7 @@ class _Sparsifying:
         check_reloads(self.source, example(self.source))
         self.layers, self.dense = find_layers(self.model, example(self.source))
         self.total = sum(x.size for x in self.layers)
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # shared ones once
         self.keep = self.total - round(self.settings.sparsity * self.total)
         check_total(self.layers, self.keep)
         self.say(

@@ -24,8 +24,9 @@ def document(result: dict[str, Any]) -> Document:
     ]
     if result["left_dense"]:
         parts.append(("Left dense", [_dense(result)]))
+    weights = result["sparsity"]["weights"]
     return Document(
-        title=f"{s['model']}: {s['sparsity']:.2%} of the weights at zero",
+        title=f"{s['model']}: {s['sparsity']:.2%} of {weights:,} weights at zero",
         subtitle=f"{s['allocate']} on {s['data']}",
         sections=tuple(Section(title, tuple(blocks)) for title, blocks in parts),
     )
@@ -43,7 +44,8 @@ def summary(result: dict[str, Any], output: Path) -> Document:
     )  # fmt: skip
     zeros = (
         f"{total['zeros']:,} of {total['weights']:,} weights are zero "
-        f"({total['zeros'] / total['weights']:.4%}), {s['allocate']}"
+        f"({total['zeros'] / total['weights']:.4%}; of all parameters "
+        f"{total['zeros'] / total['parameters']:.2%}), {s['allocate']}"
     )
     dense = [Text(f"left dense: {name}, {why}") for name, why in result["left_dense"].items()]
     repaired = f", {top['final']:.2%} after the repair" if s["repair"] != "none" else ""
@@ -57,12 +59,13 @@ def summary(result: dict[str, Any], output: Path) -> Document:
 
 def _facts(result: dict[str, Any]) -> Table:
     s, top, sparsity = result["settings"], result["top1"], result["sparsity"]
+    share = sparsity["zeros"] / sparsity["parameters"]
     return Table((), (
         ("top-1, dense", f"{top['dense']:.2%}"),
         ("top-1, pruned", f"{top['pruned']:.2%}"),
         (f"top-1, repair {s['repair']}", f"{top['final']:.2%}"),
         ("zeros", f"{sparsity['zeros']:,} of {sparsity['weights']:,} weights"),
-        ("all parameters", f"{sparsity['parameters']:,}"),
+        ("all parameters", f"{sparsity['parameters']:,}, {share:.2%} of them zero"),
     ))  # fmt: skip
 
 
