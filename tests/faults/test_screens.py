@@ -233,7 +233,8 @@ def test_layers_with_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
     result = {
         "settings": {"allocate": "lamp", "repair": "none"}, "layers": [layer],
         "top1": {"dense": 1.0, "pruned": 0.5, "final": 0.5},
-        "sparsity": {"zeros": 2, "weights": 4, "parameters": 5}, "left_dense": {"head[/b]\x1b": "why\nnot"},
+        "sparsity": {"zeros": 2, "weights": 4, "parameters": 5},
+        "left_dense": {"head[/b]\x1b": "why\nnot"},
     }  # fmt: skip
     render(summary(result, Path("[/bold]out\x07")))
     said = capsys.readouterr().out
