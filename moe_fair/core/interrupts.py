@@ -88,6 +88,7 @@ def handled(*, alone: bool = True) -> Iterator[None]:
         for number, handler in before.items():
             # once one has come, another ends the process wherever it is
             signal.signal(number, handler if _caught is None else signal.SIG_DFL)
+        _caught = None  # what runs afterwards in this process is another run
 
 
 def _is_default(number: int) -> bool:
