@@ -8,6 +8,8 @@ import gc
 import os
 import re
 
+from moe_fair.core.quote import first_line
+
 # of torch's message, which goes on with what it has reserved and advice on its allocator
 _CUDA = re.compile(
     r"Tried to allocate (\S+ \S+)\. GPU (\d+) has a total capacity of (\S+ \S+) of which (\S+ \S+)"
@@ -34,7 +36,7 @@ def lacking(e: BaseException) -> str:
     if found:
         wanted, number, whole, free = found.groups()
         return f"{wanted} wanted, {free} of {whole} free on GPU {number}"
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return first_line(e)
 
 
 def release() -> None:

@@ -107,7 +107,12 @@ class MadeTensor(StoredTensor):
     @property
     def bytes(self) -> int:
         """See `StoredTensor`."""
-        return self.numel * BITS[self.dtype] // 8
+        return bytes_of(self)
+
+
+def bytes_of(t: StoredTensor) -> int:
+    """What a tensor takes once it is written, whether its bytes lie somewhere already or not."""
+    return t.numel * BITS[t.dtype] // 8
 
 
 def shard_files(folder: Path) -> list[Path]:

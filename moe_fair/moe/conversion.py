@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from moe_fair.core.plan import ModelSize
 from moe_fair.engines.decoder import find_decoder
-from moe_fair.engines.packing import PackedWeight
+from moe_fair.engines.packing import QUANTISED, PackedWeight
 from moe_fair.engines.packing.checkpoint import BESIDE
 from moe_fair.engines.packing.scheme import CODES, FLOATS
 from moe_fair.engines.packing.targets import SIDE, Target, target
-from moe_fair.engines.shards import BITS, StoredTensor
+from moe_fair.engines.shards import StoredTensor, bytes_of
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.tensor_slicing import ExpertTensor
 
-QUANTISED = ("quantization_config", "compression_config")
 DTYPES = ("dtype", "torch_dtype")
 EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -111,7 +110,7 @@ class Conversion:
         whole = expert = weights = 0
         owned = {p.name for w in self.weights.values() for p in w.parts.values()}
         for w in self.weights.values():
-            new = sum(_bytes(t) for t in self.becomes(w, w.name, w.shape).parts.values())
+            new = sum(bytes_of(t) for t in self.becomes(w, w.name, w.shape).parts.values())
             whole += new
             if w.parts[CODES].name in self.source.parts:
                 expert, weights = expert + new, weights + w.numel
@@ -204,10 +203,6 @@ class Conversion:
 def _within(name: str, parameter: str) -> bool:
     """As transformers reads what a class keeps in float32: whole words of a parameter's name."""
     return re.search(rf"(^|\.){re.escape(name)}($|\.)", parameter) is not None
-
-
-def _bytes(t: StoredTensor) -> int:
-    return t.numel * BITS[t.dtype] // 8
 
 
 def _modules(stays: Iterable[StoredTensor]) -> Iterator[str]:

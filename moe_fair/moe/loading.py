@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from moe_fair.engines.auto import auto_class
-from moe_fair.engines.packing import Packing
+from moe_fair.engines.packing import QUANTISED, Packing
 from moe_fair.moe.device_map import check_map, read_map, without_overlap
 
 
@@ -105,6 +105,6 @@ def plain_config(config: Any) -> Any:
     """The config of the same model with weights that are not packed."""
     plain = copy.deepcopy(config)
     for part in {id(p): p for p in (plain, plain.get_text_config())}.values():
-        for name in ("quantization_config", "compression_config"):
+        for name in QUANTISED:
             vars(part).pop(name, None)
     return plain

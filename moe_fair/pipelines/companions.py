@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moe_fair.core.manifest import FOLDER, MANIFEST, MODEL_CARD, WRITTEN_LATER, same_bytes
 from moe_fair.core.units import RESULT_FILE, STATISTICS_FILE
 from moe_fair.engines.auto import auto_class
+from moe_fair.engines.packing import QUANTISED
 from moe_fair.engines.shards import INDEX
 from moe_fair.engines.stock import read_config
 from moe_fair.moe.blocks import COUNTERS
@@ -259,7 +260,7 @@ def _allowed(path: tuple[str, ...], before: Any, after: Any, counts: Mapping[str
         return len(after) == len(before) and set(after) <= {*before, max(counts.values())}
     if "expert" in path[-1] and isinstance(before, list) and isinstance(after, list):
         return after == before[: max(counts.values())]
-    if "quantization_config" in path or "compression_config" in path:
+    if any(name in path for name in QUANTISED):
         if isinstance(before, list) and isinstance(after, list):
             return {_unnumbered(x) for x in after} <= {_unnumbered(x) for x in before}
         return before is ABSENT or after is ABSENT  # a key that names an expert

@@ -77,40 +77,33 @@ def heal_model(
         f"{len(text.judging)} sequences"
     )
     teacher = Teacher(work, digest(key), text, team, EACH)
-    lack = None
+    healer, lack = None, None
     try:
         teacher.write(recipe.with_settings({"batch_size": most}), source, say)
         release()
         its = digest({**key, "pruned": pruned.fingerprint["model"]})
-        return _heal(recipe, pruned, text, teacher, work, its, most, say, team)
+        healer = _healer(recipe, pruned, text, teacher, work, its, most, say, team)
+        healer.run()
+        if not team.first:
+            teacher.discard()
+            return None
+        return _settled(healer, pruned, text, teacher, say)
     except UnknownLayoutError as e:
         lack = str(e)
     except Exception as e:
         if not out_of_memory(e):
             raise
         lack = f"out of memory ({lacking(e)})"
+    healer = None  # what it holds is free for what follows
     release()
     say(f"note: not healed: {lack}")
     return None
 
 
-def _heal(
-    recipe: Recipe,
-    pruned: Checkpoint,
-    text: HealingText,
-    teacher: Teacher,
-    work: Path,
-    key: str,
-    most: int,
-    say: Say,
-    team: Team,
-) -> Healing | None:
-    """The same with the original out of memory."""
-    healer = _healer(recipe, pruned, text, teacher, work, key, most, say, team)
-    healer.run()
-    if not team.first:
-        teacher.discard()
-        return None
+def _settled(
+    healer: Healer, pruned: Checkpoint, text: HealingText, teacher: Teacher, say: Say
+) -> Healing:
+    """What the training came to, written over the checkpoint where it is kept."""
     before = healer.looks[0]
     if not healer.best:
         last = healer.looks[-1]

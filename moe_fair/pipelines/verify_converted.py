@@ -32,7 +32,8 @@ def check_packing(name: str, original: Checkpoint, config: Mapping[str, Any]) ->
     Raises:
         ValueError: it does not.
     """
-    from moe_fair.moe.conversion import DTYPES, QUANTISED, Conversion
+    from moe_fair.engines.packing import QUANTISED
+    from moe_fair.moe.conversion import DTYPES, Conversion
 
     its = Conversion(original, name).target
     found = dict(config.get(QUANTISED[0]) or {})

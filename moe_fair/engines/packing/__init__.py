@@ -21,6 +21,7 @@ from moe_fair.engines.packing.scheme import PackedWeight, Scheme
 
 __all__ = ["LazyWeight", "PackedWeight", "Packing", "Scheme", "find_packing", "scheme_of"]
 
+QUANTISED = ("quantization_config", "compression_config")  # where a config says it
 BESIDE = "hf_quant_config.json"  # where ModelOpt says it
 # what `quant_method` says -> the scheme
 SCHEMES: dict[str, Any] = {
@@ -37,7 +38,7 @@ def settings_of(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any] | 
     """
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("quantization_config", "compression_config"):
+        for name in QUANTISED:
             if isinstance(part.get(name), dict) and part[name]:
                 method = part[name].get("quant_method") or (
                     "compressed-tensors" if name == "compression_config" else "quantization"
