@@ -1,14 +1,17 @@
-"""Mutation testing of `moe_fair/core`: change the code a little, and see whether a test notices.
+"""Mutation testing of `moe_fair/core` and `moe_fair/moe/statistics`.
+
+Change the code a little, and see whether a test notices.
 
     python -m venv mutants && . mutants/bin/activate
-    pip install -c constraints.txt -e ".[test]" cosmic-ray
+    pip install -c constraints.txt -e ".[test]" cosmic-ray coverage
     python eval/mutation.py                      # every mutant
     python eval/mutation.py --share 0.3 --seed 0 # of each module three in ten, evenly drawn
-    python eval/mutation.py --only sketch.py --show -o tried.json
+    python eval/mutation.py --only core/sketch.py --show -o tried.json
     python eval/mutation.py --again tried.json   # what survived there
 
-Mutants are cosmic-ray's; each is tried by the tests named in TESTS, in a fork of a process that has
-torch and the test tools imported already, on a copy of the tree. Left out are those that cannot be
+Mutants are cosmic-ray's; each is tried, on a copy of the tree, by the files of unit tests that run
+the changed line (coverage says which), those quickest that together take SPAN seconds, in a fork
+of a process that has torch and the test tools imported already. Left out are those that cannot be
 noticed or are noticed by any test: changes of type annotations, shifts and bit operations in the
 place of arithmetic, `is` for `==` and the other way round, `frozen=True` of the dataclasses, and
 zip's `strict=True`, which guards what cannot be.
@@ -25,13 +28,16 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import coverage
 import hypothesis
 import numpy  # noqa: F401  # imported once, for all mutants
 import pytest
@@ -45,38 +51,11 @@ from cosmic_ray.plugins import get_operator, operator_names
 from hypothesis import Phase
 
 ROOT = Path(__file__).parent.parent
-CORE = ROOT / "moe_fair" / "core"
-ALLOCATION = ("test_registry.py", "test_climb.py", "test_tolerance.py", "test_cost_curves.py")
-# what tries a module's mutants, in tests/core
-TESTS = {
-    "criterion.py": ("test_refusals.py", "test_plans_and_statistics.py"),
-    "distances.py": ("test_distances.py",),
-    "evolution.py": ("test_evolution.py",),
-    "exact_sum.py": ("test_exact_sum.py",),
-    "greedy.py": ("test_greedy.py",),
-    "manifest.py": ("test_manifest.py",),
-    "oracle.py": ("test_oracle.py", "test_refusals.py"),
-    "output.py": ("test_output.py",),
-    "registry.py": ("test_registry.py",),
-    "sketch.py": ("test_sketch.py",),
-    "units.py": ("test_refusals.py", "test_plans_and_statistics.py", "test_exact_sum.py"),
-    "cost_curves.py": ("test_cost_curves.py",),
-    "engine_facts.py": ("test_engine_facts.py",),
-    "interrupts.py": ("test_interrupts.py",),
-    "lock.py": ("test_lock.py",),
-    "method.py": ("test_method.py",),
-    "printable.py": ("test_printable.py",),
-    "yaml_file.py": ("test_yaml_file.py",),
-    "allocate/__init__.py": ("test_registry.py",),
-    "plan.py": ("test_refusals.py", "test_plans_and_statistics.py", "test_climb.py"),
-    "ranking.py": ("test_climb.py", "test_tolerance.py"),
-    "allocate/climb.py": ("test_climb.py",),
-    "allocate/curves.py": ("test_registry.py", "test_climb.py", "test_cost_curves.py"),
-    "allocate/fisher.py": ("test_registry.py", "test_climb.py", "test_cost_curves.py"),
-    "allocate/tod.py": ("test_registry.py", "test_climb.py", "test_tolerance.py"),
-    "allocate/naee.py": ("test_registry.py", "test_greedy.py", "test_climb.py"),
-}
-SMALL = 5.0  # seconds of a processor beyond three times what a module's tests take as it is
+PACKAGE = ROOT / "moe_fair"
+FOLDERS = ("core", "moe/statistics")  # whose modules are tried
+SPAN = 60.0  # seconds of the tests that try a mutant
+QUICK = "not slow and not nightly and not gpu"  # unit tests
+SMALL = 5.0  # seconds of a processor beyond three times what the tests take as it is
 # replacements that no test could tell, or any would
 PLAIN = ("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow")
 ORDER = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
@@ -123,7 +102,7 @@ def left_alone(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 def mutants(module: str) -> Iterator[Mutant]:
     """Every fair mutant of a module."""
-    source = (CORE / module).read_text()
+    source = (PACKAGE / module).read_text()
     spans = left_alone(source)
     for name in sorted(filter(fair, operator_names())):
         operator = get_operator(name)()
@@ -135,7 +114,7 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 def changed(m: Mutant) -> tuple[str, str] | None:
     """The mutated source and what changed; None where it is the same program, or none at all."""
-    source = (CORE / m.module).read_text()
+    source = (PACKAGE / m.module).read_text()
     code = mutate_code(source, get_operator(m.operator)(), m.occurrence)
     assert code is not None
     try:
@@ -147,13 +126,65 @@ def changed(m: Mutant) -> tuple[str, str] | None:
     return code, "\n".join(x for x in lines if x[:3] not in ("---", "+++") and x[:2] != "@@")
 
 
-def tests_of(module: str) -> list[str]:
-    """The files that try a module's mutants."""
-    return [f"tests/core/{t}" for t in TESTS.get(module, ALLOCATION)]
+class Watch:
+    """A pytest plugin: coverage by file of tests, and the seconds that each file takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.coverage = coverage.Coverage(data_file=None, include=[f"{folder}/moe_fair/*"])
+        self.seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """One test with all that is set up for it."""
+        file = item.nodeid.split("::")[0]
+        self.coverage.switch_context(file)
+        started = time.process_time()
+        result = yield
+        self.seconds[file] = self.seconds.get(file, 0.0) + time.process_time() - started
+        return result
 
 
-def passes(folder: Path, module: str, limit: float) -> tuple[str, float]:
-    """`survived`, `killed` or `timeout`, and the seconds of a processor that it took, in a fork."""
+def watch(folder: Path) -> int:
+    """Run the unit tests here, and write to runs.json who runs what; pytest's exit code."""
+    plugin = Watch(folder)
+    plugin.coverage.start()
+    plain = ["-q", "--assert=plain", "-p", "no:cacheprovider"]
+    code = int(pytest.main([*plain, "-m", QUICK, "tests"], plugins=[plugin]))
+    plugin.coverage.stop()
+    data = plugin.coverage.get_data()
+    modules = {
+        f: Path(f).relative_to(folder / "moe_fair").as_posix() for f in data.measured_files()
+    }
+    lines = {m: data.contexts_by_lineno(f) for f, m in modules.items()}
+    (folder / "runs.json").write_text(json.dumps([plugin.seconds, lines]))
+    return code
+
+
+class Runs:
+    """Which files of unit tests run which lines, and the seconds that each takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seconds, self.lines = json.loads((folder / "runs.json").read_text())
+
+    def of(self, module: str, line: int) -> list[str]:
+        """The files that run a line, or, were it run on importing alone, any of its module.
+
+        The quickest ones, of SPAN seconds together.
+        """
+        lines = self.lines.get(module, {})
+        files = {f for f in lines.get(str(line), ()) if f}
+        files = files or {f for some in lines.values() for f in some if f}
+        chosen, spent = [], 0.0
+        for file in sorted(files, key=lambda f: (self.seconds[f], f)):
+            spent += self.seconds[file]
+            if chosen and spent > SPAN:
+                break
+            chosen.append(file)
+        return chosen
+
+
+def forked(folder: Path, limit: float, work: Callable[[], int]) -> tuple[int, float]:
+    """How `work` ends in a fork, in the folder, and the seconds of a processor that it took."""
     child = os.fork()
     if child == 0:
         said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -167,8 +198,7 @@ def passes(folder: Path, module: str, limit: float) -> tuple[str, float]:
         sys.path.insert(0, str(folder))
         code = 1
         try:
-            options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*options, *tests_of(module)]))
+            code = work()
         except BaseException:
             traceback.print_exc()
         finally:
@@ -176,10 +206,15 @@ def passes(folder: Path, module: str, limit: float) -> tuple[str, float]:
             sys.stderr.flush()
             os._exit(code)
     _, status, usage = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def tried(folder: Path, files: list[str], limit: float) -> str:
+    """What these files of tests say of a mutant: `survived`, `killed` or `timeout`."""
+    options = ["-x", "-q", "--assert=plain", "-m", QUICK, "-p", "no:cacheprovider"]
+    code, _ = forked(folder, limit, lambda: int(pytest.main([*options, *files])))
     late = code in (-signal.SIGXCPU, -signal.SIGKILL)
-    outcome = "survived" if code == 0 else "timeout" if late else "killed"
-    return outcome, usage.ru_utime + usage.ru_stime
+    return "survived" if code == 0 else "timeout" if late else "killed"
 
 
 def draw(found: list[Mutant], share: float, seed: int) -> list[Mutant]:
@@ -194,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--share", type=float, default=1.0, help="of each module's mutants")
     parser.add_argument("--seed", type=int, default=0, help="decides which are drawn")
-    parser.add_argument("--only", action="append", help="a module of core, as sketch.py")
+    parser.add_argument("--only", action="append", help="a module, as core/sketch.py")
     parser.add_argument("--show", action="store_true", help="print every survivor's change")
     parser.add_argument("--again", type=Path, help="JSON of a run: its survivors alone")
     parser.add_argument("-o", "--output", type=Path, help="JSON of all mutants tried")
@@ -203,39 +238,44 @@ def main() -> None:
     hypothesis.settings.load_profile("mutants")  # a failure is enough: no smaller one is wanted
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
-    for name in ("moe_fair", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "eval").symlink_to(ROOT / "eval")
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
+    for name in kept.stdout.decode().split("\0")[:-1]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    os.environ["PYTHONPATH"] = str(folder)  # for what tests start
     sys.dont_write_bytecode = True
-    tried: list[Mutant] = []
+    code, _ = forked(folder, 3600, lambda: watch(folder))
+    if code != 0:
+        sys.exit(f"the tests fail as it is:\n{(folder / 'said.txt').read_text()}")
+    runs = Runs(folder)
+    seen: list[Mutant] = []
     earlier = [Mutant(**m) for m in json.loads(chosen.again.read_text())] if chosen.again else []
     left = [m for m in earlier if m.outcome == "survived"]
-    modules = sorted(f.relative_to(CORE).as_posix() for f in CORE.rglob("*.py"))
+    found = [f for d in FOLDERS for f in (PACKAGE / d).rglob("*.py") if f.stat().st_size > 200]
+    modules = sorted(f.relative_to(PACKAGE).as_posix() for f in found)
     if chosen.again:
         modules = [m for m in modules if any(x.module == m for x in left)]
-    for module in chosen.only or [m for m in modules if m != "__init__.py"]:
-        outcome, seconds = passes(folder, module, 600)
-        if outcome != "survived":
-            sys.exit(f"{module}: its tests fail as it is:\n{(folder / 'said.txt').read_text()}")
+    for module in chosen.only or modules:
         every = list(mutants(module))
         mine = []
         wanted = [m for m in left if m.module == module]
         for m in wanted if chosen.again else draw(every, chosen.share, chosen.seed):
             if (change := changed(m)) is None:
                 continue
-            (folder / "moe_fair" / "core" / module).write_text(change[0])
-            outcome, _ = passes(folder, module, 3 * seconds + SMALL)
+            (folder / "moe_fair" / module).write_text(change[0])
+            files = runs.of(module, m.line)
+            limit = 3 * sum(runs.seconds[f] for f in files) + SMALL
+            outcome = tried(folder, files, limit) if files else "survived"
             mine.append(Mutant(m.module, m.operator, m.occurrence, m.line, outcome, change[1]))
-        shutil.copy(CORE / module, folder / "moe_fair" / "core" / module)
-        tried += mine
+        shutil.copy(PACKAGE / module, folder / "moe_fair" / module)
+        seen += mine
         report(module, mine, len(every))
         for m in mine if chosen.show else ():
             if m.outcome == "survived":
                 print(f"  {m.module}:{m.line}\n    " + m.diff.replace("\n", "\n    "))
         if chosen.output:
-            chosen.output.write_text(json.dumps([asdict(m) for m in tried], indent=1) + "\n")
-    report("all", tried, len(tried))
+            chosen.output.write_text(json.dumps([asdict(m) for m in seen], indent=1) + "\n")
+    report("all", seen, len(seen))
     shutil.rmtree(folder)
 
 

@@ -16,17 +16,19 @@ Shape legend: N units, m slices of one layer that belong to one unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from moe_fair.core.units import UnitGroup
+from moe_fair.vision.fused import fused_attentions, gated_mlps, head_columns, head_rows
 from moe_fair.vision.trace import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SPATIAL = (*CONVOLUTIONS, *TRANSPOSED)
+HEADS = "attention heads (offered with --heads)"
 OUTPUTS = "sets the model's outputs"
 # attribute of a model that says where in what it gives the logits are
 CHOSEN = "moe_fair_logits"
@@ -43,7 +45,7 @@ class Member:
     Attributes:
         module: name of the layer.
         side: "out" (rows of a weight, or all of a batch normalisation or depthwise convolution) or
-            "in" (columns of a weight).
+            "in" (columns of a weight); "heads": the number of heads that an attention counts.
         index: [N][m] positions along that side.
     """
 
@@ -171,7 +173,34 @@ def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Grap
             whole[name] = made
         else:
             groups.append(made)
+    known = {m.module for g in groups for m in g.members}
+    for made in _fused(model, order):
+        layers = [model.get_submodule(m.module) for m in made.members]
+        tied = any(len(owners[p]) > 1 for m in layers for p in m.parameters(recurse=False))
+        if made.name in known or tied:
+            continue
+        if made.members[0].side == "heads" and not heads:
+            whole[made.name] = HEADS
+        else:
+            whole.pop(made.name, None)
+            groups.append(made)
     return Graph(tuple(sorted(groups, key=lambda g: g.units.layer)), whole)
+
+
+def _fused(model: nn.Module, order: Mapping[str, int]) -> Iterator[ChannelGroup]:
+    """Heads of fused attentions and hidden units of gated MLPs, as their parts look."""
+    for attention, count, width in fused_attentions(model):
+        before = f"{attention}." if attention else ""
+        heads = Member(attention, "heads", tuple((h,) for h in range(count)))
+        made = Member(f"{before}qkv", "out", head_rows(count, width))
+        read = Member(f"{before}proj", "in", head_columns(count, width))
+        units = UnitGroup(made.module, order[made.module], count, floor=1, blocks=1)
+        yield ChannelGroup(units, (heads, made, read))
+    for first, second, size in gated_mlps(model):
+        made = Member(first, "out", tuple((i, size + i) for i in range(size)))
+        read = Member(second, "in", tuple((i,) for i in range(size)))
+        units = UnitGroup(first, order[first], size, floor=1, blocks=1)
+        yield ChannelGroup(units, (made, read))
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -257,7 +286,7 @@ def _group(
         return f"grouped convolutions split its {size} channels into {blocks}"
     width = _head_width(model, members)
     if width and not heads:
-        return "attention heads (offered with --heads)"
+        return HEADS
     what = f"heads of {width}"
     if not width:
         width = _together(model, members)

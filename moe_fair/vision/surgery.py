@@ -1,8 +1,9 @@
 """Cutting exact channels out of layers, and doing it again from the record.
 
-A *cut* says for one side of one layer which positions leave: `(module, "in" | "out", ids)`. The
-cuts of a plan name positions of the model before the plan, so their order does not matter; a
-history is a list of such steps, one for each time that the model was pruned.
+A *cut* says for one side of one layer which positions leave: `(module, "in" | "out", ids)`, or
+which heads an attention no longer counts: `(module, "heads", ids)`. The cuts of a plan name
+positions of the model before the plan, so their order does not matter; a history is a list of such
+steps, one for each time that the model was pruned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_fair.vision.fused import cut_heads
 from moe_fair.vision.graph import (
     CHANNEL_NORMS,
     CONVOLUTIONS,
@@ -51,9 +53,11 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
             layer = model.get_submodule(module)
         except AttributeError:
             raise ValueError(f"the model has no layer {module!r}: the cuts are another's") from None
-        if side not in ("in", "out"):
-            raise ValueError(f"{module}: a cut is on side 'in' or 'out', not {side!r}")
-        if isinstance(layer, CHANNEL_NORMS):
+        if side not in ("in", "out", "heads"):
+            raise ValueError(f"{module}: a cut is on side 'in', 'out' or 'heads', not {side!r}")
+        if side == "heads":
+            cut_heads(layer, module, ids)
+        elif isinstance(layer, CHANNEL_NORMS):
             _cut_channel_norm(layer, _kept(module, layer.num_features, ids))
         elif isinstance(layer, nn.GroupNorm):
             _cut_group_norm(layer, module, _kept(module, layer.num_channels, ids))
