@@ -24,9 +24,9 @@ from bench_surgery import peak_of
 from safetensors.torch import save_file
 
 from moe_fair.vision import collect, zoo
-from moe_fair.vision.collect import MeasureConfig
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.proof import find_groups
+from moe_fair.vision.unit_outputs import MeasureConfig, u_scores
 
 PEER = Path(__file__).parent / "peers" / "network_pruner_scores.py"
 CLASSES = 10
@@ -79,9 +79,9 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     watch = MeasureConfig(memory=args.memory[0] << 20)
     order = torch.argsort(labels, stable=True)
     images, labels = images[order], labels[order]
-    collect.u_scores(model, Graph(found.groups[:1]), images[::32], labels[::32], watch)  # warms up
+    u_scores(model, Graph(found.groups[:1]), images[::32], labels[::32], watch)  # warms up
     wall, cpu = time.perf_counter(), time.process_time()
-    peak = peak_of(lambda: collect.u_scores(model, graph, images, labels, watch))
+    peak = peak_of(lambda: u_scores(model, graph, images, labels, watch))
     u_wall, u_cpu = time.perf_counter() - wall, time.process_time() - cpu
     cpu = time.process_time()
     collect.taylor(model, graph, images, labels, watch)

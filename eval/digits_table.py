@@ -43,7 +43,7 @@ from train_digits import digits, fresh
 from moe_fair.core.oracle import Oracle, agreement
 from moe_fair.core.units import Statistics
 from moe_fair.vision.accuracy import top1
-from moe_fair.vision.collect import MeasureConfig, collect
+from moe_fair.vision.collect import collect
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.data import Data, sample
 from moe_fair.vision.finetune import Training, finetune
@@ -56,6 +56,7 @@ from moe_fair.vision.plan import Goal, Rules, make
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.unit_outputs import MeasureConfig
 
 PEER = "network-pruner"
 METHODS = [

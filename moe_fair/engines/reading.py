@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.engines.processes import ALONE, Team
-from moe_fair.engines.shards import StoredTensor, stored_tensors, write_shard
+from moe_fair.engines.shard_writer import write_shard
+from moe_fair.engines.shards import StoredTensor, stored_tensors
 
 READ_AHEAD = 8 * 2**20
 

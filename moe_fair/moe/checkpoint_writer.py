@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_fair.core.quote import first_line
 from moe_fair.engines.auto import auto_class
-from moe_fair.engines.shards import write_shards
+from moe_fair.engines.shard_writer import write_shards
 from moe_fair.engines.stock import stock_type
 from moe_fair.moe.blocks import COUNTERS, layer_index, rows_of
 from moe_fair.moe.checkpoint_source import Checkpoint

@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fair.core.layout import COUNTS
-from moe_fair.engines.shards import (
-    INDEX,
-    Piece,
-    StoredTensor,
-    checkpoint_tensors,
-    shard_files,
-    write_shards,
-)
+from moe_fair.engines.shard_writer import write_shards
+from moe_fair.engines.shards import INDEX, Piece, StoredTensor, checkpoint_tensors, shard_files
 from moe_fair.moe.blocks import layer_index
 
 NEVER = -1e4  # far below what scores and logits of routers differ by

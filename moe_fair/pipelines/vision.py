@@ -22,7 +22,7 @@ from moe_fair.report.vision import document
 from moe_fair.report.write import write_document
 from moe_fair.vision.accuracy import GUESSED, guessed, latency, top1
 from moe_fair.vision.checkpoint import save_pruned
-from moe_fair.vision.collect import MeasureConfig, collect
+from moe_fair.vision.collect import collect
 from moe_fair.vision.data import sample
 from moe_fair.vision.finetune import check_trained, finetune
 from moe_fair.vision.gradual import check_method, remove_gradually
@@ -38,6 +38,7 @@ from moe_fair.vision.size import Sizes
 from moe_fair.vision.step_folder import Record, StepFolder, claim_steps
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.targets import goal, rules
+from moe_fair.vision.unit_outputs import MeasureConfig
 
 Say = Callable[[str], None]
 

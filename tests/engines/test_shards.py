@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_fair.engines.shards import shard_files, stored_tensors, write_shards
+from moe_fair.engines.shard_writer import write_shards
+from moe_fair.engines.shards import shard_files, stored_tensors
 
 TENSORS = {
     "a": torch.arange(24).view(6, 4).to(torch.bfloat16),

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 import moe_fair
 from moe_fair.cli import main
 from moe_fair.core.output import find_place
-from moe_fair.engines import shards
-from moe_fair.engines.shards import shard_files, stored_tensors
+from moe_fair.engines import shard_writer
+from moe_fair.engines.shards import INDEX, shard_files, stored_tensors
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.pipelines.disk import check_room
 from moe_fair.pipelines.verify import verify
@@ -198,13 +198,13 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    (folder / shards.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match=r"outside the checkpoint|is missing"):
         shard_files(folder)
 
 
 def shard_index(folder: Path, weights: dict[str, str]) -> None:
-    (folder / shards.INDEX).write_text(json.dumps({"weight_map": weights}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weights}))
 
 
 def test_an_index_that_does_not_fit_its_shards(
@@ -317,7 +317,7 @@ def test_a_file_whose_bytes_cannot_be_read(
 def test_a_read_error_while_the_result_is_copied(
     fails: Callable[..., str], plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, calls = shards._copy_some, []
+    copy, calls = shard_writer._copy_some, []
 
     def broken(*arguments: int) -> int:
         calls.append(arguments)
@@ -325,7 +325,7 @@ def test_a_read_error_while_the_result_is_copied(
             raise OSError(errno.EIO, os.strerror(errno.EIO), "model.safetensors")
         return copy(*arguments)
 
-    monkeypatch.setattr(shards, "_copy_some", broken)
+    monkeypatch.setattr(shard_writer, "_copy_some", broken)
     run = ["prune", MODEL, "--plan", plan_file, "--repair", "none", "-o", tmp_path / "out"]
     assert "Input/output error: 'model.safetensors'" in fails(*run)
     assert not (tmp_path / "out").exists()
@@ -338,14 +338,14 @@ def test_a_source_that_shrinks_while_it_is_copied(
     fails: Callable[..., str], model: Path, plan_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    copy = shards._copy_some
+    copy = shard_writer._copy_some
 
     def shrinking(*arguments: int) -> int:
         if (model / "model.safetensors").stat().st_size > 10**6:
             os.truncate(model / "model.safetensors", 10**6)
         return copy(*arguments)
 
-    monkeypatch.setattr(shards, "_copy_some", shrinking)
+    monkeypatch.setattr(shard_writer, "_copy_some", shrinking)
     run = ["prune", model, "--plan", plan_file, "--repair", "none", "-o", tmp_path / "out"]
     assert "bytes early while it was copied" in fails(*run)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from places import CALIBRATION, HELDOUT, MODEL
 from processes import Python, python
 
 from moe_fair.cli import main
-from moe_fair.engines import shards
+from moe_fair.engines import shard_writer
 from moe_fair.moe.checkpoint_source import Checkpoint
 
 TEXT = ["-c", str(CALIBRATION), "--samples", "4", "--length", "32"]
@@ -147,7 +147,7 @@ def test_a_lock_goes_when_a_run_fails(
 ) -> None:
     fails("prune", MODEL, "--experts", 3, *TEXT, "-o", tmp_path / "a" / "b" / "out")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shards, "_copy_some", lambda *_: 1 / 0)
+    monkeypatch.setattr(shard_writer, "_copy_some", lambda *_: 1 / 0)
     with pytest.raises(SystemExit, match="1"):
         main([str(a) for a in (*cut, tmp_path / "out")])
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]

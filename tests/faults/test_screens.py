@@ -18,7 +18,7 @@ from processes import python
 from moe_fair.cli import main, tables
 from moe_fair.cli.render import render
 from moe_fair.core import interrupts
-from moe_fair.engines import shards
+from moe_fair.engines import shard_writer
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.report.document import Table, screen
 from moe_fair.report.sparse import summary
@@ -63,7 +63,7 @@ def test_a_signal_says_that_the_run_goes_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     cut: list[str], number: signal.Signals, said: str,
 ) -> None:  # fmt: skip
-    copy, calls = shards._copy_some, []
+    copy, calls = shard_writer._copy_some, []
 
     def stopped(*arguments: int) -> int:
         calls.append(arguments)
@@ -71,7 +71,7 @@ def test_a_signal_says_that_the_run_goes_on(
             signal.raise_signal(number)
         return copy(*arguments)
 
-    monkeypatch.setattr(shards, "_copy_some", stopped)
+    monkeypatch.setattr(shard_writer, "_copy_some", stopped)
     code, line = ended(capsys, *cut, tmp_path / "out")
     assert (code, line) == (128 + number, f"moe-fair: {said}{GOES_ON}")
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]  # the lock is gone

@@ -17,7 +17,7 @@ from places import MODEL
 from processes import Python, python
 
 import moe_fair
-from moe_fair.engines.shards import write_shards
+from moe_fair.engines.shard_writer import write_shards
 from moe_fair.moe import checkpoint_writer as checkpoint
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.publish import push as publish

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from vision.architectures import images, lively
 
-from moe_fair.vision.collect import MeasureConfig, collect
+from moe_fair.vision.collect import collect
 from moe_fair.vision.criteria import criteria, criterion
 from moe_fair.vision.proof import find_groups
+from moe_fair.vision.unit_outputs import MeasureConfig
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_fair.vision.checkpoint import load_pruned, save_pruned
-from moe_fair.vision.collect import MeasureConfig, collect, taylor
+from moe_fair.vision.collect import collect, taylor
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.load import Source
 from moe_fair.vision.preprocessing import Preprocessing
 from moe_fair.vision.proof import find_groups, uneven_plan
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.unit_outputs import MeasureConfig
 
 HERE = "vision.test_more_layers"
 

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from vision.architectures import images, lively
 
-from moe_fair.vision.collect import MeasureConfig, collect, logit_changes, taylor
+from moe_fair.vision.collect import collect, logit_changes, taylor
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import Graph, logits
 from moe_fair.vision.oracle import loss_changes
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.unit_outputs import MeasureConfig
 
 LABELS = torch.tensor([0, 3, 1, 7, 3, 9])
 

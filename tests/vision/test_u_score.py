@@ -11,10 +11,11 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 from moe_fair.core.distances import between_classes, directions, largest_class_distance
-from moe_fair.vision.collect import MeasureConfig, collect, u_scores
+from moe_fair.vision.collect import collect
 from moe_fair.vision.criteria import criterion
 from moe_fair.vision.graph import Graph
 from moe_fair.vision.proof import find_groups
+from moe_fair.vision.unit_outputs import MeasureConfig, u_scores
 
 SEED = 3
 
