@@ -26,12 +26,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(
                     pytest.mark.skip(reason="needs a CUDA device; torch sees none here")
                 )
-    if "nightly" in config.option.markexpr or any("::" in a for a in config.args):
-        return
-    left_out = [i for i in items if i.get_closest_marker("nightly")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)  # pytest's last line counts them
-        items[:] = [i for i in items if not i.get_closest_marker("nightly")]
+    if "nightly" not in config.option.markexpr and not any("::" in a for a in config.args):
+        left_out = [i for i in items if i.get_closest_marker("nightly")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)  # pytest's last line counts them
+            items[:] = [i for i in items if not i.get_closest_marker("nightly")]
+    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        items[:] = _slow_first(items, processes)
+
+
+def _slow_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """An equal share for each process, whole files, those with slow tests first in each.
+
+    `--dist worksteal` cuts the list into such shares, and takes from their ends: long tests that
+    are left to the end would be waited for.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = [f for f in files.values() if any(i.get_closest_marker("slow") for i in f)]
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for file in [*slow, *(f for f in files.values() if f not in slow)]:
+        min(shares, key=len).extend(file)
+    return [item for share in shares for item in share]
 
 
 @pytest.fixture(scope="session", autouse=True)
