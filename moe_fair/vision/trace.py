@@ -94,11 +94,26 @@ def _groups(graph: Any, model: nn.Module, broken: dict[Any, str]) -> tuple[list[
 
 
 def detach_computed(model: nn.Module) -> None:
-    """Make weights that a hook computes (`weight_norm`) plain tensors: others cannot be copied."""
+    """Make tensors that modules have computed and keep plain ones: others cannot be copied.
+
+    Weights that a hook computes (`weight_norm`), and what is kept from one call to the next, as
+    LeViT's attention biases in a dict.
+    """
     for m in model.modules():
-        for name, t in vars(m).items():
-            if isinstance(t, Tensor) and not t.is_leaf:
-                vars(m)[name] = t.detach()
+        for name, value in vars(m).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                vars(m)[name] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """The value with its computed tensors detached: itself, or what a dict or list of it holds."""
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else value.detach()
+    if type(value) is dict:
+        value.update({k: _plain(v) for k, v in value.items() if isinstance(v, Tensor)})
+    elif type(value) in (list, tuple):
+        return type(value)(_plain(v) if isinstance(v, Tensor) else v for v in value)
+    return value
 
 
 @contextmanager

@@ -250,7 +250,8 @@ def _called(model: nn.Module) -> Iterator[set[str]]:
 
 def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode whose parameters hide nothing."""
-    trial = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    trial = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    trial.train().eval()  # modules that keep what they have computed in evaluation forget it
     generator = torch.Generator().manual_seed(0)
 
     def fill(t: Tensor | None, low: float, high: float) -> None:

@@ -151,6 +151,31 @@ def test_layers_whose_weights_are_computed_stay_whole(net: type[Net]) -> None:
     assert {"a", "b"} <= set(graph.whole)
 
 
+class Kept(Net):
+    """As timm's LeViT and EfficientFormer: what evaluation computes once is kept until training."""
+
+    def __init__(self, holder: type) -> None:
+        super().__init__()
+        self.bias, self.holder, self.kept = nn.Parameter(torch.randn(1)), holder, holder()
+
+    def between(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            bias = self.bias * 2
+            self.kept = {"cpu": bias} if self.holder is dict else self.holder([bias])
+        return x + (self.kept["cpu"] if self.holder is dict else self.kept[0])
+
+    def train(self, mode: bool = True) -> Kept:
+        self.kept = self.holder() if mode else self.kept
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("holder", [dict, list, tuple])
+def test_what_a_module_keeps_of_its_last_call(holder: type) -> None:
+    net = Kept(holder).eval()
+    net(images(2))  # as its owner may have run it, with gradients
+    assert [g.name for g in find_groups(net, images(2)).groups] == ["a", "b", "c", "d"]
+
+
 class Tuple(Net):
     def forward(self, x: Tensor) -> tuple:  # type: ignore[override]
         return (super().forward(x),)
