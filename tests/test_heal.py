@@ -138,7 +138,7 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
 
 COMMAND = [
     "prune", str(MODEL), "--experts", "30", "-c", str(CALIBRATION), "--samples", "24", "--length",
-    "64", "--method", "frequency/global", "--repair", "none", "--heal", "6000",
+    "64", "--method", "frequency/global", "--repair", "none", "--heal", "3000",
 ]  # fmt: skip
 
 

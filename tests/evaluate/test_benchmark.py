@@ -75,7 +75,7 @@ def test_the_numbers_of_the_lm_eval_command(
     out: Path, tmp_path: Path, run: Callable[..., str], side: str
 ) -> None:
     """Choice and rolling, to the last digit."""
-    few = "--limit", "3"
+    few = "--limit", "2"
     shown = json.loads(run("eval", out, "--baseline", MODEL, *LOCAL, *few, "--json"))
     folder = out / "moe_fair"
     (file,) = (folder / "lm-eval").glob(f"*-{side}.json")
