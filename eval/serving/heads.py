@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unequal import LATENT, REFERENCE, ROOT, SHAPE
 
 sys.path.insert(0, str(ROOT / "tests" / "published"))
-from mtp_replicas import Replica, one_more_layer, write_replica  # noqa: E402
+from mtp_replicas import Replica, one_more_layer, write_replica
 
-from moe_fair.engines.decoder import find_decoder  # noqa: E402
-from moe_fair.engines.streaming import call_layers  # noqa: E402
-from moe_fair.moe.checkpoint_source import Checkpoint  # noqa: E402
-from moe_fair.moe.mtp_head import HeadRunner  # noqa: E402
+from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.streaming import call_layers
+from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.mtp_head import HeadRunner
 
 EXPERTS = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4,
            "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1}  # fmt: skip

@@ -50,6 +50,22 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "deepseek_v3": LATENT
     | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64, "topk_method": "noaux_tc"},
+    # held out: the plugin was written without them
+    "ernie4_5_moe": SHAPE | {"intermediate_size": 64},
+    "hunyuan_v1_moe": SHAPE | {"intermediate_size": 64},
+    "minimax_m2": SHAPE | {"intermediate_size": 64},
+    "dots1": SHAPE | {"n_group": 1, "topk_group": 1},
+    "granitemoe": SHAPE | {"intermediate_size": 64},
+    "phimoe": SHAPE | {"intermediate_size": 64},
+    "flex_olmo": SHAPE | {"intermediate_size": 64},
+    "exaone_moe": SHAPE | {"n_group": 1, "topk_group": 1},
+    "glm4_moe_lite": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64},
+    "qwen3_next": SHAPE,
+    "nemotron_h": SHAPE,
+    "jamba": SHAPE | {"intermediate_size": 64},
+    "lfm2_moe": SHAPE,
+    "afmoe": SHAPE,
+    "dbrx": SHAPE,
 }
 MASKED = ("deepseek_v2", "deepseek_v3", "gpt_oss")
 # what published configs say; where it is missing engines take softmax

@@ -109,8 +109,8 @@ def _wrap_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
 def per_layer(config: Any) -> tuple[Any, dict[int, dict[str, int]]]:
     """The (text) config whose layers differ, and their counts; None and {} of others.
 
-    A multimodal model builds its language model under the text config alone, which does not bear our
-    mark: what counts is that nothing but numbers of experts differs.
+    A multimodal model builds its language model under the text config alone, which does not bear
+    our mark: what counts is that nothing but numbers of experts differs.
 
     Raises:
         ValueError: the counts are there, and not where this transformers keeps them.
@@ -184,17 +184,21 @@ def check_parallel(parallel: Any, counts: Mapping[Any, Mapping[str, int]]) -> No
 
 @contextlib.contextmanager
 def own_counts(config: Any, values: Mapping[str, int]) -> Iterator[None]:
-    """Inside, the config has these numbers."""
-    before = {k: config.__dict__[k] for k in values if k in config.__dict__}
-    config.__dict__.update(values)
-    try:
+    """Inside, the config has these numbers, and so has a part of it that keeps one (DBRX)."""
+    parts = [v.__dict__ for v in vars(config).values() if hasattr(v, "__dict__")]
+    with contextlib.ExitStack() as stack:
+        for k, value in values.items():
+            for home in (config.__dict__, *(p for p in parts if k in p)):
+                stack.callback(_put_back, home, k, home.get(k))
+                home[k] = value
         yield
-    finally:
-        for k in values:
-            if k in before:
-                config.__dict__[k] = before[k]
-            else:
-                del config.__dict__[k]
+
+
+def _put_back(home: dict[str, Any], key: str, before: Any) -> None:
+    if before is None:
+        del home[key]
+    else:
+        home[key] = before
 
 
 def _lift_refusal() -> None:
