@@ -5,8 +5,9 @@ vLLM's models read one number for all. Every one of them builds its layers by wa
 `vllm.model_executor.models.utils.make_layers`, so that function is wrapped: while a layer is built,
 the config has that layer's own count. A head for multi-token prediction (MTP), which speculative
 decoding runs as a model of its own, is built without that function: while it is, by way of
-`vllm.model_executor.model_loader.utils.initialize_model`, the config has the head's count. Models
-whose configs do not say so are built as ever.
+`vllm.model_executor.model_loader.utils.initialize_model`, the config has the head's count. What vLLM
+has no model of its own for it builds from transformers' class, whole: that is cut before vLLM takes
+its experts out. Models whose configs do not say so are built as ever.
 
 Loaded by vLLM itself (entry point `vllm.general_plugins`) in every process that it starts.
 """
@@ -25,6 +26,7 @@ MARK = "moe_fair"  # key of a pruned checkpoint's config
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SEAM = "vllm.model_executor.models.utils.make_layers"
 HEAD_SEAM = "vllm.model_executor.model_loader.utils.initialize_model"
+BACKEND = "vllm.model_executor.models.transformers.moe"  # builds from transformers' classes
 TESTED = "0.32.0"
 log = logging.getLogger("vllm.moe_fair")
 
@@ -89,13 +91,15 @@ def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`initialize_model`, of a head under the head's count."""
+    """`initialize_model`: a head under the head's count, and transformers' classes cut."""
 
     @functools.wraps(stock)
     def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model_config = kwargs.get("model_config") or vllm_config.model_config
         counts = heads(model_config.hf_config)
         check_parallel(vllm_config.parallel_config, counts)
+        if per_layer(model_config.hf_config)[1]:
+            _cut_in_backend()
         with contextlib.ExitStack() as stack:
             if counts:
                 # some classes of heads read the model's config, some their own copy of it
@@ -199,6 +203,89 @@ def _put_back(home: dict[str, Any], key: str, before: Any) -> None:
         del home[key]
     else:
         home[key] = before
+
+
+def _cut_in_backend() -> None:
+    """vLLM's transformers backend takes experts out of models that were cut before.
+
+    Done when the first unequal model is built: to import the backend is slow.
+    """
+    try:
+        backend = importlib.import_module(BACKEND)
+        stock, factory = backend.MoEMixin.recursive_replace, backend.FusedMoEFactory
+    except (ImportError, AttributeError) as e:
+        log.warning(
+            "moe-fair-vllm was tested with vLLM %s; this one has no %s as it was (%s): checkpoints "
+            "that it builds from transformers' classes will not load", TESTED, BACKEND, e,
+        )  # fmt: skip
+        return
+    if hasattr(stock, MARK):
+        return
+
+    @functools.wraps(stock)
+    def recursive_replace(self: Any) -> Any:
+        _, counts = per_layer(self.config)
+        if not counts:
+            return stock(self)
+        check_parallel(self.parallel_config, counts)
+        blocks = cut(self.model, getattr(self.config, MARK))
+
+        def own(**kwargs: Any) -> Any:  # `prefix` names the experts within a block
+            within = f".{kwargs['prefix']}."
+            found = next((n for name, n in blocks.items() if f".{name}." in within), None)
+            return factory(**kwargs | ({"num_experts": found} if found else {}))
+
+        backend.FusedMoEFactory = own
+        try:
+            return stock(self)
+        finally:
+            backend.FusedMoEFactory = factory
+
+    setattr(recursive_replace, MARK, True)
+    backend.MoEMixin.recursive_replace = recursive_replace
+
+
+def cut(model: Any, plan: Mapping[str, Any]) -> dict[str, int]:
+    """Blocks of a model without weights to the sizes of the checkpoint's; name -> experts.
+
+    As the file modeling_moe_fair.py in the checkpoint does it, which needs --trust-remote-code.
+
+    Args:
+        model: transformers' own, perhaps without what stands around it in the checkpoint's names.
+        plan: what the checkpoint's config says under `moe_fair`.
+    """
+    modules, done = dict(model.named_modules()), {}
+    for full, new in plan["experts"].items():
+        ends = [full.split(".", i)[-1] for i in range(full.count(".") + 1)]
+        name = next((e for e in ends if e in modules), None)
+        if name is None:
+            continue  # a layer that another device holds
+        block, done[name] = modules[name], new
+        numbers = [o for o in (_owner(block, path) for path in plan["numbers"]) if o]
+        [old] = {getattr(m, n) for m, n in numbers}
+        for path, dim in plan["tensors"].items():
+            if owner := _owner(block, path):
+                _narrow(*owner, dim, old, new)
+        for m, n in numbers:
+            setattr(m, n, new)
+    return done
+
+
+def _owner(block: Any, path: str) -> tuple[Any, str] | None:
+    """The module in a block that has this tensor or number, and its name there."""
+    *folders, name = path.split(".")
+    for part in folders:
+        block = getattr(block, part, None)
+    return None if getattr(block, name, None) is None else (block, name)
+
+
+def _narrow(module: Any, name: str, dim: int, old: int, new: int) -> None:
+    import torch
+
+    t = getattr(module, name).detach()
+    length = t.shape[dim] // old * new + t.shape[dim] % old  # rows of no expert stay
+    t = t.narrow(dim, 0, length).clone()
+    setattr(module, name, torch.nn.Parameter(t) if name in module._parameters else t)
 
 
 def _lift_refusal() -> None:

@@ -13,7 +13,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from places import ROOT
+from torch import nn
 
 COUNTS = {"0": {"num_experts": 3}, "2": {"num_experts": 5}}
 UTILS, LOADER = "vllm.model_executor.models.utils", "vllm.model_executor.model_loader.utils"
@@ -168,6 +170,61 @@ def test_a_head_has_its_own_count(plugin: Any, vllm: SimpleNamespace) -> None:
     ) == (4, 4)  # fmt: skip
     stock = config(moe_fair={}), config(n_predict=1)
     assert head(vllm, run(*stock, enable_eplb=True)) == (8, 8)
+
+
+class Router(nn.Module):
+    """As transformers builds one: its number, its rows, a bias that is a buffer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.weight = nn.Parameter(torch.randn(number, 4))
+        self.register_buffer("bias", torch.randn(number))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = Router(8), nn.Linear(4, 16)  # two rows an expert
+
+
+def test_what_transformers_builds_is_cut(
+    plugin: Any, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MoEMixin:
+        """Takes the experts out, as vLLM's transformers backend does."""
+
+        def __init__(self, hf: Any) -> None:
+            self.config, self.parallel_config = hf, run(hf).parallel_config
+            self.model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(3))})
+
+        def recursive_replace(self) -> list[Any]:
+            return [
+                backend.FusedMoEFactory(num_experts=8, prefix=f"model.layers.{i}.experts")
+                for i in range(3)
+            ]
+
+    backend: Any = ModuleType(plugin.BACKEND)
+    backend.MoEMixin, backend.FusedMoEFactory = MoEMixin, lambda num_experts, prefix: num_experts
+    factory = backend.FusedMoEFactory
+    monkeypatch.setitem(sys.modules, plugin.BACKEND, backend)
+    plugin.register()
+    said = {
+        "experts": {"model.layers.0": 3, "model.layers.1": 8, "model.layers.2": 5},
+        "tensors": {"gate.weight": 0, "gate.bias": 0, "experts.weight": 0, "experts.bias": 0},
+        "numbers": ["gate.number"],
+    }
+    ours = config(moe_fair=said, per_layer_config=COUNTS)
+    layers(vllm, run(ours))
+    made = MoEMixin(ours)
+    before = made.model["layers"][2].gate.weight[:5].clone()
+    assert made.recursive_replace() == [3, 8, 5]
+    last = made.model["layers"][2]
+    assert (last.gate.number, len(last.gate.bias), len(last.experts.bias)) == (5, 5, 10)
+    assert torch.equal(last.gate.weight, before)
+    assert isinstance(last.gate.weight, nn.Parameter)
+    assert backend.FusedMoEFactory is factory
+    assert MoEMixin(config()).recursive_replace() == [8, 8, 8]
 
 
 def test_what_is_refused(plugin: Any, vllm: SimpleNamespace) -> None:
