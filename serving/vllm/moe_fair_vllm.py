@@ -5,9 +5,9 @@ vLLM's models read one number for all. Every one of them builds its layers by wa
 `vllm.model_executor.models.utils.make_layers`, so that function is wrapped: while a layer is built,
 the config has that layer's own count. A head for multi-token prediction (MTP), which speculative
 decoding runs as a model of its own, is built without that function: while it is, by way of
-`vllm.model_executor.model_loader.utils.initialize_model`, the config has the head's count. What vLLM
-has no model of its own for it builds from transformers' class, whole: that is cut before vLLM takes
-its experts out. Models whose configs do not say so are built as ever.
+`vllm.model_executor.model_loader.utils.initialize_model`, the config has the head's count. Where
+vLLM has no model of its own it builds one from transformers' class, whole: that is cut before vLLM
+takes its experts out. Models whose configs do not say so are built as ever.
 
 Loaded by vLLM itself (entry point `vllm.general_plugins`) in every process that it starts.
 """
