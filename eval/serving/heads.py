@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from unequal import LATENT, REFERENCE, ROOT, SHAPE
+from unequal import LATENT, REFERENCE, ROOT, SHAPE, as_published
 
 sys.path.insert(0, str(ROOT / "tests" / "published"))
 from mtp_replicas import Replica, one_more_layer, write_replica
@@ -38,7 +38,9 @@ EXPERTS = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok":
            "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1}  # fmt: skip
 FAMILIES = {
     "glm4_moe": one_more_layer("glm4_moe", 5, SHAPE | EXPERTS),
-    "deepseek_v3": one_more_layer("deepseek_v3", 5, LATENT | EXPERTS | {"q_lora_rank": 64}),
+    "deepseek_v3": one_more_layer(
+        "deepseek_v3", 5, LATENT | EXPERTS | {"q_lora_rank": 64, "topk_method": "noaux_tc"}
+    ),
 }
 PROMPTS, SHORT, NEW = 8, 48, 32
 
@@ -57,6 +59,7 @@ def main() -> None:
         folder = args.out / "heads" / name
         shutil.rmtree(folder, ignore_errors=True)
         write_replica(FAMILIES[name], folder / "model")
+        as_published(folder / "model" / "config.json", name)
         lean(FAMILIES[name], folder / "model")
         found = {"prompts": prompts}
         for form, method in {"pruned": "second-order", "equal": "second-order/uniform"}.items():

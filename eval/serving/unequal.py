@@ -100,7 +100,7 @@ def main() -> None:
                 t.zero_()
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        _as_published(folder / "model" / "config.json", name)
+        as_published(folder / "model" / "config.json", name)
         for form, method in forms.items():
             subprocess.run(
                 [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
@@ -153,7 +153,7 @@ def _write_masked(folder: Path) -> None:
     shutil.copy(folder / "model/config.json", folder / "masked")
 
 
-def _as_published(file: Path, name: str) -> None:
+def as_published(file: Path, name: str) -> None:
     """Keys as publishers write them: transformers 5 saves others, which mlx-lm does not read."""
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters", {})
