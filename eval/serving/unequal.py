@@ -50,8 +50,26 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "deepseek_v3": LATENT
     | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64, "topk_method": "noaux_tc"},
+    # held out: the plugin was written without them
+    "ernie4_5_moe": SHAPE | {"intermediate_size": 64},
+    "hunyuan_v1_moe": SHAPE | {"intermediate_size": 64},
+    "minimax_m2": SHAPE | {"intermediate_size": 64},
+    "dots1": SHAPE | {"n_group": 1, "topk_group": 1},
+    "granitemoe": SHAPE | {"intermediate_size": 64},
+    "phimoe": SHAPE | {"intermediate_size": 64},
+    "flex_olmo": SHAPE | {"intermediate_size": 64},
+    "exaone_moe": SHAPE | {"n_group": 1, "topk_group": 1},
+    "glm4_moe_lite": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64},
+    "qwen3_next": SHAPE,
+    "nemotron_h": SHAPE,
+    "jamba": SHAPE | {"intermediate_size": 64},
+    "lfm2_moe": SHAPE,
+    "afmoe": SHAPE,
+    "dbrx": SHAPE,
 }
 MASKED = ("deepseek_v2", "deepseek_v3", "gpt_oss")
+# vLLM's router on a CPU passes over a selection bias where experts have no groups
+UNBIASED = ("ernie4_5_moe",)
 # what published configs say; where it is missing engines take softmax
 SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 PROMPT, SHORT, NEW = 160, 64, 24
@@ -77,9 +95,12 @@ def main() -> None:
         model = tiny_model(name, vocab_size=len(tokenizer), **FAMILIES[name])
         if name == "deepseek_v2":
             _hold_one_feature(model)
+        for key, t in model.state_dict().items():
+            if name in UNBIASED and key.endswith("e_score_correction_bias"):
+                t.zero_()
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        _as_published(folder / "model" / "config.json", name)
+        as_published(folder / "model" / "config.json", name)
         for form, method in forms.items():
             subprocess.run(
                 [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
@@ -132,7 +153,7 @@ def _write_masked(folder: Path) -> None:
     shutil.copy(folder / "model/config.json", folder / "masked")
 
 
-def _as_published(file: Path, name: str) -> None:
+def as_published(file: Path, name: str) -> None:
     """Keys as publishers write them: transformers 5 saves others, which mlx-lm does not read."""
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters", {})

@@ -157,7 +157,7 @@ def _line(plan: Plan, choice: str | None, facts: Mapping[str, Any], scored: str)
         return f"{name}: kept whole; the config's number of experts is still that of its layer"
     kept = [g for g in plan.groups if g.follows]
     counts = ", ".join(f"{len(g.kept)} of {g.size}" for g in kept)
-    equal = "" if plan.uniform else "; with unequal counts no other software runs it"
+    equal = "" if plan.uniform else "; with unequal counts vLLM with moe-fair-vllm runs it"
     return (
         f"{name}: cut, {counts} experts kept (the layers' mean) by its own scores ({scored}); "
         f"plans are tried and layers repaired without it{equal}"

@@ -74,11 +74,13 @@ def build_layers(
 def per_layer(config: Any) -> tuple[Any, Counts]:
     """The (text) config of a moe_fair checkpoint and its layers' counts; None and {} of others.
 
+    The mark is in the outer config of a multimodal model, the counts are in its text config.
+
     Raises:
         ValueError: the counts are there, and not where this transformers keeps them.
     """
     for c in (config, getattr(config, "text_config", None)):
-        if c is None or MARK not in vars(c):
+        if c is None or MARK not in vars(config):
             continue
         spec = vars(c).get("_heterogeneity_spec")  # transformers' own reading of per_layer_config
         given = getattr(spec, "per_layer_overrides", None) or vars(c).get("per_layer_config")

@@ -69,7 +69,8 @@ class Replica:
         return self.head + ("mixer" if self.kind == "nemotron_h" else "mlp")
 
 
-def _one_more_layer(kind: str, depth: int, config: Mapping[str, Any]) -> Replica:
+def one_more_layer(kind: str, depth: int, config: Mapping[str, Any]) -> Replica:
+    """As GLM and DeepSeek publish it: the head is the layer after the last, of `depth`."""
     head = f"model.layers.{depth}."
     return Replica(
         kind,
@@ -85,10 +86,10 @@ def _one_more_layer(kind: str, depth: int, config: Mapping[str, Any]) -> Replica
 
 
 # stock transformers knows a head by the number of the published model's layers: 46 and 61
-GLM = _one_more_layer(
+GLM = one_more_layer(
     "glm4_moe", 46, {"n_routed_experts": 8, "n_shared_experts": 1, "num_nextn_predict_layers": 1}
 )
-DEEPSEEK = _one_more_layer(
+DEEPSEEK = one_more_layer(
     "deepseek_v3", 61,
     {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
      "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
@@ -182,7 +183,8 @@ def _head(
     }
     assert own, replica.kind
     for role, name in replica.around.items():
-        shape = (WIDTH, 2 * WIDTH) if role == "projection" else (WIDTH,)
+        width = replica.config.get("hidden_size", WIDTH)
+        shape = (width, 2 * width) if role == "projection" else (width,)
         scale = 0.15 if role == "projection" else 0.1
         middle = 0.0 if role == "projection" or replica.head.startswith("mtp") else 1.0
         own[name] = middle + torch.randn(shape, generator=g) * scale

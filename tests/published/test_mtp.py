@@ -415,7 +415,7 @@ def test_with_unequal_counts_a_head_keeps_the_mean(
     assert sum(counts[:-1]) == 14
     assert len(set(counts[:-1])) > 1
     assert counts[-1] == 4  # of 14 / 3, in steps of two for two routing groups
-    assert "no other software" in notes(out)
+    assert "vLLM with moe-fair-vllm runs it" in notes(out)
     assert not any(loaded(out)[1].values())
     assert verify(out, Checkpoint(str(folder))).ok
     again = moe_fair.prune(str(out), tmp_path / "again", **SMALL, experts=4, allocate="uniform")

@@ -81,7 +81,7 @@ def test_each_layer_has_its_own_count(plugin: Any, server: SimpleNamespace) -> N
     ours = config(moe_fair={}, per_layer_config=COUNTS)
     assert built(plugin, ours) == [3, 8, 5]
     assert ours.num_experts == 8
-    inside = SimpleNamespace(text_config=config(moe_fair={}, per_layer_config=COUNTS))
+    inside = SimpleNamespace(moe_fair={}, text_config=config(per_layer_config=COUNTS))
     assert built(plugin, inside) == [3, 8, 5]
     spec = SimpleNamespace(per_layer_overrides={0: {"num_experts": 2}})  # as transformers 5 reads
     assert built(plugin, config(moe_fair={}, _heterogeneity_spec=spec)) == [2, 8, 8]
