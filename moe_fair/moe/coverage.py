@@ -7,7 +7,9 @@ expert e in domain d, and R_l(c, T) the |R_l| experts that a criterion c ranks l
     without    Σ_l |R_l(c, T) ∩ R_l(c, T without d)| / Σ_l |R_l|
     halves     Σ_l |R_l(t, half of T) ∩ R_l(t, the other half)| / Σ_l |R_l|
 
-with c the plan's removal criterion and t `taylor-sq`, whose values are kept for every sequence.
+with c the plan's removal criterion. t is `counterfactual-fisher`, what one expert alone adds to the
+second order of the loss, where c is of that kind: of it one half's sum is kept beside the whole
+text's. Elsewhere t is `taylor-sq`, where its values are kept for every sequence.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ import torch
 from torch import Tensor
 
 from moe_fair.core.criterion import Criterion, round_significant
+from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.plan import GroupPlan
 from moe_fair.core.ranking import rank
 from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.moe.criteria import criteria
+from moe_fair.moe.statistics.counterfactual import in_first_half
 
-MASS, HALVES = "gate", "taylor-sq"
+MASS, WHOLE, HALF = "gate", "removed_gram", "removed_half_sq"
+TAYLOR, FISHER = "taylor-sq", "counterfactual-fisher"
 MOST = 16  # domains
 DIGITS = 4
 
@@ -36,12 +41,14 @@ class Coverage:
     Attributes:
         routed, without: by domain.
         chance: what `halves` would be if text told nothing.
+        halves_by: the criterion that the halves were asked by.
     """
 
     routed: dict[str, float]
     without: dict[str, float]
     halves: float | None
     chance: float | None
+    halves_by: str | None = None
 
 
 def coverage(
@@ -61,10 +68,15 @@ def coverage(
     if not mine or not rule.needs or not statistics.tokens.any():
         return None
     removed = {n: sorted({*range(g.size)} - {*g.kept}) for n, g in mine.items()}
-    halves, chance = _halves(statistics, removed, weights)
-    return Coverage(
-        _routed(statistics, removed), _without(statistics, removed, rule, weights), halves, chance
-    )
+    routed, without = _routed(statistics, removed), _without(statistics, removed, rule, weights)
+    asked = FISHER if WHOLE in rule.needs and statistics.holds(HALF) else TAYLOR
+    sides = (_fisher if asked == FISHER else _taylor)(statistics, weights)
+    if sides is None:
+        return Coverage(routed, without, None, None)
+    first, second = (_lowest(Scores(asked, s), statistics.groups, removed) for s in sides)
+    sizes, total = {g.name: g.size for g in statistics.groups}, sum(map(len, removed.values()))
+    chance = sum(len(r) ** 2 / sizes[n] for n, r in removed.items()) / total
+    return Coverage(routed, without, _overlap(first, second), round(chance, DIGITS), asked)
 
 
 def _routed(statistics: Statistics, removed: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -102,27 +114,41 @@ def _without(
     return found
 
 
-def _halves(
-    statistics: Statistics, removed: Mapping[str, Sequence[int]],
-    weights: Mapping[str, float] | None,
-) -> tuple[float | None, float | None]:  # fmt: skip
-    rule = criteria()[HALVES]
+def _fisher(
+    statistics: Statistics, weights: Mapping[str, float] | None
+) -> list[dict[str, Tensor]] | None:
+    """Scores by each half; None where one is empty. Of the second: the whole less the first."""
+    rows = torch.tensor(domain_weights(statistics.domains, weights))[statistics.sequence_domains]
+    first = in_first_half(statistics.sequence_ids)
+    if not (rows[first] > 0).any() or not (rows[~first] > 0).any():
+        return None
+    sides: list[dict[str, Tensor]] = [{}, {}]
+    for g in statistics.groups:
+        kept = {k: v for k, v in statistics.sums[g.name].items() if k in (WHOLE, HALF)}
+        view = replace(statistics, sums={g.name: kept}).view(g, weights)
+        half = view[HALF]
+        for side, values in zip(sides, (half, view[WHOLE].diagonal() - half), strict=True):
+            side[g.name] = round_significant(values)
+    return sides
+
+
+def _taylor(
+    statistics: Statistics, weights: Mapping[str, float] | None
+) -> list[dict[str, Tensor]] | None:
+    """The same by the rows; None where there are none."""
+    rule = criteria()[TAYLOR]
     statistics = replace(statistics, sums={})  # a view sums whatever is there; these are rows
     views = {g: statistics.view(g, weights) for g in statistics.groups}
     if not views or any(len(v.rows) < 2 for v in views.values()):
-        return None, None
+        return None
     first = _every_other(statistics)
     sides = []
     for chosen in (first, ~first):
         halved = {g: replace(v, row_weights=v.row_weights * chosen) for g, v in views.items()}
         if not all(float(v.row_weights.sum()) for v in halved.values()):
-            return None, None
-        scores = {g.name: round_significant(rule.score(v)) for g, v in halved.items()}
-        sides.append(_lowest(Scores(HALVES, scores), statistics.groups, removed))
-    sizes = {g.name: g.size for g in statistics.groups}
-    total = sum(map(len, removed.values()))
-    chance = sum(len(r) ** 2 / sizes[n] for n, r in removed.items()) / total
-    return _overlap(*sides), round(chance, DIGITS)
+            return None
+        sides.append({g.name: round_significant(rule.score(v)) for g, v in halved.items()})
+    return sides
 
 
 def _every_other(statistics: Statistics) -> Tensor:

@@ -77,7 +77,9 @@ def collect(
     facts = _facts(recipe, source, text)
     parts: list[Statistics | None] = [None] * len(chunks)
     if team.first:
-        parts = [_finished(home, c, fingerprint) for home, c in zip(homes, chunks, strict=True)]
+        sums = [n for n, s in collected.statistics().items() if s.kind == "sum"]
+        pairs = zip(homes, chunks, strict=True)
+        parts = [_finished(home, c, fingerprint, sums) for home, c in pairs]
     missing = team.broadcast(lambda: [i for i, part in enumerate(parts) if part is None])
     if len(missing) < len(chunks):
         say(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks were done before")
@@ -159,9 +161,13 @@ def _sharing(team: Team, most: int) -> str:
 
 
 def _finished(
-    home: Path | None, chunk: Sequence[Batch], fingerprint: dict[str, str]
+    home: Path | None, chunk: Sequence[Batch], fingerprint: dict[str, str], sums: Sequence[str]
 ) -> Statistics | None:
-    """A chunk's statistics from an earlier run with the same settings."""
+    """A chunk's statistics from an earlier run with the same settings.
+
+    Args:
+        sums: names of those that it holds, unless an earlier version made it.
+    """
     if home is None or not (home / STATISTICS_FILE).is_file():
         return None
     try:
@@ -170,7 +176,7 @@ def _finished(
         return None
     ids = sorted(i for b in chunk for i in b.sequence_ids.tolist())
     same = found.fingerprint == fingerprint and found.sequence_ids.tolist() == ids
-    return found if same else None
+    return found if same and all(map(found.holds, sums)) else None
 
 
 def loading(recipe: Recipe) -> Loading:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from moe_fair.core.plan import Plan
 
 SHOWN = 12  # domains in a line
+BY = {  # the criterion that halves are asked by, in words
+    "counterfactual-fisher": "the second order of the loss",
+    "taylor-sq": "squared Taylor values",
+}
 UNSURE = 0.5  # of the way from chance to agreement that halves of the text must go
 
 
@@ -54,8 +58,9 @@ def _halves(found: Mapping[str, Any]) -> Iterator[Text]:
     if len(known) < 2:
         return
     halves, chance = known.values()
+    by = BY.get(str(found.get("halves_by")), BY["taylor-sq"])  # of earlier plans
     yield Text(
-        f"by squared Taylor values, halves of the text agree on {halves:.0%} of the removed "
+        f"by {by}, halves of the text agree on {halves:.0%} of the removed "
         f"experts (by chance {chance:.0%})"
     )
     if halves < chance + UNSURE * (1 - chance):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from moe_fair.core.recipe_file import load_recipe
 from moe_fair.core.units import GroupView, Statistics
 from moe_fair.moe import criteria, statistics
 from moe_fair.moe.statistic import Pass, Statistic
+from moe_fair.pipelines.calibrate import collect
 from moe_fair.pipelines.collection import for_calibrate, for_prune
+from moe_fair.pipelines.opening import calibration_set, open_model
 from moe_fair.pipelines.plan_selection import rivals
 
 pytestmark = pytest.mark.slow  # whole runs, by and large
@@ -303,3 +306,24 @@ def test_a_package_with_a_mistake(
 ) -> None:  # fmt: skip
     installed(*families)
     assert said in fails("calibrate", MODEL, *TEXT, "--for", RULE.name, "-o", tmp_path / "out")
+
+
+def test_a_chunk_of_an_earlier_version_that_lacks_a_sum_is_measured_again(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model=str(MODEL), calibration=(str(CALIBRATION / "python.jsonl"),), samples=2, length=16,
+        save_every=1, batch_size=1,
+    )  # fmt: skip
+    source = open_model(recipe)
+    text, said = calibration_set(recipe, source, lambda _: None), list[str]()
+    whole = collect(recipe, source, text, said.append, tmp_path)
+    assert whole is not None
+    first = Statistics.load(tmp_path / "chunk-00000")
+    sums = {
+        g: {k: v for k, v in s.items() if k != "removed_half_sq"} for g, s in first.sums.items()
+    }
+    replace(first, sums=sums).save(tmp_path / "chunk-00000")
+    again = collect(recipe, source, text, said.append, tmp_path)
+    assert again is not None
+    assert any("1 of 2 chunks were done before" in s for s in said)
+    for name, values in whole.sums.items():
+        assert all(torch.equal(v, again.sums[name][k]) for k, v in values.items())

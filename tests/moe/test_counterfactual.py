@@ -146,6 +146,11 @@ def test_sums_equal_a_loop_over_experts_and_tokens(kind: str) -> None:
             "removed_error": delta.square().sum(),
             "removed_first": first.sum(),
             "removed_first_sq": by_sequence.square().sum(),
+            "removed_half_sq": sum(  # of the sequences whose id is even
+                first.split(mask.sum(1).tolist())[i].square().sum()
+                for i, n in enumerate(batch.sequence_ids.tolist())
+                if n % 2 == 0
+            ),
         }
         for name, value in want.items():
             scale = float(sums[name].abs().max())

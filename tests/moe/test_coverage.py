@@ -90,6 +90,39 @@ def test_it_is_what_loops_over_experts_give() -> None:
     assert measured.chance == pytest.approx(4 / 12, abs=1e-4)
 
 
+def test_halves_are_asked_by_what_the_default_score_is_made_of() -> None:
+    """Where its sums are kept, rows or none: by the diagonals of both halves' second order."""
+    found = statistics(rows=0)
+    ids = torch.arange(30)
+    delta = {g.name: torch.rand(30, EXPERTS, dtype=torch.float64) for g in found.groups}
+    sums = {}
+    for name, d in delta.items():
+        whole = torch.stack([d[ids % 3 == i].T @ d[ids % 3 == i] for i in range(3)])
+        half = torch.stack([d[(ids % 3 == i) & (ids % 2 == 0)].square().sum(0) for i in range(3)])
+        sums[name] = found.sums[name] | {"removed_gram": whole, "removed_half_sq": half}
+    full = replace(found, sums=sums, sequence_ids=ids, sequence_domains=ids % 3)
+    plan, rule = planned(found), criteria()["counterfactual-set"]
+    for weights in (None, {"b": 0.0, "c": 2.0}):
+        measured = coverage(plan.groups, full, rule, weights)
+        assert measured is not None
+        both = 0
+        for d in delta.values():
+            w = torch.tensor(domain_weights(DOMAINS, weights), dtype=torch.float64)[ids % 3]
+            sides = [w[ids % 2 == i] @ d[ids % 2 == i].square() for i in (0, 1)]
+            both += len(lowest(sides[0], 4) & lowest(sides[1], 4))
+        assert measured.halves == pytest.approx(both / 12, abs=1e-4)
+        assert measured.halves_by == "counterfactual-fisher"
+    assert "by the second order of the loss, halves of the text" in said(plan, vars(measured))[2]
+    # another score is asked by rows, of which there are none; one half alone agrees with nothing
+    measured = coverage(plan.groups, full, criteria()["router-mass"], None)
+    assert measured is not None
+    assert (measured.halves, measured.halves_by) == (None, None)
+    one = replace(full, sequence_ids=2 * ids)
+    measured = coverage(plan.groups, one, rule, None)
+    assert measured is not None
+    assert measured.halves is None
+
+
 def test_a_domain_without_weight_is_no_part_of_the_choice() -> None:
     found, weights = statistics(), {"c": 0.0}
     plan = planned(found)

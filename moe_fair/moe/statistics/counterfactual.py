@@ -22,6 +22,7 @@ names = {
     "removed_first": Statistic("E", "Σ δ_e", needs_backward=True),
     "removed_first_sq": Statistic("E", "Σ over sequences of (Σ δ_e)²", needs_backward=True),
     "removed_gram": Statistic("E E", "Σ δ_e δ_f", needs_backward=True),
+    "removed_half_sq": Statistic("E", "Σ δ_e² over every other sequence", needs_backward=True),
 }
 
 
@@ -63,9 +64,17 @@ def backward(seen: Pass) -> dict[str, Tensor]:
     first = seen.over_tokens(delta)
     if seen.counted is not None:
         delta = delta * mask.flatten().to(delta).unsqueeze(1)
-    per_sequence = delta.view(*mask.shape, -1).sum(1)
+    by_sequence = delta.view(*mask.shape, -1)
+    per_sequence = by_sequence.sum(1)
+    half = in_first_half(seen.batch.sequence_ids).to(delta)
     return {
         "removed_first": first,
         "removed_first_sq": per_sequence.square().sum(0),
         "removed_gram": delta.T @ delta,
+        "removed_half_sq": half @ by_sequence.square().sum(1),
     }
+
+
+def in_first_half(sequence_ids: Tensor) -> Tensor:
+    """[B] whether a sequence is of the first half: every other one, so of every domain's text."""
+    return sequence_ids % 2 == 0
