@@ -1,8 +1,10 @@
-"""Pruning methods on nets trained on digits: accuracy after the cut and after fine-tuning.
+"""Pruning methods on nets trained on digits or characters: accuracy after the cut and after tuning.
 
     python eval/train_digits.py -o digits
     python eval/digits_table.py --nets digits -o digits.jsonl
     python eval/digits_table.py --nets digits -o digits-oracle.jsonl --oracle
+
+    python eval/digits_table.py --data characters --nets characters -o characters.jsonl
 
     python eval/digits_table.py --nets digits -o digits.jsonl --only resnet20 --target operations \
         --ratios .4 --methods taylor-fo taylor-so taylor-bn --units-per-step 5 --minibatches 10
@@ -38,7 +40,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from train_digits import digits, fresh
+from train_digits import add_data, fresh, opened
 
 from moe_fair.core.oracle import Oracle, agreement
 from moe_fair.core.units import Statistics
@@ -78,12 +80,12 @@ def main() -> None:
     if args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text().splitlines()]
     done = {_key(r) for r in rows}
-    data = digits()
+    data = opened(args.data, args.images)
     for file in [] if args.table else sorted(args.nets.glob("*.safetensors")):
         net, seed = file.stem.rsplit("-", 1)
         if (args.only and net not in args.only) or int(seed) >= args.seeds:
             continue
-        model = fresh(net, int(seed))
+        model = fresh(net, int(seed), data)
         load_weights(model, file)
         measure = _oracle if args.oracle else _prune
         for row in measure(args, model, data, {"net": net, "seed": int(seed)}, done):
@@ -105,7 +107,8 @@ def _prune(
     wanted = [w for w in wanted if _key(w) not in done]
     if not wanted:
         return
-    x, y = sample(data.train, SAMPLES, where["seed"])
+    # 32 images a class: fewer would leave some classes out
+    x, y = sample(data.train, max(SAMPLES, 32 * len(data.train.classes)), where["seed"])
     graph = find_groups(model, x[:2])
     sizes = Sizes(model, graph.groups, x)
     before = top1(model, data.test, 128)
@@ -209,7 +212,7 @@ def _peer_scores(model: nn.Module, data: Data, seed: int) -> Any:
         return get_metrics(
             copy.deepcopy(model),
             DataLoader(loaded, batch_size=64),
-            the_samplesize_for_compute_distance=SAMPLES // 10,
+            the_samplesize_for_compute_distance=SAMPLES // len(data.train.classes),
             results_save_path=f"{folder}/results.pkl",
         )
 
@@ -245,7 +248,7 @@ def _oracle(
     row: Row = {**where, "method": "oracle", "ratio": 0}
     if _key(row) in done:
         return
-    x, y = sample(data.train, args.images, where["seed"])
+    x, y = sample(data.train, args.scored, where["seed"])
     graph = find_groups(model, x[:2])
     needs = {n for name in CRITERIA for n in criterion(name).needs}
     watch = MeasureConfig(seed=where["seed"])
@@ -337,6 +340,7 @@ def _deviation(values: list[float]) -> float:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nets", type=Path, default=Path("digits"), help="of train_digits.py")
+    add_data(parser)
     parser.add_argument("--only", nargs="+", help="names of nets")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7])
@@ -346,7 +350,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--oracle", action="store_true")
-    parser.add_argument("--images", type=int, default=SAMPLES, help="scored beside the oracle")
+    parser.add_argument("--scored", type=int, default=SAMPLES, help="images, beside the oracle")
     parser.add_argument(
         "--oracle-images", type=int, default=ORACLE_IMAGES, help="of those, seen by the oracle"
     )

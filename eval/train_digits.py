@@ -1,6 +1,7 @@
 """Train the small nets of `moe_fair.vision.zoo` on scikit-learn's digits, upsampled to 32 × 32.
 
     python eval/train_digits.py --nets vgg_small resnet20 --seeds 5 -o digits
+    python eval/train_digits.py --data characters --images 20000 --epochs 10 -o characters
 
 writes `digits/NET-SEED.safetensors` and prints each net's top-1 on the held-out fifth. What exists
 is not trained again. SGD with momentum .9, learning rate .05 falling to 0 along a cosine, batches
@@ -14,6 +15,7 @@ import math
 from pathlib import Path
 
 import torch
+from characters import characters
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,11 +31,11 @@ RATE, DECAY, BATCH, SHIFT = 0.05, 5e-4, 64, 2
 def main() -> None:
     """Train what is missing."""
     args = _arguments()
-    data = digits()
+    data = opened(args.data, args.images)
     args.output.mkdir(parents=True, exist_ok=True)
     for net in args.nets:
         for seed in range(args.seeds):
-            model, file = fresh(net, seed), args.output / f"{net}-{seed}.safetensors"
+            model, file = fresh(net, seed, data), args.output / f"{net}-{seed}.safetensors"
             if file.exists():
                 load_weights(model, file)
             else:
@@ -49,10 +51,15 @@ def digits() -> Data:
     return open_data("digits", Preprocessing(channels=1, size=32))
 
 
-def fresh(net: str, seed: int) -> nn.Module:
+def opened(name: str, images: int) -> Data:
+    """The digits, or so many of `characters.py` to train on."""
+    return digits() if name == "digits" else characters(images)
+
+
+def fresh(net: str, seed: int, data: Data) -> nn.Module:
     """A net of the zoo for one-channel images, with this seed's random weights."""
     torch.manual_seed(seed)
-    model: nn.Module = getattr(zoo, net)(in_channels=1)
+    model: nn.Module = getattr(zoo, net)(len(data.train.classes), in_channels=1)
     return model.eval()
 
 
@@ -87,9 +94,16 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[:, :, dy : dy + h, dx : dx + w]
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that say which images."""
+    parser.add_argument("--data", choices=["digits", "characters"], default="digits")
+    parser.add_argument("--images", type=int, default=20_000, help="characters to train on")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=["vgg_small", "resnet20"])
+    add_data(parser)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("-o", "--output", type=Path, default=Path("digits"))

@@ -50,7 +50,7 @@ def test_trained_pruned_and_ranked(tmp_path: Path) -> None:
     assert "operations removed" in screen
     assert "channels removed" in screen
 
-    few = ["--images", "128", "--oracle-images", "16"]
+    few = ["--scored", "128", "--oracle-images", "16"]
     screen = run("digits_table.py", "--oracle", "--nets", nets, *few, "-o", oracle)
     [row] = [json.loads(x) for x in oracle.read_text().splitlines()]
     assert row["taylor-sq"]["squared"]["spearman"] > row["random"]["squared"]["spearman"] + 0.3
