@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [i for i in items if not i.get_closest_marker("nightly")]
     if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         items[:] = _slow_first(items, processes)
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of imports stay: runs, which search for garbage, pass them over."""
+    gc.collect()
+    gc.freeze()
 
 
 def _slow_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
