@@ -53,8 +53,7 @@ FAMILIES: dict[str, dict] = {
     # held out: the plugin was written without them
     "ernie4_5_moe": SHAPE | {"intermediate_size": 64},
     "hunyuan_v1_moe": SHAPE | {"intermediate_size": 64},
-    "minimax_m2": SHAPE | {"intermediate_size": 64},
-    "dots1": SHAPE | {"n_group": 1, "topk_group": 1},
+    "dots1": SHAPE | {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
     "granitemoe": SHAPE | {"intermediate_size": 64},
     "phimoe": SHAPE | {"intermediate_size": 64},
     "flex_olmo": SHAPE | {"intermediate_size": 64},

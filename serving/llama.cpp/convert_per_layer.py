@@ -22,6 +22,8 @@ sys.path[:0] = [root, f"{root}/gguf-py"]
 import conversion  # noqa: E402
 
 stock_class = conversion.get_model_class
+# names of the number in configs; the converter copies some to others for families that it joins
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def get_model_class(name: str, mmproj: bool = False) -> Any:
@@ -32,7 +34,10 @@ def get_model_class(name: str, mmproj: bool = False) -> Any:
         model_arch = stock.model_arch
 
         def modify_tensors(self, data: Any, name: str, bid: int | None) -> Iterator[Any]:
-            own = (self.hparams.get("per_layer_config") or {}).get(str(bid), {})
+            own = dict((self.hparams.get("per_layer_config") or {}).get(str(bid), {}))
+            for k, count in [*own.items()]:
+                old = self.hparams.get(k)
+                own |= {n: count for n in COUNTS if old is not None and self.hparams.get(n) == old}
             before = {k: self.hparams[k] for k in own if k in self.hparams}
             self.hparams.update(own)
             try:
