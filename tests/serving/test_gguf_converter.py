@@ -49,5 +49,9 @@ def test_each_layer_is_converted_under_its_own_count(
     with pytest.raises(ValueError, match="t"):
         [*made.modify_tensors(None, "t", 1)]
     assert made.hparams == before
+    named = {"n_routed_experts": 8, "moe_fair": {"experts": {"model.layers.1.mlp": 5}}}
+    made = conversion.get_model_class("any")(named)
+    assert [*made.modify_tensors(0, "t", 1)] == [("t", 5, 5)]
+    assert [*made.modify_tensors(0, "t", 11)] == [("t", 8, 8)]
     stock = conversion.get_model_class("any")({"n_routed_experts": 8})
     assert [*stock.modify_tensors(0, "t", 1)] == [("t", 8, 8)]
