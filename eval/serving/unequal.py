@@ -58,19 +58,12 @@ FAMILIES: dict[str, dict] = {
     "phimoe": SHAPE | {"intermediate_size": 64},
     "flex_olmo": SHAPE | {"intermediate_size": 64},
     "exaone_moe": SHAPE | {"n_group": 1, "topk_group": 1},
-    "glm4_moe_lite": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64},
-    "qwen3_next": SHAPE,
-    "nemotron_h": SHAPE,
-    "jamba": SHAPE | {"intermediate_size": 64},
-    "lfm2_moe": SHAPE,
-    "afmoe": SHAPE,
-    "dbrx": SHAPE,
 }
 MASKED = ("deepseek_v2", "deepseek_v3", "gpt_oss")
 # vLLM's router on a CPU passes over a selection bias where experts have no groups
 UNBIASED = ("ernie4_5_moe",)
 # what published configs say; where it is missing engines take softmax
-SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
+SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "dots1": "sigmoid"}
 PROMPT, SHORT, NEW = 160, 64, 24
 
 
