@@ -26,7 +26,7 @@ CURRENT = [p for p in CURRENT if p.name != "RELIABILITY.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # options of other programs
 FOREIGN = {"--cpu", "--multi_gpu", "--config_file", "--nproc_per_node", "--nodes", "--strict"}
-FOREIGN |= {"--repository", "--hf-overrides", "--trust-remote-code"}
+FOREIGN |= {"--repository", "--hf-overrides", "--trust-remote-code", "--speculative-config"}
 OURS = ("moe-fair ", "accelerate launch ", "torchrun ", "sbatch ", "python eval/")
 
 

@@ -175,13 +175,11 @@ def _write_config(
         **config.get("auto_map", {}), auto_class(source.config).__name__: REFERENCE
     }  # fmt: skip
     config["moe_fair"] = _unequal_settings(source, counts, heads)
-    layered = _with_layers(config, source, counts)
-    if LAYERS in layered:  # of a text model; mlx-lm reads its counts there
+    if _home(config) is config:  # a text model
         shutil.copyfile(MLX_TEMPLATE, folder / MLX_FILE)
-        layered["model_file"] = MLX_FILE
-    _save(layered, folder)
+        config["model_file"] = MLX_FILE
+    _save(_with_layers(config, source, counts), folder)
     if _misfit(folder, shapes):  # a family that reads per_layer_config in its own way
-        (folder / MLX_FILE).unlink(missing_ok=True)
         _save(config, folder)
         wrong = _misfit(folder, shapes)
         if wrong:

@@ -1,11 +1,12 @@
 """An mlx-lm model whose layers keep different numbers of routed experts.
 
 This file travels inside the checkpoint (`model_file`) and needs nothing but mlx-lm. It builds the
-stock model at the largest of the layers' numbers (`per_layer_config` of the config) and slices
-every tensor with a row per expert, before the weights are loaded.
+stock model at the largest of the layers' numbers (`moe_fair` of the config) and slices every tensor
+with a row per expert, before the weights are loaded.
 """
 
 import importlib
+import re
 
 import mlx.core as mx
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -13,7 +14,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 # names under which configs say how many routed experts there are
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ROUTERS = ("gate", "router")  # modules whose rows are the experts'
+ROUTERS = ("gate", "router")  # modules whose rows, or those of their parts, are the experts'
 
 
 class ModelArgs:
@@ -23,11 +24,10 @@ class ModelArgs:
     def from_dict(cls, config):
         self, kind = cls(), config["model_type"]
         self.stock = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(kind, kind))
-        layers = {int(i): own for i, own in config["per_layer_config"].items()}
-        [key] = {k for own in layers.values() for k in own}
-        self.counts = {i: own[key] for i, own in layers.items()}
+        blocks = config["moe_fair"]["experts"].items()
+        self.counts = {int(re.findall(r"\.(\d+)\.", name)[-1]): n for name, n in blocks}
         self.most = max(self.counts.values())
-        names = {key, *(k for k in COUNTS if k in config)}
+        names = {k for k in COUNTS if k in config}
         self.args = self.stock.ModelArgs.from_dict({**config, **dict.fromkeys(names, self.most)})
         return self
 
@@ -62,7 +62,7 @@ def _slice(model, index, count, most):
     prefix = next(path for path, m in model.named_modules() if m is layer)
     found = set()
     for path, module in layer.named_modules():
-        routes = path.rpartition(".")[2] in ROUTERS
+        routes = not {*path.split(".")}.isdisjoint(ROUTERS)
         for name, tensor in list(module.items()):
             rows = isinstance(tensor, mx.array) and tensor.ndim and tensor.shape[0] == most
             if rows and (routes or isinstance(module, SwitchLinear) or "correction" in name):

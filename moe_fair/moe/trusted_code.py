@@ -41,7 +41,12 @@ RELEASED = frozenset(
     )
 )
 # the same of every file for mlx-lm
-RELEASED_MLX = frozenset(("ca3551247960d28a676ea613c445a5ea8cf996c63d06e62425733978f78a6bdb",))
+RELEASED_MLX = frozenset(
+    (
+        "ca3551247960d28a676ea613c445a5ea8cf996c63d06e62425733978f78a6bdb",
+        "24280f9bc27d08a40763ede28fd8dc133180526eb6a688bc87c9ef82b6b8173b",
+    )
+)
 # what Python or torch runs, wherever in a folder it lies
 CODE = (
     ".py", ".pyc", ".pyo", ".pyw", ".so", ".pyd", ".dll", ".dylib",

@@ -22,6 +22,22 @@ sys.path[:0] = [root, f"{root}/gguf-py"]
 import conversion  # noqa: E402
 
 stock_class = conversion.get_model_class
+# names of the number in configs; the converter copies some to others for families that it joins
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def own_counts(hparams: dict[str, Any], layer: int | None) -> dict[str, int]:
+    """A layer's own number by the name that the config has; {} where it has none of its own.
+
+    Where a family reads per_layer_config in its own way, moe_fair's own list of blocks says it.
+    """
+    if hparams.get("per_layer_config"):
+        return dict(hparams["per_layer_config"].get(str(layer), {}))
+    names = [k for k in COUNTS if k in hparams]
+    for block, n in (hparams.get("moe_fair") or {}).get("experts", {}).items():
+        if f".layers.{layer}." in f".{block}.":
+            return dict.fromkeys(names, n)
+    return {}
 
 
 def get_model_class(name: str, mmproj: bool = False) -> Any:
@@ -32,7 +48,10 @@ def get_model_class(name: str, mmproj: bool = False) -> Any:
         model_arch = stock.model_arch
 
         def modify_tensors(self, data: Any, name: str, bid: int | None) -> Iterator[Any]:
-            own = (self.hparams.get("per_layer_config") or {}).get(str(bid), {})
+            own = own_counts(self.hparams, bid)
+            for k, count in [*own.items()]:
+                old = self.hparams.get(k)
+                own |= {n: count for n in COUNTS if old is not None and self.hparams.get(n) == old}
             before = {k: self.hparams[k] for k in own if k in self.hparams}
             self.hparams.update(own)
             try:

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -136,7 +137,18 @@ def per_layer(config: Any) -> tuple[Any, dict[int, dict[str, int]]]:
                 f"moe-fair-vllm: transformers {transformers.__version__} keeps per_layer_config of "
                 "config.json in a form that is not known; look for a newer moe-fair-vllm"
             )
-    return None, {}
+    return _by_block(config)
+
+
+def _by_block(config: Any) -> tuple[Any, dict[int, dict[str, int]]]:
+    """The same from moe_fair's own list, where a config has no per_layer_config of ours."""
+    home = getattr(config, "text_config", None) or config
+    keys = [k for k in COUNTS if isinstance(getattr(home, k, None), int)]
+    counts = {
+        int(re.findall(r"\.(\d+)\.", name)[-1]): dict.fromkeys(keys, n)
+        for name, n in (vars(config).get(MARK) or {}).get("experts", {}).items()
+    }
+    return (home, counts) if keys and counts else (None, {})
 
 
 def heads(config: Any) -> dict[str, dict[str, int]]:

@@ -45,6 +45,20 @@ def test_every_unequal_result_agrees_with_what_it_is_held_against() -> None:
     assert [r for r in found if not agrees(r)] == []
 
 
+def test_a_pruned_head_drafts_what_we_draft_where_the_original_does() -> None:
+    rows = [r for r in runs.read() if "drafted" in r]
+
+    def same(r: dict[str, Any]) -> bool:
+        return r["tokens_equal"] and all(len({*r[n]}) == 1 for n in ("drafted", "accepted"))
+
+    sound = {r["family"] for r in rows if r["counts"] == "unpruned" and same(r)}
+    assert sound
+    for form in ("equal", "unequal"):
+        found = [r for r in rows if r["counts"] == form and r["family"] in sound]
+        assert {r["family"] for r in found} == sound
+        assert [r for r in found if not same(r)] == []
+
+
 def test_quantised_results_are_those_of_the_table() -> None:
     rows = [r for r in runs.read() if "losses" in r]
     facts = engines()["llm-compressor"]

@@ -139,6 +139,18 @@ def test_a_multimodal_model_has_its_mark_outside_and_its_counts_inside(
     assert vllm.convertor(outer).get_per_layer_hf_configs() is None
 
 
+def test_a_config_without_counts_by_layer_names_the_blocks(
+    plugin: Any, vllm: SimpleNamespace
+) -> None:
+    plugin.register()
+    said = {"experts": {"model.layers.0.mlp": 3, "model.layers.2.mlp": 5}}
+    ours = config(moe_fair=said, num_local_experts=8)
+    assert layers(vllm, run(ours)) == [3, 8, 5]
+    assert (ours.num_experts, ours.num_local_experts) == (8, 8)
+    inner = config()
+    assert layers(vllm, run(SimpleNamespace(moe_fair=said, text_config=inner))) == [3, 8, 5]
+
+
 def test_a_part_of_the_config_may_keep_the_number(plugin: Any, vllm: SimpleNamespace) -> None:
     plugin.register()
     part = config()
