@@ -26,7 +26,7 @@ from moe_fair.core.plan import GroupPlan
 from moe_fair.core.ranking import rank
 from moe_fair.core.units import Scores, Statistics, UnitGroup
 from moe_fair.moe.criteria import criteria
-from moe_fair.moe.statistics.counterfactual import in_first_half
+from moe_fair.moe.halves import in_first_half
 
 MASS, WHOLE, HALF = "gate", "removed_gram", "removed_half_sq"
 TAYLOR, FISHER = "taylor-sq", "counterfactual-fisher"

@@ -7,7 +7,9 @@ original layer's: what earlier layers got wrong is made good as far as this one 
 routed output does not simply add to the layer's output, it is fitted to the original's routed
 output instead. Everything folds into tensors that are there, so the checkpoint stays stock.
 
-A held-out share of the sequences decides how strongly a fit is regularised, and whether it helps.
+Text that has not taught decides how strongly a fit is regularised, and whether it helps: that of
+domains which are left out, others for each layer, where there are several; then a held-out share of
+the sequences.
 
 Shape legend: T tokens, K top-k, D model.
 """
@@ -15,7 +17,8 @@ Shape legend: T tokens, K top-k, D model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,7 @@ from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.domain_folds import domain_folds
 from moe_fair.moe.hidden_states import HiddenStates
 from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_for
 from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExamples
@@ -47,7 +51,7 @@ ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 # (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
 Fits = Callable[..., Iterator[tuple[float, Tensor]]]
-REPAIR_FORMAT = "moe_fair.repair/1"
+REPAIR_FORMAT = "moe_fair.repair/2"
 
 
 class Repairer:
@@ -153,7 +157,7 @@ class Repairer:
             for j in range(len(batches)):
                 pruned[j] = calls[j].run(layer, pruned[j])
             return found
-        text = _Text(kinds, self.sparing)
+        text = _Text(kinds, self._left_out(block, batches), self.sparing)
         given = HiddenStates((), self.engine.layered.device, apart=self.sparing)
         changes = torch.zeros(2, dtype=torch.float32, device=self.engine.layered.device)
 
@@ -187,7 +191,7 @@ class Repairer:
                 target = (precise(original[j]) - precise(rest)).flatten(0, -2) / share
                 if split is None:
                     target += watch.y
-            text.add(j, watch, target)
+            text.add(j, batches[j].domain, watch, target)
         found, on_all = _fit(block, self.kind, *text.joined(), keep=not self.sparing)
         if self.trains:
             examples: Examples
@@ -210,6 +214,17 @@ class Repairer:
         for j in range(len(batches)):
             pruned[j] = out(j)
         return found
+
+    def _left_out(self, block: MoeBlock, batches: Sequence[Batch]) -> set[int]:
+        """Domains whose text chooses a layer's ridge in place of teaching: others for each layer.
+
+        None where no part of the domains can be left out.
+        """
+        sizes: Counter[int] = Counter()
+        for b in batches:
+            sizes[b.domain] += len(b.mask)
+        folds = domain_folds(sizes)
+        return folds[sorted(self.blocks).index(block.layer) % len(folds)] if folds else set()
 
     def _train(self, examples: Examples, block: MoeBlock, epochs: int) -> Distillation:
         """Train the block; where its float32 weights and moments do not fit, parts one by one.
@@ -336,28 +351,31 @@ class _Text:
     """What went into the pruned layer's experts, and what should come out.
 
     Args:
+        left: domains whose text comes last of what teaches.
         apart: it lies in main memory until it is joined.
     """
 
-    def __init__(self, kinds: Kinds, apart: bool) -> None:
-        self.kinds, self.apart = kinds, apart
-        self._parts: dict[bool, list[tuple[Tensor, ...]]] = {False: [], True: []}
+    def __init__(self, kinds: Kinds, left: Collection[int], apart: bool) -> None:
+        self.kinds, self.left, self.apart = kinds, left, apart
+        # what teaches, of other domains and of these; then what judges
+        self._parts: list[list[tuple[Tensor, ...]]] = [[], [], []]
 
-    def add(self, j: int, watch: BlockRecorder, target: Tensor) -> None:
+    def add(self, j: int, domain: int, watch: BlockRecorder, target: Tensor) -> None:
         part: tuple[Tensor, ...] = (watch.x, watch.index, watch.weights, target)
         self.device = target.device
-        for judging, parts in self._parts.items():
+        for judging in (False, True):
             if self.kinds.counts[judging][j]:
                 kept = tuple(self.kinds.some(t, j, judging) for t in part)
-                parts.append(tuple(t.cpu() for t in kept) if self.apart else kept)
+                place = 2 if judging else int(domain in self.left)
+                self._parts[place].append(tuple(t.cpu() for t in kept) if self.apart else kept)
 
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """Those that teach, then those that judge; how many teach."""
-        learn = sum(len(part[0]) for part in self._parts[False])
-        columns = zip(*self._parts[False], *self._parts[True], strict=True)
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Those that teach, then those that judge; how many teach, of other domains and of all."""
+        others, left = (sum(len(part[0]) for part in parts) for parts in self._parts[:2])
+        columns = zip(*(part for parts in self._parts for part in parts), strict=True)
         x, ids, weights, target = (torch.cat(t).to(self.device) for t in columns)
         self._parts.clear()
-        return x, ids, weights, target, learn
+        return x, ids, weights, target, (others, others + left)
 
 
 def _fit(
@@ -367,14 +385,18 @@ def _fit(
     ids: Tensor,
     weights: Tensor,
     target: Tensor,
-    learn: int,
+    counts: tuple[int, int],
     *,
     keep: bool = True,
 ) -> tuple[LayerRepair, Tensor | None]:
-    """Choose the ridge on the held-out tokens, and write the fit on the others into the block.
+    """Choose the ridge on text that the fits have not seen, and write the fit into the block.
+
+    Where some of what teaches is of domains that are left out, they choose the ridge, and whether
+    there is a fit at all; else the held-out tokens do, who judge the fit in any case.
 
     Args:
-        learn: so many tokens teach, the rest judge.
+        counts: so many tokens teach, without the domains that are left out and with them; the
+            rest judge.
         keep: of the experts' hidden activations what is small, see `RoutedOutput`.
 
     Returns:
@@ -382,21 +404,43 @@ def _fit(
         taught them, so that nothing that comes after can be compared with them.
     """
     target = precise(target)
+    others, learn = counts
     if not 0 < learn < len(x):
         # too few sequences to hold one out: every fifth token, weaker evidence
         judge = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
         order = torch.argsort(judge.to(torch.uint8), stable=True)
         x, ids, weights, target = x[order], ids[order], weights[order], target[order]
-        learn = len(x) - len(x) // HELD_OUT
+        others = learn = len(x) - len(x) // HELD_OUT
     routed = RoutedOutput(block.experts, x, ids, weights, keep=keep)
     fitting, judging = routed.split(learn)
-    before = error(judging.output(read_down(block.experts)), target[learn:])
     path: Fits = getattr(kind, "path", None) or partial(_one_by_one, kind)
-    after, ridge, best = float("inf"), 0.0, None
-    for tried, w in path(fitting, target[:learn], kind.ridges):
-        now = error(judging.output(w), target[learn:])
-        if (now, tried) < (after, ridge):
-            after, ridge, best = now, tried, w if keep else w.cpu()
+
+    def chosen(
+        teach: RoutedOutput, judge: RoutedOutput, at: int, end: int
+    ) -> tuple[float, float, float, Tensor | None]:
+        """The error before and with the best ridge, that and its fit.
+
+        Args:
+            at: so many tokens teach; those from here to `end` judge.
+        """
+        before = error(judge.output(read_down(block.experts)), target[at:end])
+        after, ridge, best = float("inf"), 0.0, None
+        for tried, w in path(teach, target[:at], kind.ridges):
+            now = error(judge.output(w), target[at:end])
+            if (now, tried) < (after, ridge):
+                after, ridge, best = now, tried, w if keep else w.cpu()
+        return before, after, ridge, best
+
+    if 0 < others < learn:
+        elsewhere, after, ridge, best = chosen(*fitting.split(others), others, learn)
+        before = error(judging.output(read_down(block.experts)), target[learn:])
+        if best is not None and after < elsewhere:
+            [(_, w)] = path(fitting, target[:learn], [ridge], best)
+            after, best = error(judging.output(w), target[learn:]), w if keep else w.cpu()
+        else:
+            best = None
+    else:
+        before, after, ridge, best = chosen(fitting, judging, learn, len(x))
     if best is None or not after < before or before < ROUNDING:
         return LayerRepair(block.name, "none", 0.0, before, before), None
     [(_, w)] = path(routed, target, [ridge], best)

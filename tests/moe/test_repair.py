@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
-from moe_fair.moe.repair import LayerRepair, Repairer
+from moe_fair.moe.repair import LayerRepair, Repairer, _fit, error
 from moe_fair.moe.repairs import refit, repair, repairs
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut
@@ -167,6 +168,71 @@ def test_fits_equal_their_closed_forms(kind: str) -> None:
     assert error(short) - error(best) < 0.05 * (error(a * flat) - error(best))
 
 
+def test_domains_that_are_left_out_choose_the_ridge() -> None:
+    """Against fits one by one; what is held out of the same domains would choose another."""
+    block, watch = one_layer("qwen2_moe")
+    with torch.no_grad():
+        phi, w0 = design(block, watch), read_down(block.experts)
+        draw = torch.Generator().manual_seed(4)
+        moved = w0.flatten(0, 1) + w0.std() * torch.randn(
+            phi.shape[1], w0.shape[2], generator=draw, dtype=phi.dtype
+        )
+        others, learn = 200, 280
+        target = phi @ moved
+        left = slice(others, learn)
+        target[left] = 0.5 * watch.y[left] + 0.5 * target[left]
+        target += 0.1 * target.std() * torch.randn(target.shape, generator=draw, dtype=phi.dtype)
+        given = (watch.x, watch.index, watch.weights)
+
+        def fitted(teach: slice, ridge: float) -> Tensor:
+            routed = RoutedOutput(block.experts, *(t[teach] for t in given))
+            return refit.fit(routed, target[teach], ridge)
+
+        def wrong(w: Tensor, at: slice) -> float:
+            return error(phi[at] @ w.flatten(0, 1), target[at])
+
+        by_left = min(refit.ridges, key=lambda r: wrong(fitted(slice(others), r), left))
+        held = slice(learn, None)
+        by_held = min(refit.ridges, key=lambda r: wrong(fitted(slice(learn), r), held))
+        want = wrong(fitted(slice(learn), by_left), held)
+        stock = read_down(block.experts)
+        for counts, ridge in (((others, learn), by_left), ((learn, learn), by_held)):
+            write_down(block.experts, stock)
+            done, _ = _fit(block, repair("refit"), *given, target, counts)
+            assert (done.repair, done.ridge) == ("refit", ridge)
+            if ridge == by_left:
+                assert done.after == pytest.approx(want, rel=1e-6)
+                assert wrong(read_down(block.experts), held) == pytest.approx(want, rel=1e-6)
+    assert by_left > by_held
+
+
+def test_a_fit_that_helps_no_domain_but_those_it_was_taught_by_is_not_taken() -> None:
+    block, watch = one_layer("qwen2_moe")
+    with torch.no_grad():
+        others, learn = 200, 280
+        target = 3 * watch.y
+        target[others:learn] = watch.y[others:learn]
+        given = (watch.x, watch.index, watch.weights)
+        before = read_down(block.experts)
+        done, on_all = _fit(block, repair("scale"), *given, target, (others, learn))
+        assert (done.repair, on_all) == ("none", None)
+        assert torch.equal(read_down(block.experts), before)
+        done, _ = _fit(block, repair("scale"), *given, target, (learn, learn))
+        assert done.repair == "scale"
+
+
+def test_each_layer_leaves_other_domains_out() -> None:
+    model = tiny_model("qwen2_moe").eval()
+    blocks = find_blocks(model)
+    kept = {b.name: list(range(4)) for b in blocks}
+    repairer = Repairer(StreamingEngine(LoadedLayers(model)), kept, "refit")
+    even = [b for d in (0, 1, 2) for b in [replace(batches()[0], domain=d)]]
+    found = [repairer._left_out(b, even) for b in blocks]
+    assert found == [{i % 3} for i in range(len(blocks))]
+    assert len(found) > 1
+    assert repairer._left_out(blocks[0], even[:1]) == set()
+
+
 def test_weights_go_back_where_they_came_from() -> None:
     for kind in ("qwen2_moe", "gpt_oss"):
         block, watch = one_layer(kind)
@@ -283,7 +349,8 @@ def test_a_walk_goes_on_where_it_was_killed(
     monkeypatch.setattr(repair("distill"), "path", lambda *a, **k: fits.append(1) or stock(*a, **k))
     resumed = copy.deepcopy(original)
     assert walk(resumed, kept, "distill", tmp_path / "w") == done
-    assert len(fits) == 2  # of the last layer alone: on a part of the text, then on all
+    # of the last layer alone: without the domains left out, with them, then on all
+    assert len(fits) == 3
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 

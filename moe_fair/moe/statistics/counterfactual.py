@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.moe.blocks import MoeBlock
+from moe_fair.moe.halves import in_first_half
 from moe_fair.moe.rerouting import Candidates, Rerouting
 from moe_fair.moe.statistic import Pass, Statistic
 
@@ -73,8 +74,3 @@ def backward(seen: Pass) -> dict[str, Tensor]:
         "removed_gram": delta.T @ delta,
         "removed_half_sq": half @ by_sequence.square().sum(1),
     }
-
-
-def in_first_half(sequence_ids: Tensor) -> Tensor:
-    """[B] whether a sequence is of the first half: every other one, so of every domain's text."""
-    return sequence_ids % 2 == 0
