@@ -104,8 +104,17 @@ def test_the_order_of_neurons_is_free(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in SERVED if k not in KINDS])
-def test_the_order_of_neurons_is_free_in_every_family(kind: str) -> None:
+def test_every_family_has_neurons_in_any_order_and_logits(kind: str) -> None:
     check_order_is_free(kind)
+    model = tiny_model(kind).eval()
+    blocks = [b for b in find_blocks(model) if b.table is None]  # of the others nothing is merged
+    groups = tuple(b.unit_group(4.0) for b in blocks)
+    wanted = families("similarity", taylor=False)
+    with ExpertCollector(blocks, groups, DOMAINS, wanted) as collector:
+        ResidentEngine(model).run(batches(), collector, backward=False)
+    for sums in collector.statistics().sums.values():
+        assert float(sums["router_gram"].diagonal(dim1=1, dim2=2).min()) > 0
+        assert float(sums["gated_output"].abs().max()) > 0
 
 
 def test_neurons_are_matched_as_by_brute_force() -> None:
