@@ -10,9 +10,9 @@ import pytest
 import torch
 from flow import original
 from packing import fp8
-from places import MODEL
+from places import CALIBRATION, MODEL
 from safetensors.torch import load_file
-from test_merge import SMALL, kept_in_all, run
+from test_merge import kept_in_all, run
 from test_ream import collect
 from test_repair import batches, load
 from tiny import tiny_model
@@ -215,7 +215,7 @@ def test_the_command_merges_repairs_and_heals_in_one_go_as_from_a_plan(tmp_path:
     one, stats, plan, two, healed = (
         tmp_path / n for n in ("one", "stats", "plan.json", "two", "healed")
     )
-    text = SMALL[: SMALL.index("--no-taylor")]
+    text = ["-c", CALIBRATION, "--samples", 20, "--length", 64, "--batch-size", 4]
     run("prune", MODEL, "--experts", 45, *text, "--reduce", "ream", "--repair", "refit", "-o", one)
     run("calibrate", MODEL, *text, "--for", "reap,ream", "-o", stats)
     run("plan", stats, "--experts", 45, "--reduce", "ream", "-o", plan)
