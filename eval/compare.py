@@ -7,7 +7,8 @@
 A method is one of
 
 - `criterion/allocator` as `moe-fair prune` takes them, with `+repair` behind it where the remaining
-  experts shall be repaired: `fair/tod`, `reap/uniform+distill`; `+merge` merges and cuts nothing;
+  experts shall be repaired: `fair/tod`, `reap/uniform+distill`; `+merge` and `+ream` merge
+  experts, and are repaired with `+merge+refit`;
 - `criterion/evoesap`: its order, with the budget that `eval/evoesap.py` finds on the calibration
   text in `--evaluations`;
 - a recipe's file, called by its name: `recipes/rivals/reap.yaml` is `reap`;
@@ -299,33 +300,29 @@ class Subject:
 
     def cut(self, plan: Plan, chosen: Recipe) -> nn.Module:
         """A copy of the model, pruned or merged, and repaired."""
-        import torch
 
         from moe_fair.engines.loaded import LoadedLayers
         from moe_fair.engines.streaming import StreamingEngine
         from moe_fair.moe.blocks import find_blocks
-        from moe_fair.moe.merge import merged_tensors, shares_of
-        from moe_fair.moe.repair import Repairer
+        from moe_fair.moe.merge import write_merged
+        from moe_fair.moe.repair import Repairer, put_merged
         from moe_fair.moe.surgery import cut
         from moe_fair.pipelines.repair import repair_kind, repair_text
 
         pruned = copy.deepcopy(self.model)
-        kind = None if plan.merges else repair_kind(chosen, self.source)
-        if kind is not None:
-            engine = StreamingEngine(LoadedLayers(pruned))
-            text = repair_text(chosen, self.source, self.text, kind, engine)
-            Repairer(engine, plan.kept, kind).run(text)
-            return pruned
-        groups = {g.name: g for g in plan.groups if g.merged}
-        merged = {}
-        for block in find_blocks(self.model):
-            if block.name in groups:
-                merged |= merged_tensors(block, shares_of(groups[block.name]))
-        cut(pruned, plan.kept)
-        parameters = dict(pruned.named_parameters())
-        with torch.no_grad():
-            for name, tensor in merged.items():
-                parameters[name].copy_(tensor)
+        kind = repair_kind(chosen, self.source, merges=plan.merges)
+        with tempfile.TemporaryDirectory() as work:
+            merged = Path(work) / "merged"
+            if plan.merges:
+                write_merged(self.source, plan, merged)
+            if kind is not None:
+                engine = StreamingEngine(LoadedLayers(pruned))
+                text = repair_text(chosen, self.source, self.text, kind, engine)
+                Repairer(engine, plan.kept, kind, merged=merged).run(text)
+                return pruned
+            cut(pruned, plan.kept)
+            for block in find_blocks(pruned):
+                put_merged(block, merged, None)
         return pruned
 
 
@@ -358,8 +355,10 @@ def settings(method: str) -> Row:
         return dict(read_settings(Path(method)))
     rest, _, kind = method.partition("+")
     name, _, allocate = rest.partition("/")
-    if kind == "merge":
-        return {"method": name, "allocate": allocate or None, "reduce": "merge"}
+    how, _, repair = kind.partition("+")
+    if how in ("merge", "ream"):
+        chosen = {"method": name, "allocate": allocate or None, "reduce": how}
+        return {**chosen, "repair": repair or "none"}
     rule = None if _searches(method) else allocate or None
     return {"method": name, "allocate": rule, "repair": kind or "none"}
 

@@ -129,6 +129,11 @@ class PlanFields:
         return any(g.merged for g in self.groups)
 
     @property
+    def aligned(self) -> bool:
+        """Units are merged neuron by neuron."""
+        return self.merges and self.recipe.get("reduce") == "ream"
+
+    @property
     def uniform(self) -> bool:
         """Every group keeps the same number of units."""
         return len({len(g.kept) for g in self.groups}) == 1

@@ -166,7 +166,7 @@ class Recipe:
     for_: tuple[str, ...] | None = setting(
         None,
         "Collect exactly what these methods need, as reap,fair-u: `criterion`, "
-        "`criterion/allocator`, merge, or default for what is collected without this",
+        "`criterion/allocator`, merge, ream, or default for what is collected without this",
         panel=TEXTS, commands=("calibrate",), shown=True, parse=_names,
         usual="what the default, its rivals and most criteria need",
     )  # fmt: skip
@@ -276,9 +276,10 @@ class Recipe:
     )  # fmt: skip
     reduce: str = setting(
         "prune",
-        "prune, or merge: average clusters of experts with like outputs into one each (HC-SMoE); "
-        "budget by frequency and uniform unless a method is given, no repair",
-        panel=SCORES, commands=DECIDES, choices=("prune", "merge"),
+        "prune; merge: average clusters of experts with like outputs into one each (HC-SMoE); or "
+        "ream: average the others into those that stay, neuron by neuron (REAM). Both have uniform "
+        "budgets, by frequency or by reap, unless a method is given, and --repair only where given",
+        panel=SCORES, commands=DECIDES, choices=("prune", "merge", "ream"),
     )  # fmt: skip
     hash_layers: str | None = setting(
         None,

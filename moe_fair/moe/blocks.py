@@ -137,6 +137,11 @@ class MoeBlock:
         """The experts' weights, [E, ...] each."""
         return [p for p in self.experts.parameters() if p.dim() == 3]
 
+    @property
+    def transposed(self) -> bool:
+        """The experts' matrices are kept [in, out]."""
+        return bool(getattr(self.experts, "is_transposed", False))
+
     def floor(self) -> int:
         """Fewest experts that routing can work with."""
         if self.n_group == 1:

@@ -25,7 +25,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.conversion import Conversion
 from moe_fair.moe.expert_lists import renumbered
 from moe_fair.moe.mtp import settings_of
-from moe_fair.moe.overlay import with_repairs
+from moe_fair.moe.overlay import with_changes
 from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.side_files import QUANTISATION, READER_CLASSES, SideFiles, side_files
 from moe_fair.moe.surgery import check_all
@@ -52,6 +52,7 @@ def write_model(
     repaired: Path | None = None,
     drop_heads: bool = False,
     conversion: Conversion | None = None,
+    merged: Path | None = None,
 ) -> SideFiles:
     """Write the pruned weights, config, modeling file and side files into `folder`.
 
@@ -64,6 +65,7 @@ def write_model(
         drop_heads: leave out heads for multi-token prediction; else those that `kept` does not name
             stay whole.
         conversion: what the weights become on the way out; by default they are stored as they are.
+        merged: folder of layers whose experts were merged, from which the repairs went on.
 
     Returns:
         what lay beside the original's weights and went along, and what did not.
@@ -83,8 +85,9 @@ def write_model(
         plain = list(repacking.plain(cut_tensors(source.tensors, source.parts, kept)))
         settings = partial(conversion.config, stays=plain)
     _write_config(source, kept, folder, drop_heads, settings)
-    if repaired is not None:
-        tensors = with_repairs(source, kept, repaired, repacking)
+    changed = [folder for folder in (merged, repaired) if folder is not None]
+    if changed:
+        tensors = with_changes(source, kept, changed, repacking)
     else:
         tensors = cut_tensors(source.tensors, source.parts, kept)
         if conversion is not None:

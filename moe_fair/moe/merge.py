@@ -19,7 +19,7 @@ Shape legend: E experts, D model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +33,12 @@ from moe_fair.core.criterion import mean_over_tokens, round_significant
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.units import GroupView, Statistics
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.neurons import NeuronAxis, matched, neuron_axes
 
 if TYPE_CHECKING:  # a plan of clusters is made without transformers
     from moe_fair.moe.checkpoint_source import Checkpoint
 
+name = "merge"  # of --reduce
 needs = ("tokens", "output")  # of the statistics
 # kept id -> id of each expert of the cluster -> its weight
 Shares = Mapping[int, Mapping[int, float]]
@@ -106,12 +108,15 @@ def clusters(output: Tensor, count: int, blocks: int = 1) -> list[list[int]]:
     return found
 
 
-def check_mergeable(source: Checkpoint) -> None:
+def check_mergeable(source: Checkpoint, *, aligned: bool = False) -> None:
     """The weights can be averaged.
+
+    Args:
+        aligned: neuron by neuron.
 
     Raises:
         ValueError: they are stored in a layout that new values cannot be written in, or
-            chosen by a table of token ids.
+            chosen by a table of token ids; or where their neurons lie is not known.
     """
     from moe_fair.moe.overlay import check_layouts
 
@@ -120,6 +125,9 @@ def check_mergeable(source: Checkpoint) -> None:
             f"{source.model}: a table of token ids does not lead to merged experts; use "
             "--hash-layers keep or --reduce prune"
         )
+    if aligned:
+        for block in source.blocks:
+            neuron_axes(block)
     check_layouts(source)
 
 
@@ -131,7 +139,7 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
     """
     from moe_fair.engines.layers import LayeredModel
     from moe_fair.moe.engine_choice import weight_dtype
-    from moe_fair.moe.overlay import ORIGINAL, original_tensors
+    from moe_fair.moe.overlay import ORIGINAL, layer_file, original_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
     cpu = torch.device("cpu")
@@ -150,9 +158,9 @@ def write_merged(source: Checkpoint, plan: Plan, folder: Path) -> None:
             continue
         block = blocks[group.name]
         with layered.layer(block.layer):
-            new = merged_tensors(block, shares_of(group))
+            new = merged_tensors(block, shares_of(group), aligned=plan.aligned)
             old = original_tensors(block, group.kept[0])
-        path = folder / f"layer-{block.layer:05d}.safetensors"
+        path = layer_file(folder, block)
         partial = path.with_suffix(".partial")
         save_file({**new, **{ORIGINAL + n: old[n] for n in new}}, partial)
         partial.rename(path)
@@ -166,27 +174,69 @@ def shares_of(group: GroupPlan) -> Shares:
     }
 
 
-def merged_tensors(block: MoeBlock, shares: Shares) -> dict[str, Tensor]:
-    """Name in the model -> the merged tensor, of every parameter of the block's experts."""
+def merged_tensors(block: MoeBlock, shares: Shares, *, aligned: bool = False) -> dict[str, Tensor]:
+    """Name in the model -> the merged tensor, of every parameter of the block's experts.
+
+    Args:
+        aligned: the neurons of what is merged are first put into the order of the kept expert's.
+    """
     every = {id(p): n for n, p in block.block.named_parameters()}
     routed = set(block.routed)
+    axes = neuron_axes(block) if aligned else {}
+    orders = dict(_orders(block, shares, axes)) if aligned else {}
+    inside = {id(p): n for n, p in block.experts.named_parameters()}
     found = {}
     for axis in block.tensors():
         p = getattr(axis.module, axis.tensor)
         if axis in routed or id(p) not in every:
             continue
-        found[f"{block.name}.{every[id(p)]}"] = _average(p.detach(), shares, block.num_experts)
+        neurons = axes.get(inside[id(p)])
+        average = _average(p.detach(), shares, block.num_experts, neurons, orders)
+        found[f"{block.name}.{every[id(p)]}"] = average
     return found
 
 
-def _average(t: Tensor, shares: Shares, size: int) -> Tensor:
+def _orders(
+    block: MoeBlock, shares: Shares, axes: Mapping[str, NeuronAxis | None]
+) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that is merged into another, and the order of its neurons that is the other's."""
+    size = block.num_experts
+    tensors = {n: p.detach() for n, p in block.experts.named_parameters()}
+    for kept, members in shares.items():
+        for other in members.keys() - {kept}:
+            parts = []
+            for n, axis in axes.items():
+                if axis is not None:
+                    one, two = (_of_expert(tensors[n], e, size) for e in (kept, other))
+                    parts.append((axis, one, two))
+            yield other, matched(parts)
+
+
+def _of_expert(t: Tensor, expert: int, size: int) -> Tensor:
+    """One expert's part: of [E, ...] without that axis; several rows where the axis is longer."""
+    width = len(t) // size
+    return t[expert] if width == 1 else t[expert * width : (expert + 1) * width]
+
+
+def _average(
+    t: Tensor,
+    shares: Shares,
+    size: int,
+    neurons: NeuronAxis | None,
+    orders: Mapping[int, Tensor],
+) -> Tensor:
     """[kept, ...] from [E, ...]; several rows an expert where the first axis is longer than E."""
     width = len(t) // size
     parts = []
     for members in shares.values():
-        rows = [t[m * width : (m + 1) * width] for m in members]
+        rows = [_of_expert(t, m, size) for m in members]
+        if neurons is not None:
+            rows = [
+                neurons.permuted(r, orders[m]) if m in orders else r
+                for m, r in zip(members, rows, strict=True)
+            ]
         if len(rows) > 1:
             weighted = [r.double() * s for r, s in zip(rows, members.values(), strict=True)]
             rows = [torch.stack(weighted).sum(0).to(t.dtype)]
-        parts.append(rows[0])
+        parts.append(rows[0] if width > 1 else rows[0].unsqueeze(0))
     return torch.cat([*parts, t[width * size :]])

@@ -31,6 +31,11 @@ TYPES = {
 }  # fmt: skip
 
 
+def layer_file(folder: Path, block: MoeBlock) -> Path:
+    """Where what changed in a block's layer lies."""
+    return folder / f"layer-{block.layer:05d}.safetensors"
+
+
 def original_tensors(block: MoeBlock, expert: int) -> dict[str, Tensor]:
     """Name in the model -> the original tensor, of one expert where it has an expert axis."""
     size = block.num_experts
@@ -79,15 +84,16 @@ def check_layouts(source: Checkpoint) -> None:
                 raise UnknownLayoutError(f"{e}; use --repair none and --reduce prune") from e
 
 
-def with_repairs(
+def with_changes(
     source: Checkpoint,
     kept: Mapping[str, Sequence[int]],
-    folder: Path,
+    folders: Sequence[Path],
     repacking: Repacking | None = None,
 ) -> Iterator[StoredTensor]:
-    """The tensors of the pruned checkpoint, with those that the repairs in `folder` changed.
+    """The tensors of the pruned checkpoint, with those that merging and repairs changed.
 
     Args:
+        folders: where the changed ones lie; what several have is the last one's.
         repacking: its packed weights, where there are some.
 
     Raises:
@@ -97,18 +103,19 @@ def with_repairs(
     stored = {find(t.name).name: t for t in source.tensors}
     new: dict[str, StoredTensor] = {}
     originals: dict[str, Tensor] = {}
-    written = fresh(folder / "stored")
     packed: dict[str, StoredTensor] = {}  # name in the result -> the tensor
-    for file in sorted(folder.glob("layer-*.safetensors")):
+    written = {folder: fresh(folder / "stored") for folder in folders}
+    for file in (f for folder in folders for f in sorted(folder.glob("layer-*.safetensors"))):
+        into = written[file.parent]
         with safe_open(file, framework="pt") as f:
             names = [n for n in f.keys() if n.startswith(ORIGINAL)]  # noqa: SIM118
             originals |= {n.removeprefix(ORIGINAL): f.get_tensor(n) for n in names}
         if repacking is not None:
-            again = _packed(file, repacking, originals, written / f"packed-{file.name}")
+            again = _packed(file, repacking, originals, into / f"packed-{file.name}")
             packed |= {t.name: t for t in again}
         plain = _as_stored(file, stored, find, repacking)
-        save_file(plain, written / file.name)
-        new |= {t.name: t for t in stored_tensors(written / file.name)}
+        save_file(plain, into / file.name)
+        new |= {t.name: t for t in stored_tensors(into / file.name)}
     converts = repacking is not None and repacking.conversion is not None
     for t in source.tensors:
         where, part = find(t.name), source.parts.get(t.name)

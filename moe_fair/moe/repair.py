@@ -39,7 +39,7 @@ from moe_fair.moe.layer_distillation import Distillation, distill_layer, epochs_
 from moe_fair.moe.layer_examples import BlockExamples, Examples, Kinds, LayerExamples
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.layer_split import split_of
-from moe_fair.moe.overlay import ORIGINAL, original_tensors
+from moe_fair.moe.overlay import ORIGINAL, layer_file, original_tensors
 from moe_fair.moe.repacking import PACKED, Repacking, StoredLayer
 from moe_fair.moe.repairs import Repair, check_repairable, repair
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
@@ -67,6 +67,8 @@ class Repairer:
         sparing: what is not in use lies in main memory, hidden activations are computed again, and
             experts are trained in parts where all of them do not fit.
         repacking: of a checkpoint whose weights are packed; layers are judged as they are stored.
+        merged: folder of merged layers (`merge.write_merged`), where experts are merged: a layer
+            that is cut is given these before it is repaired.
 
     Raises:
         ValueError: no such repair, or experts that cannot be repaired.
@@ -82,9 +84,10 @@ class Repairer:
         key: str = "",
         sparing: bool = False,
         repacking: Repacking | None = None,
+        merged: Path | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.repacking, self.say = repacking, say
+        self.repacking, self.merged, self.say = repacking, merged, say
         self.engine, self.kept, self.folder, self.key = engine, kept, folder, key
         self.sparing = sparing
         self.kind: Repair = repair(kind)
@@ -150,6 +153,8 @@ class Repairer:
                 wanted.append(watch.y)
         originals = original_tensors(block, self.kept[block.name][0])
         cut_block(block, self.kept[block.name])
+        if self.merged is not None:
+            put_merged(block, self.merged, self.repacking)
         if self.repacking is not None:
             self.repacking.round(block)
         found = self._earlier(block)
@@ -256,7 +261,7 @@ class Repairer:
         return done
 
     def _path(self, block: MoeBlock) -> Path | None:
-        return self.folder / f"layer-{block.layer:05d}.safetensors" if self.folder else None
+        return layer_file(self.folder, block) if self.folder else None
 
     def _save(
         self,
@@ -307,6 +312,20 @@ def changed_tensors(block: MoeBlock, done: LayerRepair) -> dict[str, nn.Paramete
     down = ("down_proj", "down_proj_bias")
     changed = {id(p) for n, p in block.experts.named_parameters() if n in down}
     return {n: p for n, p in every.items() if id(p) in changed}
+
+
+def put_merged(block: MoeBlock, folder: Path, repacking: Repacking | None) -> None:
+    """Give a block that was cut what its experts are merged into, as the result will hold it."""
+    path = layer_file(folder, block)
+    if not path.is_file():  # of this layer none are
+        return
+    every = {f"{block.name}.{n}": p for n, p in block.block.named_parameters()}
+    with safe_open(path, framework="pt") as f:
+        for name in (n for n in f.keys() if not n.startswith(ORIGINAL)):  # noqa: SIM118
+            values = f.get_tensor(name)
+            if repacking is not None and name in repacking:
+                values = repacking.pack(name, values)[0]
+            every[name].data.copy_(values)
 
 
 def judges(batch: Batch) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from moe_fair.moe import token_table
 from moe_fair.moe.blocks import MoeBlock
@@ -222,6 +223,49 @@ class Rerouting:
         finally:
             for b, s in zip(biases, saved, strict=True):
                 b.data.copy_(s)
+
+
+class RouterLogits:
+    """What a router's linear map gives to every expert. Attach, run the model, then ask."""
+
+    def __init__(self, block: MoeBlock) -> None:
+        self.block = block
+        self._listen: _Listen
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Listen to what passes through the router from now on."""
+        router = self.block.router
+        self._handles = [
+            router.register_forward_pre_hook(self._begin),
+            router.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Leave the router as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def logits(self, tokens: int) -> Tensor:
+        """[T, E] of the last run, which was of so many tokens.
+
+        Raises:
+            ValueError: the router's code is not understood.
+        """
+        found, size = self._listen.logits, self.block.num_experts
+        if found is None or found.numel() != tokens * size:
+            raise ValueError(
+                f"{self.block.name}: the linear map of {type(self.block.router).__name__} was not "
+                "recognised, and experts are not compared by it; use --reduce merge"
+            )
+        return found.reshape(tokens, size)
+
+    def _begin(self, *_: Any) -> None:
+        self._listen = _Listen(self.block.num_experts)
+        self._listen.__enter__()
+
+    def _end(self, *_: Any) -> None:
+        self._listen.__exit__(None, None, None)
 
 
 def _same(t: Any, other: Tensor) -> bool:

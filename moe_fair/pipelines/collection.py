@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.recipe import Recipe, flag
 from moe_fair.core.units import Statistics
-from moe_fair.moe import merge
+from moe_fair.moe import merge, ream
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.statistics import Collected, collecting, families, names_of, statistics, unasked
 from moe_fair.pipelines.methods import Method, method, method_name
 from moe_fair.pipelines.rivals import with_method
 
 DEFAULT = "default"  # of --for: what is collected without it
-MERGE = "merge"  # of --for: what --reduce merge needs
+REDUCTIONS = {m.name: m for m in (merge, ream)}  # of --reduce, and of --for: what it needs
 # settings of earlier versions, for one release, and the families of their names: those that are
 # left out where they are false, and those that are collected where they are true
 USUAL, MORE = ("taylor", "counterfactual"), ("u_score", "gram", "alone")
@@ -40,6 +41,11 @@ def named(recipe: Recipe, name: str) -> Recipe:
     return with_method(recipe, name, "--for", "a repair needs no statistics; leave it out here")
 
 
+def reduction(name: str) -> ModuleType:
+    """What makes a plan's experts merge, with `needs` and `merging(plan, statistics, weights)`."""
+    return REDUCTIONS[name]
+
+
 def needed(recipe: Recipe) -> set[str]:
     """Names of the statistics that a recipe's method needs."""
     return needs_of(method(recipe), recipe.reduce)
@@ -50,7 +56,7 @@ def needs_of(its: Method, reduce: str) -> set[str]:
     removal, protection, rule = its
     found = {n for c in (removal, protection) if c is not None for n in c.needs}
     found |= set(getattr(allocator(rule), "needs", ()))
-    return found | set(merge.needs if reduce == "merge" else ())
+    return found | set(REDUCTIONS[reduce].needs if reduce in REDUCTIONS else ())
 
 
 def for_prune(recipe: Recipe, rivals: Iterable[Recipe] = ()) -> Collected:
@@ -100,7 +106,8 @@ def asked(recipe: Recipe, rivals: Mapping[str, Recipe]) -> Asked:
     if recipe.for_ is None:
         collected = _with_earlier(recipe, unasked("always", "usual").union(*found))
     else:
-        others = {DEFAULT: unasked("always", "usual"), MERGE: set(merge.needs)}
+        others = {n: set(m.needs) for n, m in REDUCTIONS.items()}
+        others[DEFAULT] = unasked("always", "usual")
         collected = collecting(set().union(*found, *(others.get(n, ()) for n in recipe.for_)))
     if recipe.rivals is None:
         methods = {n: m for n, m in methods.items() if n not in tried}
@@ -123,7 +130,7 @@ def _methods(recipes: Mapping[str, Recipe]) -> dict[str, Method]:
 
 def methods_for(recipe: Recipe) -> dict[str, Recipe]:
     """Name -> recipe of each method that `--for` names."""
-    return {n: named(recipe, n) for n in recipe.for_ or () if n not in (DEFAULT, MERGE)}
+    return {n: named(recipe, n) for n in recipe.for_ or () if n not in (DEFAULT, *REDUCTIONS)}
 
 
 def check_needs(recipe: Recipe) -> None:
@@ -165,7 +172,7 @@ def as_asked(recipe: Recipe) -> str:
         costs = needs(allocator(rule), "costs")
         names = [removal.name if costs else f"{removal.name}/{rule}"]
         names += [protection.name] if protection is not None else []
-    return ",".join([*names, *([MERGE] if recipe.reduce == "merge" else [])])
+    return ",".join([*names, *([recipe.reduce] if recipe.reduce in REDUCTIONS else [])])
 
 
 def _left_out(recipe: Recipe, statistic: str) -> str | None:

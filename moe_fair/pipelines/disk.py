@@ -26,13 +26,13 @@ def kept_on_average(source: Checkpoint, cut: ModelSize) -> int:
 
 
 def disk_needs(
-    recipe: Recipe, source: Checkpoint, after: ModelSize, *, rewrites: bool, tokens: int
+    recipe: Recipe, source: Checkpoint, after: ModelSize, *, rewrites: int, tokens: int
 ) -> dict[str, int]:
     """Bytes by what they are for.
 
     Args:
         after: size of the result, as it is stored.
-        rewrites: experts are repaired or merged.
+        rewrites: 1 where experts are repaired or merged, 2 where they are both.
         tokens: of the calibration text.
     """
     found = {"result": after.bytes}
@@ -41,7 +41,7 @@ def disk_needs(
         if source.packing is not None:  # packed, and in the type of the weights in memory
             item = weight_dtype(source, recipe.dtype, pick_device(recipe.device)).itemsize
             each += item * sum(g.unit_parameters for g in source.groups)
-        found["meanwhile"] = each * kept_on_average(source, after)
+        found["meanwhile"] = rewrites * each * kept_on_average(source, after)
     if recipe.heal:  # the original's predictions, and what is kept
         found["healing"] = tokens * TOP * 8 + after.bytes
     return found

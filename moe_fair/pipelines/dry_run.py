@@ -356,6 +356,6 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
 def _disk(job: Job, output: Path) -> dict[str, int]:
     """Bytes of the disk that the result shall lie on."""
     tokens = job.text.tokens if job.text is not None else 0
-    rewrites = job.repair is not None or merges_experts(job.recipe, job.plan)
+    rewrites = (job.repair is not None) + merges_experts(job.recipe, job.plan)
     needs = disk_needs(job.recipe, job.source, job.after, rewrites=rewrites, tokens=tokens)
     return {"free": free_space(find_place(output).partial), **needs}

@@ -12,6 +12,7 @@ from moe_fair.pipelines.serving import allocator_for
 
 Method = tuple[Criterion, Criterion | None, str]
 # methods that pair a removal score with |Taylor|, by ToD
+MERGING = {"merge": "frequency", "ream": "reap"}  # what merging has, where none is named
 PAIRS = {"fair": "routed-mass", "fair-u": "u-score"}
 
 
@@ -23,8 +24,9 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
     agree on it (evidence: eval/LAB.md). `fair` is FAIR-Pruner's rule:
     routed output mass against |Taylor|, allocated by ToD; `fair-u` its pairing to the letter,
     U-Score between calibration domains against |Taylor|. The name of a criterion is that criterion
-    with a uniform budget, as its paper has it, or with the allocator of the same name. Merging
-    chooses its experts itself and only takes its budget from here: uniform, as its paper has it.
+    with a uniform budget, as its paper has it, or with the allocator of the same name. HC-SMoE's
+    merging chooses its experts itself and only takes its budget from here: uniform, as its paper
+    has it; REAM's takes its centroids, too.
     """
     name, parts = method_name(recipe), recipe.parts
     rule, wanted = parts["allocate"], parts["protection"]
@@ -59,7 +61,7 @@ def method_name(recipe: Recipe) -> str:
         return name
     if recipe.tolerance is not None:
         return "fair"
-    return "frequency" if recipe.reduce == "merge" else "second-order"
+    return MERGING.get(recipe.reduce, "second-order")
 
 
 def check_names(recipe: Recipe, repairs: bool = False) -> None:

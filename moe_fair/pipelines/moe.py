@@ -58,6 +58,7 @@ __all__ = [
     "FOLDER", "Pruned", "calibrate", "calibration_set", "heldout_set", "open_model", "oracle",
     "plan", "prune",
 ]  # fmt: skip
+MERGED = "merged"  # where a run keeps what merged experts become
 # of the settings that a run may have no use for, those that `calibrate` takes
 OF_CALIBRATE = (
     "trial_samples", "curve_samples", "max_memory", "checkpointing", "device_map",
@@ -218,6 +219,7 @@ def _prune(
     statistics = run.measure() if job.plan is None else None
     made = team.broadcast(lambda: run.decide(statistics))
     if team.first:
+        run.merge(made)
         repairs = run.cut(made, run.repair(made))
     healing = run.heal()
     if team.first:
@@ -277,11 +279,16 @@ class _Pruning:
         job = self.job
         needs = disk_needs(
             self.recipe, self.source, job.stored(made.after),
-            rewrites=job.repair is not None or bool(made.merges),
+            rewrites=(job.repair is not None) + made.merges,
             tokens=job.text.tokens if job.text is not None else 0,
         )  # fmt: skip
         check_room(needs, self.output, self.place, self.work)
         return made
+
+    def merge(self, made: Plan) -> None:
+        """What experts that are merged become; the repair goes on from there."""
+        if made.merges:
+            write_merged(self.source, made, fresh(self.work / MERGED))
 
     def repair(self, made: Plan) -> list[LayerRepair]:
         """What the remaining experts become; the cut writes it."""
@@ -290,25 +297,23 @@ class _Pruning:
         assert self.job.text is not None
         home = self.work / "repair"
         return repair_model(
-            self.recipe, self.source, self.job.text, made.kept, self.job.repair, home, self.say,
-            self.job.conversion,
+            self.recipe, self.source, self.job.text, made, self.job.repair, home, self.say,
+            self.job.conversion, self.work / MERGED,
         )  # fmt: skip
 
     def cut(self, made: Plan, repairs: list[LayerRepair]) -> list[LayerRepair]:
         """The repaired or merged checkpoint, under the temporary name; the repairs it holds."""
-        changed = self.work / "repair" if repairs else None
+        merged = self.work / MERGED if made.merges else None
+        repaired = self.work / "repair" if repairs else None
         fresh(self.folder)
         self.say(f"cutting {made.before.parameters:,} parameters to {made.after.parameters:,}")
         started = time.perf_counter()
-        if made.merges:
-            changed = fresh(self.work / "merged")
-            write_merged(self.source, made, changed)
         write = partial(
             write_model, self.source, made.kept, self.folder, drop_heads=made.mtp == "drop",
-            conversion=self.job.conversion,
+            conversion=self.job.conversion, merged=merged,
         )  # fmt: skip
         try:
-            beside = write(repaired=changed)
+            beside = write(repaired=repaired)
         except UnknownLayoutError as e:  # what headers could not tell before
             if made.merges:
                 raise

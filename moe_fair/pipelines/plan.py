@@ -13,7 +13,7 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.moe.coverage import coverage
 from moe_fair.pipelines.checks import check_hash_layers, check_target, method, planned
-from moe_fair.pipelines.collection import check_held
+from moe_fair.pipelines.collection import check_held, reduction
 from moe_fair.pipelines.mtp_heads import choose_heads, head_scores, size_without, with_heads
 
 
@@ -52,8 +52,6 @@ def plan(statistics: Statistics, recipe: Recipe) -> Plan:
     found = coverage(made.groups, statistics, removal, recipe.weights)
     if found is not None:
         made = replace(made, explanation={**made.explanation, "coverage": asdict(found)})
-    if recipe.reduce != "merge":
+    if recipe.reduce == "prune":
         return made
-    from moe_fair.moe.merge import merging
-
-    return merging(made, statistics, recipe.weights)
+    return reduction(recipe.reduce).merging(made, statistics, recipe.weights)

@@ -20,6 +20,7 @@ from moe_fair.core.recipe import PLANNING, Recipe
 from moe_fair.core.sizes import parse_size
 from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import Team
+from moe_fair.moe import ream
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import check_writable
@@ -171,8 +172,9 @@ def check_prune(
     conversion = _conversion(recipe, source)
     merges = merges_experts(recipe, ready)
     if merges:
-        check_mergeable(source)
-    kind = None if merges else repair_kind(recipe, source, say)
+        aligned = (recipe.reduce == ream.name) if ready is None else ready.aligned
+        check_mergeable(source, aligned=aligned)
+    kind = repair_kind(recipe, source, say, merges=merges)
     if recipe.heal:
         check_healable(source)
     uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
@@ -209,7 +211,7 @@ def check_prune(
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
     after = after if conversion is None else conversion.size(after)
     tokens, work = recipe.samples * recipe.length, place.beside("calibrating")
-    needs = disk_needs(recipe, source, after, rewrites=kind is not None or merges, tokens=tokens)
+    needs = disk_needs(recipe, source, after, rewrites=(kind is not None) + merges, tokens=tokens)
     say(team.broadcast(lambda: check_room(needs, output, place, work)))
     if statistics is not None and not run.measures:
         plan(statistics, recipe)  # it can be made
@@ -325,21 +327,22 @@ def merges_experts(recipe: Recipe, ready: Plan | None) -> bool:
     """Experts are merged; with a plan it is the plan that says so.
 
     Raises:
-        ValueError: recipe and plan contradict one another, or merged experts shall be repaired.
+        ValueError: recipe and plan contradict one another.
     """
-    merges = recipe.reduce == "merge" if ready is None else ready.merges
-    if recipe.reduce == "merge" and not merges:
+    how = recipe.reduce
+    if ready is None:
+        return how != "prune"
+    if how != "prune" and not ready.merges:
         raise ValueError(
-            "--reduce merge: the --plan removes experts and has no clusters; make it with "
-            "`moe-fair plan STATISTICS --reduce merge`, or leave --reduce out"
+            f"--reduce {how}: the --plan removes experts and has no clusters; make it with "
+            f"`moe-fair plan STATISTICS --reduce {how}`, or leave --reduce out"
         )
-    repair = recipe.parts["repair"]
-    if merges and repair not in (None, "none"):
+    if how != "prune" and ready.aligned != (how == ream.name):
         raise ValueError(
-            f"--repair {repair}: merged experts are not repaired; leave --repair out, or "
-            "use --reduce prune"
+            f"--reduce {how}: the --plan merges experts in another way; make it with "
+            f"`moe-fair plan STATISTICS --reduce {how}`, or leave --reduce out"
         )
-    return merges
+    return ready.merges
 
 
 def _unmeasured(recipe: Recipe, statistics: Statistics | None) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_fair.core.output import digest
+from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.progress import Progress
@@ -27,14 +28,19 @@ from moe_fair.pipelines.removal_costs import share
 DEFAULT = "distill"
 
 
-def repair_kind(recipe: Recipe, source: Checkpoint, say: Say = lambda _: None) -> str | None:
+def repair_kind(
+    recipe: Recipe, source: Checkpoint, say: Say = lambda _: None, *, merges: bool = False
+) -> str | None:
     """The repair that a recipe stands for on this model, or None.
+
+    Args:
+        merges: experts are merged; these are repaired where it is asked for.
 
     Raises:
         ValueError: the repair that was asked for does not exist, or cannot be done on this model.
     """
     wanted = recipe.parts["repair"]
-    if wanted == "none":
+    if wanted == "none" or (merges and wanted is None):
         return None
     rule = repair(wanted or DEFAULT)
     try:
@@ -53,11 +59,12 @@ def repair_model(
     recipe: Recipe,
     source: Checkpoint,
     text: CalibrationSet,
-    kept: Mapping[str, Sequence[int]],
+    plan: Plan,
     kind: str,
     folder: Path,
     say: Say = lambda _: None,
     conversion: Conversion | None = None,
+    merged: Path | None = None,
 ) -> list[LayerRepair]:
     """Repaired tensors of every cut layer into `folder`; a killed run goes on at the next layer.
 
@@ -65,11 +72,12 @@ def repair_model(
 
     Args:
         conversion: what the result's weights will be, where that is not what they are.
+        merged: of a plan that merges experts, the folder of what they become.
 
     Returns:
         what was done to each layer.
     """
-    copies = copies_of(text, kind)
+    kept, copies = plan.kept, copies_of(text, kind)
     repacking = None
     if source.packing is not None or conversion is not None:
         repacking = Repacking(source, kept, conversion)
@@ -80,6 +88,8 @@ def repair_model(
     }  # fmt: skip
     if conversion is not None:
         key["save_as"] = conversion.target.name
+    if plan.merges:
+        key["merged"] = [plan.aligned, {g.name: g.merged for g in plan.groups}]
     folder.mkdir(parents=True, exist_ok=True)
     chosen = choose_engine(recipe, source)
     also = f" and {copies} copies in the model's own words" if copies else ""
@@ -100,6 +110,7 @@ def repair_model(
                 key=its,
                 sparing=sparing,
                 repacking=repacking,
+                merged=merged if plan.merges else None,
                 say=say,
             )
             most = 1 if sparing else None

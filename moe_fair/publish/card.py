@@ -122,6 +122,7 @@ def _text(s: Sources, repo_id: str, base: Base) -> Iterator[str]:
         healed = "The layers were trained end to end toward the original's predictions, on text."
         after = f"{after} {healed}" if done else healed
     how = "merged by hierarchical clustering (HC-SMoE) with" if plan.merges else "pruned by"
+    how = "merged neuron by neuron (REAM) with" if plan.aligned else how
     yield (
         f"{original} with {kept} of its {size} routed experts: {how} moe_fair, "
         f"{plain(plan.allocator)} on {plain(scores)}. {after}"

@@ -88,6 +88,7 @@ def test_calibrate_collects_what_is_asked(
         ({"method": "naee"}, PLAIN | {"gram"}, False),
         ({"allocate": "fisher"}, PLAIN | {"taylor"}, True),
         ({"reduce": "merge"}, PLAIN | {"output_vectors"}, False),
+        ({"reduce": "ream"}, PLAIN | {"similarity"}, False),
         # of earlier versions
         ({"method": "reap", "u_score": True}, PLAIN | {"u_score"}, False),
         ({"method": "naee", "taylor": False, "counterfactual": False}, PLAIN | {"gram"}, False),
@@ -126,6 +127,7 @@ def test_the_file_holds_just_that_and_the_plan_says_what_is_missing(
         (["--removal", "aimer", "--protection", "reconstruction", "--allocate", "tod"],
          "removed_error, weight_abs", "aimer/tod,reconstruction"),
         (["--reduce", "merge"], "output", "frequency,merge"),
+        (["--reduce", "ream"], "gated_output, router_gram", "reap,ream"),
     ):  # fmt: skip
         said = fails(*plan, *given)
         assert f"needs {missing}" in said

@@ -223,12 +223,12 @@ def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     stats, plan = tmp_path / "stats", tmp_path / "plan.json"
     run("calibrate", MODEL, *SMALL, "-o", stats)
     run("plan", stats, "--experts", 45, "--method", "reap", "-o", plan)
+    merges = tmp_path / "merges.json"
+    run("plan", stats, "--experts", 45, "--reduce", "merge", "-o", merges)
     cases = {
         "has no clusters": ["--plan", plan, "--reduce", "merge"],
-        "merged experts are not repaired": [
-            "--stats", stats, "--experts", 45, "--reduce", "merge", "--repair", "refit",
-        ],
-        "is none of prune, merge": ["--stats", stats, "--experts", 45, "--reduce", "marge"],
+        "merges experts in another way": ["--plan", merges, "--reduce", "ream"],
+        "is none of prune, merge, ream": ["--stats", stats, "--experts", 45, "--reduce", "marge"],
     }  # fmt: skip
     for text, arguments in cases.items():
         capsys.readouterr()

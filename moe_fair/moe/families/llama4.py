@@ -38,6 +38,11 @@ def view(name: str, block: nn.Module) -> MoeBlock:
 class Llama4Block(MoeBlock):
     """A block whose router gives sigmoid scores [T, E], zero where an expert is not chosen."""
 
+    @property
+    def transposed(self) -> bool:
+        """The experts' matrices are kept [in, out]."""
+        return True
+
     def chosen(self, output: Any) -> tuple[Tensor, Tensor]:
         """The K scores that are not zero, and whose they are."""
         weights, ids = output[0].topk(self.top_k, dim=1)
