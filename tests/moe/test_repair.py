@@ -67,12 +67,16 @@ def plan(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def walk(
-    model: Any, kept: dict[str, list[int]], kind: str, folder: Path | None = None
+    model: Any,
+    kept: dict[str, list[int]],
+    kind: str,
+    folder: Path | None = None,
+    text: list[Batch] | None = None,
 ) -> list[LayerRepair]:
     engine = StreamingEngine(LoadedLayers(model))
     if folder is not None:
         folder.mkdir(exist_ok=True)
-    return Repairer(engine, kept, kind, folder=folder, key="k").run(batches())
+    return Repairer(engine, kept, kind, folder=folder, key="k").run(text or batches())
 
 
 def one_layer(kind: str) -> tuple[MoeBlock, BlockRecorder]:
@@ -247,9 +251,11 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
     kind: str, name: str, tmp_path: Path
 ) -> None:
     checkpoint = saved(kind, tmp_path / "model")
-    kept = plan(checkpoint)
+    kept, text = plan(checkpoint), batches()
+    if kind == "granitemoe":  # one domain: the fits on random tokens help no other
+        text = [replace(b, domain=0) for b in text]
     model = load(tmp_path / "model")
-    done = walk(model, kept, name, tmp_path / "resident")
+    done = walk(model, kept, name, tmp_path / "resident", text)
     assert any(d.repair == "refit" or d.repair == name for d in done)
     assert all(d.after <= d.before and d.tuned_after <= d.tuned_before for d in done)
 
@@ -259,7 +265,7 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
     (tmp_path / "streaming").mkdir()
     again = Repairer(
         StreamingEngine(layered), kept, name, folder=tmp_path / "streaming", key="k"
-    ).run(batches())
+    ).run(text)
     assert again == done
     for file in sorted((tmp_path / "resident").iterdir()):
         other = tmp_path / "streaming" / file.name
