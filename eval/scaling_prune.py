@@ -20,6 +20,7 @@ from scaling import SHAPES, Shape, forward_flops, head_flops
 
 from moe_fair.moe.repair import HELD_OUT
 from moe_fair.moe.repairs.refit import SWEEPS, ridges
+from moe_fair.pipelines.plan_selection import FIRST, half
 
 QWEN = Shape("Qwen1.5-MoE-A2.7B", 24, 0, 2048, 1408, 5632, 60, 4, 4, 16, 16, 128, 128, 151936)
 
@@ -30,15 +31,16 @@ class Run:
 
     Attributes:
         kept: experts that stay, of every layer.
-        plans: tried beside the original, on so many of the sequences.
+        plans: tried beside the original, on so many of the sequences; as many teach their fits.
         step: sequences to a batch of the repair.
     """
 
     sequences: int = 512
     length: int = 512
     kept: int = 40
-    plans: int = 7
+    plans: int = 10
     tried: int = 64
+    taught: int = 64
     step: int = 2
     epochs: int = 4
 
@@ -79,11 +81,23 @@ def collection(s: Shape, r: Run) -> float:
     return once + back + 2 * head_flops(s, tokens) + more
 
 
-def trials(s: Shape, r: Run) -> float:
-    """The original and every plan, forward."""
-    tokens = r.tried * r.length
+def trial_round(s: Shape, r: Run, plans: int, judge: int, teach: int) -> float:
+    """The original and plans forward, a fit of every layer with one ridge and one sweep for each
+    plan, and the losses of the sequences that judge."""
+    tokens, learn = (judge + teach) * r.length, teach * r.length
     once = forward_flops(s, tokens, r.length) + tokens * 2 * s.layers * s.model * bool(s.shared)
-    return (1 + r.plans) * (once + head_flops(s, tokens))
+    down = 2 * s.top_k * s.expert * s.model
+    fit = 2 * tokens * down + 3 * learn * down + tokens * down
+    fit += learn * 2 * s.top_k * s.expert**2  # Gram matrices
+    look = r.step * r.length * (2 * attention_flops(s, r.length) + 2 * block_flops(s, s.experts))
+    heads = (1 + plans) * head_flops(s, judge * r.length)
+    return (1 + plans) * once + plans * s.layers * fit + s.layers * look + heads
+
+
+def trials(s: Shape, r: Run) -> float:
+    """Two rounds: all plans on half of what judges, taught by a third; then the better half."""
+    first = trial_round(s, r, r.plans, r.tried // 2, r.taught // FIRST)
+    return first + trial_round(s, r, half(r.plans), r.tried, r.taught)
 
 
 def forwards(s: Shape, r: Run) -> float:
@@ -107,11 +121,16 @@ def refit(s: Shape, r: Run) -> float:
     return s.layers * (products + r.tokens * gram)
 
 
-def factors(s: Shape, r: Run) -> float:
+def factors(s: Shape, r: Run, ridged: int = len(ridges) + 1, solves: int = 0) -> float:
     """Cholesky factors for each ridge and once more, and their solves."""
-    solves = SWEEPS * len(ridges) + 1
-    each = (len(ridges) + 1) * s.expert**3 / 3 + solves * 2 * s.expert**2 * s.model
+    solves = solves or SWEEPS * len(ridges) + 1
+    each = ridged * s.expert**3 / 3 + solves * 2 * s.expert**2 * s.model
     return s.layers * r.kept * each
+
+
+def tried_factors(s: Shape, r: Run) -> float:
+    """Of one ridge and one sweep, of every plan in each round."""
+    return (r.plans + half(r.plans)) * factors(s, r, ridged=1, solves=1)
 
 
 def distill(s: Shape, r: Run) -> float:
@@ -125,7 +144,7 @@ def distill(s: Shape, r: Run) -> float:
 
 STAGES: dict[str, Callable[[Shape, Run], float]] = {
     "collection": collection,
-    "trials": trials,
+    "trials": lambda s, r: trials(s, r) + tried_factors(s, r),
     "repair: forwards": forwards,
     "repair: refit": lambda s, r: refit(s, r) + factors(s, r),
     "repair: distill": distill,
@@ -219,9 +238,9 @@ def measured() -> Iterator[tuple[str, float, float]]:
     from moe_fair.moe import repair
     from moe_fair.moe.blocks import find_blocks
     from moe_fair.moe.collector import ExpertCollector
+    from moe_fair.moe.repaired_trial import repaired_losses
     from moe_fair.moe.repairs import refit as refitting
     from moe_fair.moe.statistics import collecting, unasked
-    from moe_fair.moe.trial import trial_losses
 
     shape, config = small()
     r = Run(sequences=20, length=12, kept=8, plans=2, tried=4, step=2, epochs=1)
@@ -250,8 +269,9 @@ def measured() -> Iterator[tuple[str, float, float]]:
     names = [b.name for b in blocks]
     gone = [{n: [p, 11] for n in names} for p in range(r.plans)]
     with FlopCounterMode(display=False) as counter:
-        trial_losses(engine, held, gone)
-    yield "trials", trials(shape, r), counter.get_total_flops()
+        repaired_losses(engine, learned[:3], held, gone)
+    told = trial_round(shape, r, r.plans, r.tried, 3 * r.step)
+    yield "trials, a round", told, counter.get_total_flops()
 
     kept = {n: list(range(r.kept)) for n in names}
     counts = {"fit": 0.0, "distill": 0.0}
