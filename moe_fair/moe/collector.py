@@ -104,7 +104,15 @@ class ExpertCollector:
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.cpu() for k, v in tensors.items()}
+    """The same in main memory; a device is waited for once for each type of number."""
+    found = dict(tensors)
+    away = {k: v for k, v in tensors.items() if v.device.type != "cpu"}
+    for dtype in dict.fromkeys(v.dtype for v in away.values()):
+        its = {k: v for k, v in away.items() if v.dtype == dtype}
+        together = torch.cat([v.flatten() for v in its.values()]).cpu()
+        parts = together.split([v.numel() for v in its.values()])
+        found |= {k: p.reshape(its[k].shape).clone() for k, p in zip(its, parts, strict=True)}
+    return found
 
 
 class _BlockCollector:

@@ -487,6 +487,8 @@ def precise(x: Tensor) -> Tensor:
 
 def error(y: Tensor, target: Tensor) -> float:
     """‖target - y‖² / ‖target‖²; NaN never passes for small."""
-    size = float(target.square().sum(dtype=torch.float64))
-    e = float((target - y).square().sum(dtype=torch.float64)) / max(size, 1e-300)
+    squares = (target - y).square(), target.square()
+    # both at once: a device is waited for
+    wrong, size = torch.stack([s.sum(dtype=torch.float64) for s in squares]).tolist()
+    e = wrong / max(size, 1e-300)
     return e if e == e else float("inf")

@@ -85,7 +85,7 @@ class Counts:
         self.live, self.peak = [0] * GPUS, [0] * GPUS
         self.reserved = [0] * GPUS  # as the caching allocator has it: never less until emptied
         self.owners: dict[tuple[int, int], list[int]] = {}
-        self.refs: set[Any] = set()
+        self.refs: dict[int, Any] = {}
 
     def add(self, table: str, what: str, n: float = 1) -> None:
         with self.lock:
@@ -112,7 +112,8 @@ class Counts:
                 self.live[index] += size
                 self.peak[index] = max(self.peak[index], self.live[index])
                 self.reserved[index] = max(self.reserved[index], min(self.live[index], BYTES))
-        self.refs.add(weakref.ref(inner, lambda r: self.drop(r, key)))
+        ref = weakref.ref(inner, lambda r: self.drop(r, key))
+        self.refs[id(ref)] = ref  # in a set two of one tensor would be compared, number by number
         if over:
             self.add("out of memory", str(size))
             raise torch.OutOfMemoryError(
@@ -122,7 +123,7 @@ class Counts:
 
     def drop(self, ref: Any, key: tuple[int, int]) -> None:
         with self.lock:
-            self.refs.discard(ref)
+            self.refs.pop(id(ref), None)
             if (have := self.owners.get(key)) is not None:
                 have[0] -= 1
                 if not have[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def walk(
     repairer = Repairer(
         engine, plan.kept, "refit", folder=folder / name, key="k", merged=folder / "merged"
     )
-    return repairer.run(batches())
+    # one domain: fits on random tokens help no other, and would not be taken
+    return repairer.run([replace(b, domain=0) for b in batches()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,7 +221,7 @@ def test_the_command_merges_repairs_and_heals_in_one_go_as_from_a_plan(tmp_path:
     run("prune", MODEL, "--experts", 45, *text, "--reduce", "ream", "--repair", "refit", "-o", one)
     run("calibrate", MODEL, *text, "--for", "reap,ream", "-o", stats)
     run("plan", stats, "--experts", 45, "--reduce", "ream", "-o", plan)
-    run("prune", MODEL, "--plan", plan, "--repair", "refit", "-o", two)
+    run("prune", MODEL, "--plan", plan, "--batch-size", 4, "--repair", "refit", "-o", two)
     for name in ("model.safetensors", "config.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     config = json.loads((one / "config.json").read_text())
