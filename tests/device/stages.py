@@ -207,6 +207,7 @@ def run(model: Path, folder: Path, device: str, names: list[str]) -> Iterator[tu
             found = {"numbers": STAGES[name](model, device, home)}
         if counts is not None:
             release()
+            release()  # accelerate's hooks over two devices go with the second search
             tables = ("waits", "to device", "launches", "float64", "out of memory")
             found |= {"counts": {t: counts.total(t) for t in tables}}
             found |= {"live": counts.live, "peak": counts.peak}
