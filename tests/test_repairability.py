@@ -42,7 +42,8 @@ def _residual(gram: Tensor, w: Tensor, gone: list[int], weight: float) -> float:
     return float((b - a @ v).square().sum())
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_moe", pytest.param("gpt_oss", marks=pytest.mark.nightly)])
 def test_what_is_left_of_one_expert_is_the_residual_of_least_squares(kind: str) -> None:
     gram, w = _layer(kind)
     layer = Elimination(gram, w)
@@ -56,6 +57,7 @@ def test_what_is_left_of_one_expert_is_the_residual_of_least_squares(kind: str) 
         assert -1e-9 <= float(adds[e]) <= raw * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_experts_that_leave_one_by_one_cost_what_they_cost_together() -> None:
     gram, w = _layer()
     layer, gone = Elimination(gram, w), []

@@ -174,6 +174,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_evaluation_is_that_of_one_process(evaluated: Path, tmp_path: Path) -> None:
     alone = (evaluated / "log").read_text()
     shared = together(tmp_path, 2, *EVALUATION, "-o", str(tmp_path / "two"))

@@ -213,6 +213,7 @@ def test_packed_weights_are_judged_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_merges_repairs_and_heals_in_one_go_as_from_a_plan(tmp_path: Path) -> None:
     one, stats, plan, two, healed = (
         tmp_path / n for n in ("one", "stats", "plan.json", "two", "healed")

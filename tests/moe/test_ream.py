@@ -102,7 +102,7 @@ def test_the_order_of_neurons_is_free(kind: str) -> None:
     check_order_is_free(kind)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", [k for k in SERVED if k not in KINDS])
 def test_every_family_has_neurons_in_any_order_and_logits(kind: str) -> None:
     check_order_is_free(kind)

@@ -280,7 +280,8 @@ def test_bad_rivals(given: str, said: str, fails: Fails, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repair", [pytest.param("none", marks=pytest.mark.nightly), "refit"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("repair", ["none", "refit"])
 def test_streamed_in_one_go(tmp_path: Path, repair: str) -> None:
     """The engines try the same plans and take the same one."""
     plans = []
