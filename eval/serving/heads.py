@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from unequal import LATENT, REFERENCE, ROOT, SHAPE, as_published
+from unequal import LATENT, REFERENCE, ROOT, SHAPE, as_published, prune
 
 sys.path.insert(0, str(ROOT / "tests" / "published"))
 from mtp_replicas import Replica, one_more_layer, write_replica
@@ -63,12 +62,7 @@ def main() -> None:
         lean(FAMILIES[name], folder / "model")
         found = {"prompts": prompts}
         for form, method in {"pruned": "second-order", "equal": "second-order/uniform"}.items():
-            subprocess.run(
-                [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
-                 folder / form, "--experts", "7", "-c", ROOT / "eval/text/calibration",
-                 "--samples", "8", "--length", "64", "--method", method, "--repair", "none"],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            prune(folder, form, method)
         for which in ("model", "pruned", "equal"):
             found[which] = expected(folder / which, prompts)
             print(name, which, {k: v for k, v in found[which].items() if k != "greedy"}, flush=True)

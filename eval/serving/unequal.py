@@ -67,6 +67,16 @@ SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "dots1": "sigmoid"
 PROMPT, SHORT, NEW = 160, 64, 24
 
 
+def prune(folder: Path, form: str, method: str) -> None:
+    """FOLDER/model with seven experts a layer on average as FOLDER/FORM."""
+    subprocess.run(
+        [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o", folder / form,
+         "--experts", "7", "-c", ROOT / "eval/text/calibration", "--samples", "8", "--length", "64",
+         "--method", method, "--repair", "none"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Make those that are named, or all."""
     parser = argparse.ArgumentParser()
@@ -94,12 +104,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "model")
         as_published(folder / "model" / "config.json", name)
         for form, method in forms.items():
-            subprocess.run(
-                [sys.executable, "-m", "moe_fair.cli", "prune", folder / "model", "-o",
-                 folder / form, "--experts", "7", "-c", ROOT / "eval/text/calibration",
-                 "--samples", "8", "--length", "64", "--method", method, "--repair", "none"],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            prune(folder, form, method)
         if name in MASKED:
             _write_masked(folder)
         found = {"ids": ids, "short": SHORT}

@@ -19,7 +19,7 @@ Shape legend: E experts, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,23 +50,32 @@ def merging(plan: Plan, statistics: Statistics, weights: Mapping[str, float] | N
     Args:
         weights: calibration domain -> weight of its statistics.
     """
+    how = "by hierarchical clustering of their mean outputs, weighted by frequency"
+    return with_merged(plan, statistics, weights, _merge_group, how)
+
+
+def with_merged(
+    plan: Plan,
+    statistics: Statistics,
+    weights: Mapping[str, float] | None,
+    one: Callable[[GroupPlan, GroupView], GroupPlan],
+    how: str,
+) -> Plan:
+    """The plan with every layer's own but those of a head merged, and a note that says how.
+
+    Args:
+        one: a layer's plan with its experts merged.
+    """
     groups = {g.name: g for g in statistics.groups}
     plans = [
-        p if p.follows else _merge_group(p, statistics.view(groups[p.name], weights))
-        for p in plan.groups
+        p if p.follows else one(p, statistics.view(groups[p.name], weights)) for p in plan.groups
     ]
-    count, into = _counts(plans)
+    joined = [shares for p in plans for shares in p.merged.values()]
     note = (
-        f"{count} experts are merged into {into} by hierarchical clustering of their mean outputs, "
-        "weighted by frequency; the others stay as they are"
+        f"{sum(map(len, joined))} experts are merged into {len(joined)} {how}; the others stay "
+        "as they are"
     )
     return replace(plan, groups=plans, notes=[*plan.notes, note])
-
-
-def _counts(plans: list[GroupPlan]) -> tuple[int, int]:
-    """Experts in clusters of two or more, and such clusters."""
-    clusters = [shares for p in plans for shares in p.merged.values()]
-    return sum(map(len, clusters)), len(clusters)
 
 
 def _merge_group(plan: GroupPlan, view: GroupView) -> GroupPlan:

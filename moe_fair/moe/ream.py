@@ -31,6 +31,7 @@ from torch import Tensor
 from moe_fair.core.criterion import mean_over_tokens, round_significant
 from moe_fair.core.plan import GroupPlan, Plan
 from moe_fair.core.units import GroupView, Statistics
+from moe_fair.moe.merge import with_merged
 
 name = "ream"  # of --reduce
 needs = ("tokens", "gated_norm", "gated_output", "router_gram")  # of the statistics
@@ -43,17 +44,8 @@ def merging(plan: Plan, statistics: Statistics, weights: Mapping[str, float] | N
     Args:
         weights: calibration domain -> weight of its statistics.
     """
-    groups = {g.name: g for g in statistics.groups}
-    plans = [
-        p if p.follows else _merge_group(p, statistics.view(groups[p.name], weights))
-        for p in plan.groups
-    ]
-    clusters = [shares for p in plans for shares in p.merged.values()]
-    note = (
-        f"{sum(map(len, clusters))} experts are merged into {len(clusters)} by saliency and "
-        "likeness (REAM), neuron by neuron; the others stay as they are"
-    )
-    return replace(plan, groups=plans, notes=[*plan.notes, note])
+    how = "by saliency and likeness (REAM), neuron by neuron"
+    return with_merged(plan, statistics, weights, _merge_group, how)
 
 
 def _merge_group(plan: GroupPlan, view: GroupView) -> GroupPlan:
