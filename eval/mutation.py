@@ -132,6 +132,12 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.coverage = coverage.Coverage(data_file=None, include=[f"{folder}/moe_fair/*"])
         self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """What fails here as it is."""
+        if report.failed:
+            self.failed.add(report.nodeid)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -145,7 +151,10 @@ class Watch:
 
 
 def watch(folder: Path) -> int:
-    """Run the unit tests here, and write to runs.json who runs what; pytest's exit code."""
+    """Run the unit tests here, and write to runs.json who runs what; an exit code.
+
+    Tests that fail, as those that need the clone's git, are left out and named.
+    """
     plugin = Watch(folder)
     plugin.coverage.start()
     plain = ["-q", "--assert=plain", "-p", "no:cacheprovider"]
@@ -156,15 +165,16 @@ def watch(folder: Path) -> int:
         f: Path(f).relative_to(folder / "moe_fair").as_posix() for f in data.measured_files()
     }
     lines = {m: data.contexts_by_lineno(f) for f, m in modules.items()}
-    (folder / "runs.json").write_text(json.dumps([plugin.seconds, lines]))
-    return code
+    found = [plugin.seconds, lines, sorted(plugin.failed)]
+    (folder / "runs.json").write_text(json.dumps(found))
+    return 0 if code == pytest.ExitCode.TESTS_FAILED else code
 
 
 class Runs:
-    """Which files of unit tests run which lines, and the seconds that each takes."""
+    """Which files of unit tests run which lines, the seconds that each takes, and what fails."""
 
-    def __init__(self, folder: Path) -> None:
-        self.seconds, self.lines = json.loads((folder / "runs.json").read_text())
+    def __init__(self, file: Path) -> None:
+        self.seconds, self.lines, self.failed = json.loads(file.read_text())
 
     def of(self, module: str, line: int) -> list[str]:
         """The files that run a line, or, were it run on importing alone, any of its module.
@@ -209,10 +219,11 @@ def forked(folder: Path, limit: float, work: Callable[[], int]) -> tuple[int, fl
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 
-def tried(folder: Path, files: list[str], limit: float) -> str:
+def tried(folder: Path, files: list[str], without: list[str], limit: float) -> str:
     """What these files of tests say of a mutant: `survived`, `killed` or `timeout`."""
+    left_out = [f"--deselect={n}" for n in without]
     options = ["-x", "-q", "--assert=plain", "-m", QUICK, "-p", "no:cacheprovider"]
-    code, _ = forked(folder, limit, lambda: int(pytest.main([*options, *files])))
+    code, _ = forked(folder, limit, lambda: int(pytest.main([*options, *left_out, *files])))
     late = code in (-signal.SIGXCPU, -signal.SIGKILL)
     return "survived" if code == 0 else "timeout" if late else "killed"
 
@@ -232,22 +243,29 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a module, as core/sketch.py")
     parser.add_argument("--show", action="store_true", help="print every survivor's change")
     parser.add_argument("--again", type=Path, help="JSON of a run: its survivors alone")
+    parser.add_argument("--runs", type=Path, help="JSON of who runs what; made where it is missing")
     parser.add_argument("-o", "--output", type=Path, help="JSON of all mutants tried")
     chosen = parser.parse_args()
     hypothesis.settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
     hypothesis.settings.load_profile("mutants")  # a failure is enough: no smaller one is wanted
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+    folder.chmod(0o755)  # tests that run as nobody look into it
     kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
     for name in kept.stdout.decode().split("\0")[:-1]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     os.environ["PYTHONPATH"] = str(folder)  # for what tests start
     sys.dont_write_bytecode = True
-    code, _ = forked(folder, 3600, lambda: watch(folder))
-    if code != 0:
-        sys.exit(f"the tests fail as it is:\n{(folder / 'said.txt').read_text()}")
-    runs = Runs(folder)
+    file = chosen.runs or folder / "runs.json"
+    if not file.exists():
+        code, _ = forked(folder, 3600, lambda: watch(folder))
+        if code != 0:
+            sys.exit(f"the tests do not run:\n{(folder / 'said.txt').read_text()}")
+        if chosen.runs:
+            shutil.copy(folder / "runs.json", file)
+    runs = Runs(file)
+    print(*(f"left out, as it fails here: {n}" for n in runs.failed), sep="\n", flush=True)
     seen: list[Mutant] = []
     earlier = [Mutant(**m) for m in json.loads(chosen.again.read_text())] if chosen.again else []
     left = [m for m in earlier if m.outcome == "survived"]
@@ -265,7 +283,7 @@ def main() -> None:
             (folder / "moe_fair" / module).write_text(change[0])
             files = runs.of(module, m.line)
             limit = 3 * sum(runs.seconds[f] for f in files) + SMALL
-            outcome = tried(folder, files, limit) if files else "survived"
+            outcome = tried(folder, files, runs.failed, limit) if files else "survived"
             mine.append(Mutant(m.module, m.operator, m.occurrence, m.line, outcome, change[1]))
         shutil.copy(PACKAGE / module, folder / "moe_fair" / module)
         seen += mine
