@@ -20,6 +20,7 @@ from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.criteria import criteria
 from moe_fair.moe.criteria.counterfactual import agreement
+from moe_fair.moe.statistics import collecting
 
 DOMAINS = ("a", "b")
 
@@ -434,3 +435,8 @@ def test_an_expert_without_tokens_scores_lowest_and_finite() -> None:
     assert len(unused) > 0
     for name in ("reap", "man", "msan", "mone", "frequency", "routed-mass"):
         assert (criteria()[name](s).values[block.name][unused] == 0).all()
+
+
+def test_a_statistic_that_no_family_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="no family of statistics has 'gated_nrom'"):
+        collecting(["tokens", "gated_nrom"])
