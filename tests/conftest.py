@@ -51,11 +51,14 @@ def _slow_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    slow = [f for f in files.values() if any(i.get_closest_marker("slow") for i in f)]
     shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
-    for file in [*slow, *(f for f in files.values() if f not in slow)]:
+    for file in sorted(files.values(), key=lambda f: not any(map(_is_slow, f))):
         min(shares, key=len).extend(file)
     return [item for share in shares for item in share]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)

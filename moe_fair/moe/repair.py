@@ -223,7 +223,7 @@ class Repairer:
     def _left_out(self, block: MoeBlock, batches: Sequence[Batch]) -> set[int]:
         """Domains whose text chooses a layer's ridge in place of teaching: others for each layer.
 
-        None where no part of the domains can be left out.
+        Empty where no part of the domains can be left out.
         """
         sizes: Counter[int] = Counter()
         for b in batches:
@@ -487,8 +487,8 @@ def precise(x: Tensor) -> Tensor:
 
 def error(y: Tensor, target: Tensor) -> float:
     """‖target - y‖² / ‖target‖²; NaN never passes for small."""
-    squares = (target - y).square(), target.square()
-    # both at once: a device is waited for
-    wrong, size = torch.stack([s.sum(dtype=torch.float64) for s in squares]).tolist()
+    sums = [(target - y).square().sum(dtype=torch.float64)]
+    sums.append(target.square().sum(dtype=torch.float64))
+    wrong, size = torch.stack(sums).tolist()  # both at once: a device is waited for
     e = wrong / max(size, 1e-300)
     return e if e == e else float("inf")

@@ -111,8 +111,10 @@ def _plain(value: Any) -> Any:
         return value if value.is_leaf else value.detach()
     if type(value) is dict:
         value.update({k: _plain(v) for k, v in value.items() if isinstance(v, Tensor)})
-    elif type(value) in (list, tuple):
-        return type(value)(_plain(v) if isinstance(v, Tensor) else v for v in value)
+    elif type(value) is list:  # in place: others may hold the same one
+        value[:] = (_plain(v) if isinstance(v, Tensor) else v for v in value)
+    elif type(value) is tuple:
+        return tuple(_plain(v) if isinstance(v, Tensor) else v for v in value)
     return value
 
 

@@ -205,16 +205,12 @@ def own_counts(config: Any, values: Mapping[str, int]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for k, value in values.items():
             for home in (config.__dict__, *(p for p in parts if k in p)):
-                stack.callback(_put_back, home, k, home.get(k))
+                if k in home:
+                    stack.callback(home.__setitem__, k, home[k])
+                else:
+                    stack.callback(home.pop, k)
                 home[k] = value
         yield
-
-
-def _put_back(home: dict[str, Any], key: str, before: Any) -> None:
-    if before is None:
-        del home[key]
-    else:
-        home[key] = before
 
 
 def _cut_in_backend() -> None:

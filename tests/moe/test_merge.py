@@ -109,6 +109,23 @@ def expert_parts(state: dict[str, Tensor], block: Any) -> dict[str, list[Tensor]
     return found
 
 
+def check_router(
+    block: Any, kept: list[int], before: dict[str, Tensor], after: dict[str, Tensor]
+) -> None:
+    """The router goes on as the representatives' own."""
+    for axis in block.routed:
+        name = f"{block.name}.{block.path(axis.module, axis.tensor)}"
+        if name in before:
+            rows = before[name].index_select(axis.dim, torch.tensor(kept))
+            assert torch.equal(after[name], rows)
+
+
+def check_runs(result: Any) -> None:
+    """Logits of some tokens are finite."""
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert bool(torch.isfinite(result(input_ids=ids).logits).all())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_equal_a_sum_by_hand_in_stock_transformers(
     kind: str, tmp_path: Path
@@ -138,14 +155,9 @@ def test_merged_weights_equal_a_sum_by_hand_in_stock_transformers(
                 by_hand = sum(float(tokens[m]) * parts[m].double() for m in members)
                 by_hand = by_hand / float(tokens[members].sum())
                 torch.testing.assert_close(new[name][place].double(), by_hand, rtol=1e-6, atol=1e-8)
-        for axis in block.routed:  # the router goes on as the representatives' own
-            name = f"{block.name}.{block.path(axis.module, axis.tensor)}"
-            if name in before:
-                rows = before[name].index_select(axis.dim, torch.tensor(group.kept))
-                assert torch.equal(after[name], rows)
+        check_router(block, group.kept, before, after)
     assert alone
-    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert bool(torch.isfinite(result(input_ids=ids).logits).all())
+    check_runs(result)
 
 
 def test_a_cluster_of_one_keeps_its_bytes_and_sums_are_rounded_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from collected import families
 from flow import DOMAINS, batches, fused_calls, original
 from places import EVAL
-from test_merge import KINDS, SIZES, expert_parts, kept_in_all
+from test_merge import KINDS, SIZES, check_router, check_runs, expert_parts, kept_in_all
 from tiny import tiny_model
 from torch import Tensor, nn
 
@@ -250,14 +250,9 @@ def test_merged_weights_equal_a_sum_by_hand_in_stock_transformers(
                     by_hand += float(saliency[m].clamp(min=least)) / total * part.double()
                 got = _own(new[name][place], axes[name]).double()
                 torch.testing.assert_close(got, by_hand, rtol=1e-5, atol=1e-7)
-        for axis in block.routed:
-            name = f"{block.name}.{block.path(axis.module, axis.tensor)}"
-            if name in before:
-                rows = before[name].index_select(axis.dim, torch.tensor(group.kept))
-                assert torch.equal(after[name], rows)
+        check_router(block, group.kept, before, after)
     assert moved
-    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert bool(torch.isfinite(result(input_ids=ids).logits).all())
+    check_runs(result)
 
 
 def _own(t: Tensor, axis: NeuronAxis | None) -> Tensor:

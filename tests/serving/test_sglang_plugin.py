@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -10,19 +9,14 @@ from typing import Any
 
 import pytest
 from places import ROOT
+from plugins import plugin_of
 
 COUNTS = {"0": {"num_experts": 3}, "2": {"num_experts": 5}}
 
 
 @pytest.fixture
 def plugin() -> Any:
-    path = ROOT / "serving" / "sglang" / "moe_fair_sglang.py"
-    spec = importlib.util.spec_from_file_location("moe_fair_sglang", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plugin_of("sglang")
 
 
 @pytest.fixture

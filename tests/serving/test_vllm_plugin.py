@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import ROOT
+from plugins import plugin_of
 from torch import nn
 
 COUNTS = {"0": {"num_experts": 3}, "2": {"num_experts": 5}}
@@ -23,13 +22,7 @@ UTILS, LOADER = "vllm.model_executor.models.utils", "vllm.model_executor.model_l
 
 @pytest.fixture
 def plugin() -> Any:
-    path = ROOT / "serving" / "vllm" / "moe_fair_vllm.py"
-    spec = importlib.util.spec_from_file_location("moe_fair_vllm", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plugin_of("vllm")
 
 
 class Convertor:
