@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -207,31 +208,54 @@ def test_totals_and_climbs_between_uneven_counts(
             assert {len(g.kept) for g in made.groups} <= counts
 
 
-def targets() -> st.SearchStrategy[Target]:
-    return st.one_of(
-        st.integers(1, 40).map(lambda n: Target(mean_kept=n)),
-        st.integers(1, 200).map(lambda n: Target(total=n)),
+def targets(sizes: list[int], rule: str) -> st.SearchStrategy[Target]:
+    """Those that can be within reach of layers of these sizes, and of the allocator."""
+    whole = sum(sizes)
+    reached = [
+        st.integers(1, max(sizes)).map(lambda n: Target(mean_kept=n)),
+        st.integers(1, whole).map(lambda n: Target(total=n)),
         st.floats(0, 0.9).map(lambda q: Target(ratio=q)),
         st.integers(100, 3000).map(lambda n: Target(parameters=n)),
-        st.floats(0, 1).map(lambda a: Target(tolerance=a)),
-    )
+    ]
+    alone = [st.floats(0, 1).map(lambda a: Target(tolerance=a))] if rule == "tod" else []
+    return st.one_of(*reached, *alone)
 
 
-@given(
-    names=st.lists(
-        st.sampled_from([*sorted(engines()), "vllm:ep=2", "vllm:ep=3", "vllm:ep=8"]),
-        min_size=1,
-        max_size=3,
-        unique=True,
-    ),
-    kind=st.sampled_from(["deepseek_v4", "qwen2_moe", "some_moe"]),
-    sizes=st.lists(st.integers(4, 40), min_size=1, max_size=5),
-    floor=st.integers(1, 4),
-    rule=st.sampled_from(sorted(allocators())),
-    target=targets(),
-    seed=st.integers(0, 99),
-)
-def test_every_plan_that_is_made_for_an_engine_is_served_by_it(
+def takes(name: str, kind: str) -> bool:
+    """An engine does not refuse the type as such."""
+    try:
+        wanted([name], kind, 40)
+    except ValueError:
+        return False
+    return True
+
+
+NAMED = [*sorted(engines()), "vllm:ep=2", "vllm:ep=3", "vllm:ep=8"]
+TAKEN = {
+    kind: [name for name in NAMED if takes(name, kind)]
+    for kind in ("deepseek_v4", "qwen2_moe", "some_moe")
+}
+
+
+@st.composite
+def asked(draw: Callable[[st.SearchStrategy[Any]], Any]) -> dict[str, Any]:
+    """Engines, a model's type and layers, and what to keep of it."""
+    kind = draw(st.sampled_from(sorted(TAKEN)))
+    sizes = draw(st.lists(st.integers(4, 40), min_size=1, max_size=5))
+    rule = draw(st.sampled_from(sorted(allocators())))
+    names = st.lists(st.sampled_from(TAKEN[kind]), min_size=1, max_size=3, unique=True)
+    return {
+        "names": draw(names), "kind": kind, "sizes": sizes, "floor": draw(st.integers(1, 4)),
+        "rule": rule, "target": draw(targets(sizes, rule)), "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
+
+
+@given(asked())
+def test_every_plan_that_is_made_for_an_engine_is_served_by_it(problem: dict[str, Any]) -> None:
+    check_served(**problem)
+
+
+def check_served(
     names: list[str], kind: str, sizes: list[int], floor: int, rule: str, target: Target, seed: int
 ) -> None:
     groups = groups_of(sizes, floor)
