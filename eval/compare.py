@@ -305,7 +305,8 @@ class Subject:
         from moe_fair.engines.streaming import StreamingEngine
         from moe_fair.moe.blocks import find_blocks
         from moe_fair.moe.merge import write_merged
-        from moe_fair.moe.repair import Repairer, put_merged
+        from moe_fair.moe.repair import Repairer
+        from moe_fair.moe.repaired_layer import put_merged
         from moe_fair.moe.surgery import cut
         from moe_fair.pipelines.repair import repair_kind, repair_text
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from scaling import SHAPES, Shape, forward_flops, head_flops
 
-from moe_fair.moe.repair import HELD_OUT
+from moe_fair.moe.judging import HELD_OUT
 from moe_fair.moe.repairs.refit import SWEEPS, ridges
 from moe_fair.pipelines.plan_selection import FIRST, half
 
@@ -285,10 +285,10 @@ def measured() -> Iterator[tuple[str, float, float]]:
 
         return run
 
-    stock = repair._fit, repair.distill_layer, refitting.DIRECT
+    stock = repair.fit_layer, repair.distill_layer, refitting.DIRECT
     refitting.path.__kwdefaults__["direct"] = 0  # as wide experts are fitted
     refitting.path.__kwdefaults__["solved"] = 0.0
-    repair._fit = counted("fit", stock[0])
+    repair.fit_layer = counted("fit", stock[0])
     repair.distill_layer = counted("distill", lambda *a, **k: stock[1](*a, **k, look=False))
     repair.epochs_for, epochs = (lambda _: r.epochs), repair.epochs_for
     try:
@@ -296,7 +296,7 @@ def measured() -> Iterator[tuple[str, float, float]]:
         with FlopCounterMode(display=False) as counter:
             repair.Repairer(engine, kept, "distill").run(batches)
     finally:
-        repair._fit, repair.distill_layer = stock[:2]
+        repair.fit_layer, repair.distill_layer = stock[:2]
         repair.epochs_for = epochs
         refitting.path.__kwdefaults__.update(direct=stock[2], solved=refitting.SOLVED)
     look = shape.layers * r.judging * block_flops(shape, r.kept)

@@ -26,7 +26,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.healed_weights import check_healable
 from moe_fair.moe.healing_record import Healing
-from moe_fair.moe.repair import HELD_OUT
+from moe_fair.moe.judging import HELD_OUT
 from moe_fair.pipelines.heal import heal_model
 from moe_fair.pipelines.opening import calibration_set
 from moe_fair.report.sources import load_healing

@@ -15,7 +15,7 @@ import torch
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.repair import HELD_OUT
+from moe_fair.moe.judging import HELD_OUT
 
 STEP_TOKENS = 4096  # about so many tokens to a step
 JUDGES = 64  # most sequences that judge, every domain in its proportion

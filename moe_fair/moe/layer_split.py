@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_fair.engines.streaming import LayerCall
+from moe_fair.moe.block_recorder import BlockRecorder
+from moe_fair.moe.blocks import MoeBlock
+
+PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,25 @@ def _in_place_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         yield
     finally:
         del block.forward  # the class's own shows again
+
+
+def uptake(layer: nn.Module, block: MoeBlock, call: LayerCall, hidden: Tensor) -> float | None:
+    """c where the layer's output takes up a change δ of the routed output as c·δ; None elsewhere.
+
+    1 in most families, a residual multiplier in some, None behind a norm.
+    """
+    watch = BlockRecorder(block)
+    with watch:
+        out = call.run(layer, hidden)
+    y = watch.y
+    if y.numel() != out.numel():
+        return None
+    change = PROBE * y.roll(1, 0)
+    with watch.adding(change):
+        moved = call.run(layer, hidden)
+    wide, d = change.double(), (moved.double() - out.double()).view_as(y)
+    c = float((wide * d).sum() / wide.square().sum())
+    rest = float((d - c * wide).norm() / d.norm())
+    # what float rounding of the sum leaves; behind a norm it is of order one
+    near = 1e-3 if y.dtype in (torch.float32, torch.float64) else 0.1
+    return c if rest < near and c != 0 else None

@@ -21,7 +21,8 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
-from moe_fair.moe.repair import precise, uptake
+from moe_fair.moe.layer_fit import precise
+from moe_fair.moe.layer_split import uptake
 from moe_fair.moe.repairs import refit
 from moe_fair.moe.routed_output import RoutedOutput
 from moe_fair.moe.trial import check_gone, gone_of, summed_losses, without_experts

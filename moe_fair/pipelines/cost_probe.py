@@ -31,9 +31,9 @@ from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.collector import ExpertCollector
 from moe_fair.moe.engine_choice import weight_dtype
+from moe_fair.moe.judging import HELD_OUT, judges
 from moe_fair.moe.layer_distillation import distill_layer
 from moe_fair.moe.layer_examples import Kinds, LayerExamples
-from moe_fair.moe.repair import HELD_OUT, judges
 from moe_fair.moe.repairs import Repair, repair
 from moe_fair.moe.repairs.refit import DIRECT
 from moe_fair.moe.resampled_text import MOST, resampled_text

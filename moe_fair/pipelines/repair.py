@@ -14,11 +14,12 @@ from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.conversion import Conversion
+from moe_fair.moe.judging import teaching
 from moe_fair.moe.layer_distillation import STEP_TOKENS
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import check_layouts
 from moe_fair.moe.repacking import Repacking
-from moe_fair.moe.repair import Repairer, teaching
+from moe_fair.moe.repair import Repairer
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
 from moe_fair.pipelines.calibrate import Say, choose_engine

@@ -274,7 +274,7 @@ def repaired_names(
     Raises:
         ValueError: a repair of a block that the model does not have.
     """
-    from moe_fair.moe.repair import changed_tensors
+    from moe_fair.moe.repaired_layer import changed_tensors
 
     named = {b.name: b for b in blocks}
     changed: dict[str, tuple[str, str]] = {}

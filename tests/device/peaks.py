@@ -36,7 +36,7 @@ ids = torch.randint(1, 512, (run.sequences, run.length))
 rows = [torch.arange(i, i + run.step) for i in range(0, run.sequences, run.step)]
 batches = [Batch(ids[at], torch.ones_like(ids[at]), at, 0) for at in rows]
 found: dict[str, int] = {}
-fit, distill = repair._fit, repair.distill_layer
+fit, distill = repair.fit_layer, repair.distill_layer
 
 
 def peak_of(name: str, work: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -58,7 +58,7 @@ def trained(*arguments: Any, epochs: int, part: tuple[int, int]) -> Any:
     return peak_of("distill", distill, *arguments, **given)
 
 
-repair._fit, repair.distill_layer = fitted, trained  # type: ignore[assignment]
+repair.fit_layer, repair.distill_layer = fitted, trained  # type: ignore[assignment]
 refit.path.__kwdefaults__["direct"] = 0  # as wide experts are fitted
 [name, *_] = [b.name for b in find_blocks(model)]
 repair.Repairer(StreamingEngine(LoadedLayers(model)), {name: list(range(run.kept))}, "distill").run(

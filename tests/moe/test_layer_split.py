@@ -15,10 +15,11 @@ from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.streaming import LayerCall, StreamingEngine
 from moe_fair.moe import layer_distillation
 from moe_fair.moe.blocks import MoeBlock, find_blocks
+from moe_fair.moe.judging import judges
 from moe_fair.moe.layer_distillation import distill_layer
 from moe_fair.moe.layer_examples import BlockExamples, Kinds, LayerExamples
 from moe_fair.moe.layer_split import LayerSplit, split_of
-from moe_fair.moe.repair import Repairer, judges
+from moe_fair.moe.repair import Repairer
 from moe_fair.moe.routed_output import RoutedOutput, read_down
 
 

@@ -29,9 +29,10 @@ from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
 from moe_fair.moe.engine_choice import start_layerwise
+from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.merge import write_merged
 from moe_fair.moe.repacking import Repacking
-from moe_fair.moe.repair import LayerRepair, Repairer
+from moe_fair.moe.repair import Repairer
 from moe_fair.moe.routed_output import read_down
 from moe_fair.pipelines import moe as pipeline
 
@@ -151,9 +152,9 @@ def test_the_fit_is_drawn_to_the_merged_weights(tmp_path: Path) -> None:
 def test_where_no_fit_helps_the_merged_layer_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_fair.moe import repair
+    from moe_fair.moe import layer_fit
 
-    monkeypatch.setattr(repair, "ROUNDING", 1e9)  # no error is one
+    monkeypatch.setattr(layer_fit, "ROUNDING", 1e9)  # no error is one
     source, plan = merged("qwen2_moe", tmp_path)
     model = load(tmp_path / "model")
     done = walk(StreamingEngine(LoadedLayers(model)), plan, tmp_path, "repaired")

@@ -10,8 +10,8 @@ from moe_fair.engines.batch import Batch
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
+from moe_fair.moe.judging import HELD_OUT, teaching
 from moe_fair.moe.layer_distillation import epochs_for
-from moe_fair.moe.repair import HELD_OUT, teaching
 from moe_fair.moe.resampled_text import MOST, SHARE, TOKENS, copies_for, resampled_text
 
 

@@ -25,7 +25,9 @@ from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.calibration_text import sample
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
-from moe_fair.moe.repair import LayerRepair, Repairer, _fit, error
+from moe_fair.moe.layer_fit import error, fit_layer
+from moe_fair.moe.layer_repair import LayerRepair
+from moe_fair.moe.repair import Repairer
 from moe_fair.moe.repairs import refit, repair, repairs
 from moe_fair.moe.routed_output import RoutedOutput, read_down, write_down
 from moe_fair.moe.surgery import cut
@@ -202,7 +204,7 @@ def test_domains_that_are_left_out_choose_the_ridge() -> None:
         stock = read_down(block.experts)
         for counts, ridge in (((others, learn), by_left), ((learn, learn), by_held)):
             write_down(block.experts, stock)
-            done, _ = _fit(block, repair("refit"), *given, target, counts)
+            done, _ = fit_layer(block, repair("refit"), *given, target, counts)
             assert (done.repair, done.ridge) == ("refit", ridge)
             if ridge == by_left:
                 assert done.after == pytest.approx(want, rel=1e-6)
@@ -218,10 +220,10 @@ def test_a_fit_that_helps_no_domain_but_those_it_was_taught_by_is_not_taken() ->
         target[others:learn] = watch.y[others:learn]
         given = (watch.x, watch.index, watch.weights)
         before = read_down(block.experts)
-        done, on_all = _fit(block, repair("scale"), *given, target, (others, learn))
+        done, on_all = fit_layer(block, repair("scale"), *given, target, (others, learn))
         assert (done.repair, on_all) == ("none", None)
         assert torch.equal(read_down(block.experts), before)
-        done, _ = _fit(block, repair("scale"), *given, target, (learn, learn))
+        done, _ = fit_layer(block, repair("scale"), *given, target, (learn, learn))
         assert done.repair == "scale"
 
 
