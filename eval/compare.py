@@ -232,7 +232,7 @@ class Subject:
 
     def _tries(self, method: str) -> bool:
         """The method tries its plan against others'."""
-        from moe_fair.pipelines.plan_selection import held_back
+        from moe_fair.pipelines.trial_text import held_back
 
         return bool(held_back(self.recipe.with_settings(settings(method)), self.text))
 
@@ -240,8 +240,9 @@ class Subject:
         """The plan that `moe-fair prune` takes when it tries several; statistics are kept."""
         from moe_fair.pipelines import moe as pipeline
         from moe_fair.pipelines.calibrate import collect
-        from moe_fair.pipelines.plan_selection import best_plan, split_holdout, teaching_text
+        from moe_fair.pipelines.plan_selection import best_plan
         from moe_fair.pipelines.repair import repair_kind
+        from moe_fair.pipelines.trial_text import split_holdout, teaching_text
 
         text, trial = split_holdout(chosen, self.text)
         assert trial is not None

@@ -20,7 +20,7 @@ from scaling import SHAPES, Shape, forward_flops, head_flops
 
 from moe_fair.moe.judging import HELD_OUT
 from moe_fair.moe.repairs.refit import SWEEPS, ridges
-from moe_fair.pipelines.plan_selection import FIRST, half
+from moe_fair.pipelines.trial_text import FIRST, half
 
 QWEN = Shape("Qwen1.5-MoE-A2.7B", 24, 0, 2048, 1408, 5632, 60, 4, 4, 16, 16, 128, 128, 151936)
 

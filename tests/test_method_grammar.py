@@ -10,7 +10,7 @@ from places import MODEL
 
 import moe_fair
 from moe_fair.core.recipe import Recipe
-from moe_fair.pipelines.plan_selection import rivals
+from moe_fair.pipelines.rivals import rivals
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from moe_fair.engines.batch import (
@@ -33,7 +34,7 @@ from moe_fair.engines.batch import (
     token_losses,
 )
 from moe_fair.engines.boundaries import Boundaries
-from moe_fair.engines.decoder import Decoder, last_hidden_states
+from moe_fair.engines.decoder import Decoder, find_decoder, last_hidden_states
 from moe_fair.engines.layers import OUTSIDE, LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 
@@ -41,6 +42,10 @@ LOGITS = 2**24  # elements; float32 logits of one chunk take four times as many 
 NOT_ALONE = (
     "{}: a layer hands the next more than hidden states, so layers cannot be run one at a time; "
     "use --engine resident and --repair none"
+)
+SEVERAL = (
+    "{}: layers carry several streams of hidden states, which no repair is made for; use "
+    "--repair none"
 )
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
@@ -295,6 +300,38 @@ def call_layers(
         except (ValueError, TypeError) as e:  # more than hidden states was unpacked
             raise NotLayerwise(NOT_ALONE.format(type(stubs.real[0]).__name__)) from e
     return stubs.first, stubs.calls
+
+
+@torch.no_grad()
+def check_layerwise(skeleton: nn.Module, *, several: bool = False) -> None:
+    """Each layer of a model on the meta device hands the next one stream of hidden states alone.
+
+    All but the layers runs for a few tokens, with memory that nobody fills in the weights' place.
+
+    Args:
+        several: streams will do, too.
+
+    Raises:
+        NotLayerwise: it hands on more. Where that cannot be found out so, nothing is raised: it
+            shows when the layers run.
+    """
+    decoder = find_decoder(skeleton)
+    stubs = _Stubs(decoder)
+    with stubs.standing_in():
+        values = {n: torch.empty_like(p, device="cpu") for n, p in decoder.entry.named_parameters()}
+        for name, b in decoder.entry.named_buffers():
+            values[name] = torch.zeros_like(b, device="cpu")
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        given = {"input_ids": ids, "attention_mask": None, "use_cache": False}
+        try:
+            functional_call(decoder.entry, values, (), given)
+        except (ValueError, TypeError) as e:
+            if "unpack" in str(e):  # of what the last layer gave
+                raise NotLayerwise(NOT_ALONE.format(type(stubs.real[0]).__name__)) from e
+        except Exception:  # a model's own code may do anything on zeros
+            pass
+    if stubs.calls and stubs.first.dim() != 3 and not several:
+        raise NotLayerwise(SEVERAL.format(type(skeleton).__name__))
 
 
 class _Stubs:

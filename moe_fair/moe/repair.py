@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.oom import lacking, out_of_memory, release
-from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.domain_folds import domain_folds
@@ -93,10 +93,7 @@ class Repairer:
         batches = [b.to(layered.device) for b in batches]
         calls, first = self.engine.embed(batches)
         if first[0].dim() != 3:
-            raise NotLayerwise(
-                f"{type(self.engine.model).__name__}: layers carry several streams of hidden "
-                "states, which no repair is made for; use --repair none"
-            )
+            raise NotLayerwise(SEVERAL.format(type(self.engine.model).__name__))
         original = HiddenStates(first, layered.device, apart=self.sparing)
         pruned = original.branch()
         del first

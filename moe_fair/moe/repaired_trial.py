@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.layer_fit import precise
@@ -61,10 +61,7 @@ def repaired_losses(
     blocks = {b.layer: b for b in find_blocks(engine.model)}
     calls, first = engine.embed(text.batches)
     if first[0].dim() != 3:
-        raise NotLayerwise(
-            f"{type(engine.model).__name__}: layers carry several streams of hidden states, which "
-            "no repair is made for"
-        )
+        raise NotLayerwise(SEVERAL.format(type(engine.model).__name__))
     streams: list[Sequence[Tensor]] = [first for _ in range(1 + len(removed))]
     depth = len(layered)
     for i in range(depth):

@@ -33,11 +33,12 @@ from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
 from moe_fair.pipelines.disk import disk_needs, kept_on_average
 from moe_fair.pipelines.mtp_heads import UNIFORM
-from moe_fair.pipelines.plan_selection import half, rivals, rounds
 from moe_fair.pipelines.preflight import Job, check_prune, merges_experts
 from moe_fair.pipelines.removal_costs import share
 from moe_fair.pipelines.repair import copies_of, step_sequences
+from moe_fair.pipelines.rivals import rivals
 from moe_fair.pipelines.serving import planned_layout
+from moe_fair.pipelines.trial_text import half, rounds
 
 RECOMPUTED = 2  # what features cost that are computed again instead of kept
 

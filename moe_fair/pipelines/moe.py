@@ -39,7 +39,7 @@ from moe_fair.pipelines.opening import calibration_set, heldout_set, open_model
 from moe_fair.pipelines.oracle import agreements, measure_oracle, save_oracle
 from moe_fair.pipelines.own_source import calibration_text, with_own_text
 from moe_fair.pipelines.plan import plan
-from moe_fair.pipelines.plan_selection import best_plan, check_rivals, hold_out, rivals
+from moe_fair.pipelines.plan_selection import best_plan, check_rivals
 from moe_fair.pipelines.preflight import PLAN_FILE, Job, check_prune
 from moe_fair.pipelines.removal_costs import (
     ALONE_COSTS,
@@ -49,7 +49,9 @@ from moe_fair.pipelines.removal_costs import (
     measure_curves,
 )
 from moe_fair.pipelines.repair import repair_model
+from moe_fair.pipelines.rivals import rivals
 from moe_fair.pipelines.text_checks import check_compared, check_same_text
+from moe_fair.pipelines.trial_text import hold_out
 from moe_fair.pipelines.unused_settings import Run, check_used
 from moe_fair.report.sources import FOLDER, USE
 from moe_fair.report.unrouted import unrouted_line

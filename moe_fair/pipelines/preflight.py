@@ -43,7 +43,7 @@ from moe_fair.pipelines.opening import heldout_set, open_model
 from moe_fair.pipelines.own_source import calibration_text, text_to_come, with_own_text
 from moe_fair.pipelines.own_text import OwnText
 from moe_fair.pipelines.plan import plan
-from moe_fair.pipelines.plan_selection import check_rivals, rivals, teaching_text
+from moe_fair.pipelines.plan_selection import check_rivals
 from moe_fair.pipelines.removal_costs import (
     ALONE_COSTS,
     CURVE_COSTS,
@@ -52,6 +52,7 @@ from moe_fair.pipelines.removal_costs import (
     holds_alone,
 )
 from moe_fair.pipelines.repair import repair_kind
+from moe_fair.pipelines.rivals import rivals
 from moe_fair.pipelines.serving import check_served
 from moe_fair.pipelines.text_checks import (
     Earlier,
@@ -60,6 +61,7 @@ from moe_fair.pipelines.text_checks import (
     divided,
     with_text_of,
 )
+from moe_fair.pipelines.trial_text import teaching_text
 from moe_fair.pipelines.unused_settings import Run, check_used, unused
 
 PLAN_FILE = "plan.json"

@@ -10,7 +10,7 @@ from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, Engine
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import NotLayerwise, StreamingEngine, check_layerwise
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.conversion import Conversion
@@ -48,6 +48,7 @@ def repair_kind(
         for block in source.blocks:
             check_repairable(rule, block.experts)
         check_layouts(source)
+        check_layerwise(source.skeleton)
     except ValueError as e:
         if wanted is not None:
             raise
@@ -131,12 +132,11 @@ def repair_model(
             done = layerwise_until_it_fits(
                 source, chosen.engine, recipe.dtype, recipe.device, progress, attempts, say
             )
-        except NotLayerwise as e:  # met before anything is changed
-            if recipe.parts["repair"] is not None:
-                raise
+        # whatever was asked: the cut model is worth more than none
+        except NotLayerwise as e:  # not found out by `repair_kind`; met before anything is changed
             say(f"note: not repaired: {e}")
             return []
-        except NothingSmaller as e:  # whatever was asked: the cut model is worth more than none
+        except NothingSmaller as e:
             say(f"note: not repaired: out of memory ({e})")
             return []
     for layer in done:

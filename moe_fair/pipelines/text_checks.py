@@ -13,7 +13,8 @@ from moe_fair.moe.calibration_text import CalibrationSet, split
 from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.collection import methods_for
 from moe_fair.pipelines.methods import Method, method
-from moe_fair.pipelines.plan_selection import rivals, split_holdout
+from moe_fair.pipelines.rivals import rivals
+from moe_fair.pipelines.trial_text import split_holdout
 from moe_fair.pipelines.unused_settings import Run
 
 

@@ -25,7 +25,7 @@ from moe_fair.moe.statistic import Pass, Statistic
 from moe_fair.pipelines.calibrate import collect
 from moe_fair.pipelines.collection import for_calibrate, for_prune
 from moe_fair.pipelines.opening import calibration_set, open_model
-from moe_fair.pipelines.plan_selection import rivals
+from moe_fair.pipelines.rivals import rivals
 
 pytestmark = pytest.mark.slow  # whole runs, by and large
 

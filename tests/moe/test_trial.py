@@ -31,6 +31,9 @@ from moe_fair.moe.rerouting import Rerouting
 from moe_fair.moe.trial import trial_losses
 from moe_fair.pipelines import moe as pipeline
 from moe_fair.pipelines import plan_selection as trials
+from moe_fair.pipelines import trial_losses as losses_of_plans
+from moe_fair.pipelines.rivals import RIVALS, rivals
+from moe_fair.pipelines.trial_text import split_holdout, teaching_text
 
 Fails = Callable[..., str]
 PRUNE = [
@@ -86,7 +89,7 @@ def test_the_best_of_those_tried_is_taken(
     )  # fmt: skip
     source = pipeline.open_model(recipe)
     text = pipeline.calibration_set(recipe, source, print)
-    seen, trial = trials.split_holdout(recipe, text)
+    seen, trial = split_holdout(recipe, text)
     assert trial is not None
     assert (len(seen.sequences), len(trial.sequences)) == (56, 8)
     assert set(seen.sequences) | set(trial.sequences) == set(text.sequences)
@@ -192,7 +195,7 @@ def test_what_a_killed_run_measured_is_found(
     assert first.explanation["trials"]["changes"].keys() >= {"second-order", "reap/uniform"}
     measured = json.loads(home.read_text())
     with monkeypatch.context() as m:
-        m.setattr(trials, "trial_losses", None)  # would fail
+        m.setattr(losses_of_plans, "trial_losses", None)  # would fail
         assert best() == first
     home.write_text(home.read_text()[:-40])
     assert best() == first
@@ -254,12 +257,12 @@ def test_nothing_is_tried_where_a_method_is_named_or_text_is_short(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = Recipe(model=str(MODEL))
-    assert list(trials.rivals(model)) == list(trials.RIVALS)
+    assert list(rivals(model)) == list(RIVALS)
     for named in (
         {"method": "reap"}, {"removal": "ean"}, {"allocate": "tod"}, {"tolerance": 0.1},
         {"reduce": "merge"}, {"rivals": ("none",)}, {"taylor": False},
     ):  # fmt: skip
-        assert not trials.rivals(model.with_settings(named)), named
+        assert not rivals(model.with_settings(named)), named
     few = [*PRUNE[:5], "63", *PRUNE[6:]]
     run(*few, "--experts", 40, "-o", tmp_path / "out")
     assert "63 samples are fewer than 64" in capsys.readouterr().err
@@ -307,11 +310,11 @@ def test_plans_are_tried_as_they_will_be_repaired(
     )  # fmt: skip
     source = pipeline.open_model(recipe)
     whole = pipeline.calibration_set(recipe, source, print)
-    text = trials.split_holdout(recipe, whole)[1]
+    text = split_holdout(recipe, whole)[1]
     assert text is not None
-    assert trials.teaching_text(whole, text, "scale") is None
-    assert trials.teaching_text(whole, text, None) is None
-    teaching = trials.teaching_text(whole, text, "distill")
+    assert teaching_text(whole, text, "scale") is None
+    assert teaching_text(whole, text, None) is None
+    teaching = teaching_text(whole, text, "distill")
     assert teaching is not None
     assert len(teaching.sequences) == 56  # all that does not judge
     assert set(teaching.sequences).isdisjoint(text.sequences)
@@ -336,7 +339,7 @@ def test_plans_are_tried_as_they_will_be_repaired(
     assert "each repaired on 56: " in first.notes[-1]
     assert f"trying {again} plans on 128 tokens, repaired on 896" in said[-1]
     with monkeypatch.context() as m:
-        m.setattr(trials, "repaired_losses", None)  # would fail
+        m.setattr(losses_of_plans, "repaired_losses", None)  # would fail
         assert best(teaching) == first
     untouched = best(None, tmp_path / "bare.json")
     assert "before any repair" in untouched.notes[-1]
@@ -347,7 +350,7 @@ def test_plans_are_tried_as_they_will_be_repaired(
     def no(*_: object, **__: object) -> None:
         raise NotLayerwise("it has several streams")
 
-    monkeypatch.setattr(trials, "repaired_losses", no)
+    monkeypatch.setattr(losses_of_plans, "repaired_losses", no)
     assert best(teaching, tmp_path / "bare.json") == untouched
     assert any("before any repair: it has several streams" in line for line in said)
 
