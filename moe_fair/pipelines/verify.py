@@ -6,18 +6,13 @@ checkpoints' own layouts. Bytes are read in pieces, so memory does not depend on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from moe_fair.core.manifest import (
-    CHUNK,
     FOLDER,
     MANIFEST,
     check_files,
@@ -25,18 +20,24 @@ from moe_fair.core.manifest import (
     write_manifest,
 )
 from moe_fair.core.plan import Plan
-from moe_fair.engines.shards import Piece, StoredTensor
+from moe_fair.engines.shards import StoredTensor
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.tensor_slicing import LAST_NUMBER, ExpertTensor
+from moe_fair.pipelines.compared_bytes import (
+    Bytes,
+    Reading,
+    Wrong,
+    check_finite,
+    check_same,
+    check_table,
+)
 from moe_fair.report.sources import load_healing, load_repairs, saved_as
 from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.verify import can_build, check_cuts, check_model, zeros_of
 
 if TYPE_CHECKING:  # what is heavy is imported where it is used: an image classifier needs none
     from moe_fair.moe.checkpoint_source import Checkpoint
-
-Bytes = list[tuple[int, int]]  # ranges within a tensor: start, length
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,6 @@ class Verified:
     def wrong(self) -> str:
         """What is, in one line."""
         return "; ".join(f"{c.name}: {c.detail}" for c in self.checks if c.ok is False)
-
-
-class _Wrong(Exception):
-    """What a check found."""
 
 
 def verify(
@@ -199,7 +196,7 @@ def _pruned_from(plan: Plan, original: Checkpoint) -> bool:
 def _check(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
-    except (_Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (Wrong, ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         # a damaged config or table breaks whatever reads it, here or in transformers
         return Check(name, False, " ".join(str(e).split()))
 
@@ -215,14 +212,14 @@ def _tensors(plan: Plan, found: Checkpoint, as_it_came: bool) -> str:
     blocks = {b.name: b for b in [*found.blocks, *found.heads.blocks]}
     for name, kept in plan.kept.items():
         if name not in blocks:
-            raise _Wrong(f"the plan names {name}, which the model does not have")
+            raise Wrong(f"the plan names {name}, which the model does not have")
         if blocks[name].num_experts != len(kept):
-            raise _Wrong(
+            raise Wrong(
                 f"{name}: {len(kept)} experts in the plan, {blocks[name].num_experts} in the config"
             )
     known = plan.after if as_it_came else replace(plan.after, bytes=found.size.bytes)
     if found.size != known:
-        raise _Wrong(
+        raise Wrong(
             f"{found.size.parameters:,} parameters in {found.size.bytes:,} bytes, planned "
             f"{plan.after.parameters:,} in {plan.after.bytes:,}"
         )
@@ -235,9 +232,9 @@ def _tensors(plan: Plan, found: Checkpoint, as_it_came: bool) -> str:
     check_tables(found)
     for (block, kind), members in kinds.items():
         if sorted(e for e, _ in members) != list(range(blocks[block].num_experts)):
-            raise _Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
+            raise Wrong(f"{kind}: not one for each of {blocks[block].num_experts} experts")
         if len({(t.dtype, t.shape) for _, t in members}) > 1:
-            raise _Wrong(f"{kind}: the experts differ in shape or data type")
+            raise Wrong(f"{kind}: the experts differ in shape or data type")
     experts = sum(map(len, plan.kept.values()))
     return f"{len(tensors)} tensors, {experts} experts in {len(plan.groups)} layers, as planned"
 
@@ -248,11 +245,11 @@ def _repairs(repairs: Sequence[LayerRepair], healed: bool, found: Checkpoint) ->
     layers = len({n for n, _ in changed.values()})
     changed |= dict.fromkeys(_healed_names(healed, found), ("", "heal"))
     count = 0
-    with _Reading() as reading:
+    with Reading() as reading:
         for t in found.tensors:
             if found.weight_place(t.name) in changed:
                 count += 1
-                _finite(t, reading)
+                check_finite(t, reading)
     if not changed:
         return "none"
     what = "healed end to end" if healed else f"of {layers} layers"
@@ -313,7 +310,7 @@ def _experts(
     dropped = {t.name for t in original.heads.tensors} if plan.mtp == "drop" else set()
     tables = new_tables(original, plan.kept)
     same, size, repaired, joined = 0, 0, 0, 0
-    with _Reading() as reading:
+    with Reading() as reading:
         for t in original.tensors:
             if t.name in dropped:
                 continue
@@ -323,13 +320,13 @@ def _experts(
             name, shape, ranges = want
             new = left.pop(name, None)
             if new is None:
-                raise _Wrong(f"{name} is missing")
+                raise Wrong(f"{name} is missing")
             if (new.dtype, new.shape) != (t.dtype, shape):
-                raise _Wrong(
+                raise Wrong(
                     f"{name} is {new.dtype} {list(new.shape)}, expected {t.dtype} {list(shape)}"
                 )
             if t.name in tables:
-                _same_table(tables[t.name], new, reading)
+                check_table(tables[t.name], new, reading)
                 continue
             if place(t.name) in changed:
                 repaired += 1
@@ -340,10 +337,10 @@ def _experts(
                 if part.expert is None or part.expert in own:
                     joined += 1
                     continue
-            _compare(t, ranges, new, reading)
+            check_same(t, ranges, new, reading)
             same, size = same + 1, size + new.bytes
     if left:
-        raise _Wrong(f"{min(left)} is not in the original")
+        raise Wrong(f"{min(left)} is not in the original")
     text = f"{same} tensors, {size:,} bytes, are bitwise the original's"
     text += f"; {joined} hold merged experts" if joined else ""
     text += f"; {len(tables)} tables of token ids name the remaining experts" if tables else ""
@@ -381,73 +378,3 @@ def _wanted(
         ranges.append((part.experts * one, t.bytes - part.experts * one))
     count = len(ids) * (length // part.experts) + rest
     return t.name, (*t.shape[: part.dim], count, *t.shape[part.dim + 1 :]), ranges
-
-
-def _same_table(want: Tensor, new: StoredTensor, reading: _Reading) -> None:
-    """The table holds these numbers."""
-    [piece] = new.pieces
-    if reading.bytes(piece.file, piece.start, piece.length) != want.numpy().tobytes():
-        raise _Wrong(f"{new.name} does not name the remaining experts by its rule")
-
-
-def _compare(old: StoredTensor, ranges: Bytes, new: StoredTensor, reading: _Reading) -> None:
-    """The ranges of `old`, one after another, are the bytes of `new`."""
-    [before], [after] = old.pieces, new.pieces
-    at = after.start
-    for start, length in ranges:
-        done = 0
-        while done < length:
-            count = min(CHUNK, length - done)
-            a = reading.bytes(before.file, before.start + start + done, count)
-            b = reading.bytes(after.file, at, count)
-            if a != b:
-                raise _Wrong(f"{new.name} differs from the original's {old.name}")
-            done, at = done + count, at + count
-    if at != after.start + after.length:
-        raise _Wrong(f"{new.name} has {after.length:,} bytes, expected {at - after.start:,}")
-
-
-def _finite(t: StoredTensor, reading: _Reading) -> None:
-    from moe_fair.engines.stored_values import TORCH
-
-    kind = TORCH.get(t.dtype)
-    if kind is None:
-        raise _Wrong(f"{t.name}: {t.dtype} is not a type that a repair writes")
-    if not kind.is_floating_point:
-        return
-    for data in _chunks(t.pieces, reading):
-        values = torch.frombuffer(bytearray(data), dtype=kind)
-        if not bool(torch.isfinite(values if values.itemsize > 1 else values.float()).all()):
-            raise _Wrong(f"{t.name} holds NaN or Inf")
-
-
-def _chunks(pieces: Sequence[Piece], reading: _Reading) -> Iterator[bytes]:
-    for p in pieces:
-        for start in range(0, p.length, CHUNK):
-            yield reading.bytes(p.file, p.start + start, min(CHUNK, p.length - start))
-
-
-class _Reading:
-    """Files that stay open while ranges of them are read."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
-
-    def __enter__(self) -> _Reading:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-
-    def bytes(self, file: Path, start: int, count: int) -> bytes:
-        """Exactly so many bytes."""
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-        parts = b""
-        while len(parts) < count:
-            more = os.pread(self._handles[file], count - len(parts), start + len(parts))
-            if not more:
-                raise _Wrong(f"{file.name} ends early")
-            parts += more
-        return parts
