@@ -28,7 +28,7 @@ from moe_fair.moe.engine_choice import Choice, choose, weight_dtype
 from moe_fair.moe.mtp_head import HeadRunner
 from moe_fair.moe.statistics import Collected, usual
 from moe_fair.pipelines.mtp_heads import collects_heads, head_facts
-from moe_fair.pipelines.oom_retry import Elastic, Loading
+from moe_fair.pipelines.oom_retry import Loading, RetryingEngine
 
 Say = Callable[[str], None]
 # families whose names are not in a fingerprint where all are there, and the order of others
@@ -92,7 +92,7 @@ def collect(
         left = sum(int(b.mask.sum()) for share in shares.values() for b in share)
         total = left * passes(chosen, source, collected.backward)
         with Progress("calibrating", total) as progress:
-            engine = Elastic(loading(recipe), source, chosen, progress, team, say)
+            engine = RetryingEngine(loading(recipe), source, chosen, progress, team, say)
             if recipe.device_map:
                 say(placement(engine.model))
             along = (recipe.dtype, recipe.device) if heads else None
@@ -250,7 +250,7 @@ def measure(
     batches = text.batches(recipe.batch_size)
     left = sum(int(b.mask.sum()) for b in team.share(batches, _cost))
     with Progress(what, left * passes(chosen, source, False)) as progress:
-        engine = Elastic(loading(recipe), source, chosen, progress, team, say)
+        engine = RetryingEngine(loading(recipe), source, chosen, progress, team, say)
         return heldout_loss(SharedLosses(engine, team), batches, text.domains)
 
 

@@ -13,7 +13,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import Choice, weight_dtype
 from moe_fair.moe.mtp_head import Drafting, HeadRunner
 from moe_fair.pipelines.calibrate import Say, choose_engine, loading, passes
-from moe_fair.pipelines.oom_retry import Elastic
+from moe_fair.pipelines.oom_retry import RetryingEngine
 from moe_fair.pipelines.removal_costs import share
 
 SEQUENCES = 64  # of the held-out text
@@ -40,6 +40,6 @@ def measure_drafts(
         return Drafting(HeadRunner(source, model, dtype, device))
 
     with Progress(what, part.tokens * passes(chosen, source, False)) as progress:
-        engine = Elastic(loading(recipe), source, chosen, progress, say=say)
+        engine = RetryingEngine(loading(recipe), source, chosen, progress, say=say)
         done = engine.collect(part.batches(recipe.batch_size), drafting, backward=False)
     return Drafts(done.after.drafted, done.after.accepted)

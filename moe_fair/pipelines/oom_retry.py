@@ -62,7 +62,7 @@ class Loading:
     length: int
 
 
-class Elastic:
+class RetryingEngine:
     """An engine with its model, and what follows when its memory does not suffice.
 
     Args:

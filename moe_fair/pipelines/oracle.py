@@ -47,7 +47,7 @@ def measure_oracle(
         say(f"going on: {removals.earlier} of {len(singles)} layers were done before")
     left = sum(len(s) for n, s in singles.items() if n not in removals.by_batch)
     say(f"oracle: {left} removals on {removals.tokens:,} tokens")
-    removals.measure("removing")
+    removals.measure("removing", say)
     return Oracle(
         changes=removals.changes,
         loss=removals.loss,

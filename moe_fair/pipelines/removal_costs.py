@@ -138,7 +138,7 @@ def _measured(
     removals = Removals(recipe, source, part, wanted, work)
     before = f"; {removals.earlier} layers were done before" if removals.earlier else ""
     say(f"measuring {what} on {len(part.sequences)} sequences, {part.tokens:,} tokens{before}")
-    removals.measure("measuring costs")
+    removals.measure("measuring costs", say)
     return removals
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from moe_fair.core.output import digest, write_whole
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.device import pick_device
+from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.progress import Progress
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -73,23 +75,55 @@ class Removals:
         empty = found.new_zeros(len(self.text.domains), found.shape[1])
         return empty.index_add(0, domains, found)
 
-    def measure(self, what: str) -> None:
-        """Whatever is not known yet.
+    def measure(self, what: str, say: Callable[[str], None] = lambda _: None) -> None:
+        """Whatever is not known yet; where memory runs out, with fewer sequences at a time.
 
         Args:
             what: said in front of the progress bar.
+
+        Raises:
+            ValueError: memory runs out with one sequence at a time.
         """
-        missing = {n: s for n, s in self.sets.items() if n not in self.by_batch}
-        if not missing:
-            return
+        most: int | None = None
+        while missing := {n: s for n, s in self.sets.items() if n not in self.by_batch}:
+            lack = self._attempt(what, missing, most)
+            if lack is None:
+                return
+            release()  # outside of the handler, which held what had been allocated
+            size = most or max(len(b.mask) for b in self.batches)
+            if size == 1:
+                raise ValueError(
+                    f"out of memory: {lack}; there is nothing smaller to try than one sequence: "
+                    "give a smaller --length or a device with more memory; the same command goes "
+                    "on where it stopped"
+                )
+            most = size // 2
+            say(f"out of memory ({lack}): again with {most} sequences at a time instead of {size}")
+
+    def _attempt(self, what: str, missing: Sets, most: int | None) -> str | None:
+        """The layers that are missing, one after another; what was lacking where memory ran out.
+
+        Args:
+            most: sequences at a time, None: whole batches.
+        """
+        parts = [(j, p) for j, b in enumerate(self.batches) for p in b.parts(most)]
+        batch = torch.tensor([j for j, _ in parts])
         depth = self.source.config.get_text_config().num_hidden_layers
         with Progress(what, self.text.tokens * depth) as progress:
-            model = self.source.load(self.recipe.dtype, self.recipe.device)
-            losses = RemovalLosses(model, self.batches, progress.visit)
-            for name, change in losses.measure(missing):
-                self.by_batch[name], self.loss = change, losses.loss
-                if name in self._homes:
-                    self._save(name)
+            try:
+                model = self.source.load(self.recipe.dtype, self.recipe.device)
+                losses = RemovalLosses(model, [p for _, p in parts], progress.visit)
+                for name, change in losses.measure(missing):
+                    whole = change.new_zeros(len(self.batches), change.shape[1])
+                    self.by_batch[name] = whole.index_add(0, batch, change)
+                    self.loss = losses.loss
+                    if name in self._homes:
+                        self._save(name)
+            except Exception as e:
+                if not out_of_memory(e):
+                    raise
+                return lacking(e)
+        return None
 
     def _key(self, name: str) -> str:
         """What a layer's changes depend on."""

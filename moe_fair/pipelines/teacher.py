@@ -23,7 +23,7 @@ from moe_fair.moe.greedy_text import beginnings, continuations
 from moe_fair.moe.healing_text import HealingText, batches_of
 from moe_fair.moe.predictions import Predictions, top_predictions
 from moe_fair.pipelines.calibrate import Say, choose_engine, loading, passes
-from moe_fair.pipelines.oom_retry import Elastic
+from moe_fair.pipelines.oom_retry import RetryingEngine
 
 PARTS = ("ids", "log_p", "rest")
 WRITTEN = "continuations"
@@ -63,7 +63,7 @@ class Teacher:
         tokens = sum(self.text.length(i) for c in left for i in self.chunks[c])
         lack = None
         with Progress("original's predictions", tokens * passes(chosen, source, False)) as progress:
-            engine = Elastic(loading(recipe), source, chosen, progress, self.team, say)
+            engine = RetryingEngine(loading(recipe), source, chosen, progress, self.team, say)
             try:
                 self._ask(engine, left, not there[-1], recipe.batch_size)
             except ValueError as e:
@@ -74,7 +74,7 @@ class Teacher:
         if lost := [x for x in self.team.gather(lack) if x is not None]:
             raise MemoryError(lost[0].removeprefix("out of memory: ").partition(";")[0])
 
-    def _ask(self, engine: Elastic, left: Sequence[int], writes: bool, most: int) -> None:
+    def _ask(self, engine: RetryingEngine, left: Sequence[int], writes: bool, most: int) -> None:
         """Write what is missing: chunks, and whether continuations are."""
         for c in left:
             mine = self.chunks[c]

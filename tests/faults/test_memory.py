@@ -252,6 +252,45 @@ def test_held_out_losses_too(monkeypatch: pytest.MonkeyPatch, recipe: Make) -> N
     assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
 
 
+def test_removals_in_smaller_batches(
+    monkeypatch: pytest.MonkeyPatch, recipe: Make, tmp_path: Path
+) -> None:
+    """Measured removals: what a killed run has left is the same of whole batches and of parts."""
+    from moe_fair.engines import streaming
+    from moe_fair.pipelines.opening import calibration_set
+    from moe_fair.pipelines.removal_losses import Removals
+
+    chosen = recipe(samples=8, batch_size=4)
+    source = pipeline.open_model(chosen)
+    text = calibration_set(chosen, source, print)
+    [first, *_, last] = source.blocks
+    sets = {b.name: [[e] for e in range(0, b.num_experts, 3)] for b in (first, last)}
+    whole = Removals(chosen, source, text, sets, None)
+    whole.measure("removing")
+    stock, room = streaming.LayerCall.run, [2]
+
+    def run(self: Any, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > room[0]:
+            raise cuda()
+        return stock(self, layer, hidden)
+
+    monkeypatch.setattr(streaming.LayerCall, "run", run)
+    said: list[str] = []
+    parts = Removals(chosen, source, text, sets, tmp_path)
+    parts.measure("removing", said.append)
+    assert [line.split(": ")[-1] for line in said] == [
+        "again with 2 sequences at a time instead of 4"
+    ]
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    for name, changes in whole.by_batch.items():
+        torch.testing.assert_close(parts.by_batch[name], changes, rtol=1e-3, atol=1e-3)
+    assert Removals(chosen, source, text, sets, tmp_path).earlier == 2  # nothing is left to do
+
+    room[0] = 0
+    with pytest.raises(ValueError, match="nothing smaller to try than one sequence"):
+        Removals(chosen, source, text, sets, None).measure("removing")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_other_batch_sizes_do_not_mix(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, undisturbed: Statistics, tmp_path: Path

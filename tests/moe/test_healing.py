@@ -27,7 +27,7 @@ from moe_fair.moe.healing_text import HealingText, batches_of, healing_text
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.predictions import Predictions, divergence, top_predictions
 from moe_fair.pipelines.heal import heal_model
-from moe_fair.pipelines.oom_retry import Elastic
+from moe_fair.pipelines.oom_retry import RetryingEngine
 
 LENGTH = 24
 
@@ -258,7 +258,7 @@ def test_a_run_without_memory_ends_with_what_was_repaired(
             raise ValueError("out of memory: no room; there is nothing smaller to try")
         raise MemoryError("no room")
 
-    home, name = (Elastic, "logits") if where == "original" else (Healer, "_terms")
+    home, name = (RetryingEngine, "logits") if where == "original" else (Healer, "_terms")
     monkeypatch.setattr(home, name, never)
     before = {f.name: f.read_bytes() for f in pruned.path.iterdir()}
     said: list[str] = []
