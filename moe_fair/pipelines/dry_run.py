@@ -19,9 +19,10 @@ from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.settings import flag
 from moe_fair.core.units import Statistics
 from moe_fair.engines.device import pick_device
+from moe_fair.engines.memory import free_memory
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.engine_choice import free_memory, weight_dtype
+from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.healing import LOOKS
 from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
