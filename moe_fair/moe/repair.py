@@ -29,7 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.oom import lacking, out_of_memory, release
+from moe_fair.engines.packing.experts import PackedExperts, as_plain
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -47,6 +49,7 @@ from moe_fair.moe.surgery import cut_block
 
 HELD_OUT = 5  # every fifth sequence judges the fits
 MOST_PARTS = 16  # in which experts are trained where memory is short
+TRAINED = 24  # bytes of a weight in training: float32 with its moments, gradients, the best so far
 ROUNDING = 1e-10  # an error below this is no error
 PROBE = 0.1  # a change of the routed output, relative to it, that shows how the layer takes it up
 # (tokens, target, ridges, start) -> each ridge with its down projections [E, F, D]
@@ -237,7 +240,10 @@ class Repairer:
         Where no part fits either, what was fitted stands.
         """
         done = Distillation(0.0, 0.0, 0)
-        part, parts = 0, 1
+        part, parts = 0, parts_for(block, self.engine.layered.device)
+        if parts > MOST_PARTS:
+            self.say(f"{block.name}: its packed experts are too large to train here: fitted alone")
+            return done
         while part < parts:
             lack = None
             try:
@@ -274,7 +280,8 @@ class Repairer:
         if path is None:
             return
         tensors = {
-            n: p.detach().cpu().contiguous() for n, p in changed_tensors(block, done).items()
+            n: as_plain(p.detach().cpu()).contiguous()
+            for n, p in changed_tensors(block, done).items()
         }
         about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
         temporary = path.with_suffix(".partial")
@@ -300,6 +307,18 @@ class Repairer:
         for name, p in changed_tensors(block, done).items():
             p.data.copy_(new[name])
         return done
+
+
+def parts_for(block: MoeBlock, device: torch.device) -> int:
+    """In how many parts experts are trained that stay packed since memory is short; else in one."""
+    packed = [p for p in block.experts.parameters() if isinstance(p, PackedExperts)]
+    weights, parts = sum(p.numel() for p in packed), 1
+    if packed:
+        # in the model's own type, once all are trained, and a gradient of all
+        item, room = 2 * packed[0].itemsize, usable_memory(device)
+        while parts <= MOST_PARTS and weights * (item + TRAINED / parts) > room:
+            parts *= 2
+    return parts
 
 
 def changed_tensors(block: MoeBlock, done: LayerRepair) -> dict[str, nn.Parameter]:

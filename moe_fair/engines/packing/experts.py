@@ -46,6 +46,13 @@ class Matrix:
         self.parts, self.shape, self.dtype, self.device = parts, tuple(shape), dtype, device
         self._values: Tensor | None = None
 
+    @staticmethod
+    def plain(values: Tensor) -> Matrix:
+        """One that is not packed."""
+        found = Matrix((), values.shape, values.dtype, values.device)
+        found._values = values
+        return found
+
     def unpacked(self) -> Tensor:
         """Its values; not to be written into."""
         if self._values is not None:
@@ -156,6 +163,13 @@ def held(t: Tensor) -> Tensor:
     return t.held() if isinstance(t, PackedExperts) else t.cpu().clone()
 
 
+def mean_square(t: Tensor) -> Tensor:
+    """In float32; of packed experts by one at a time."""
+    if isinstance(t, PackedExperts):
+        return torch.stack([mean_square(x.unpacked()) for x in t.detach()]).mean()
+    return t.float().square().mean()
+
+
 def _same(_: Any, t: PackedExperts) -> Any:
     return t._some(t.matrices, t.like, t.one)
 
@@ -184,9 +198,9 @@ def _times(func: Any, t: Any, factor: Any) -> Any:
 
 
 def _clone(func: Any, t: PackedExperts, *, memory_format: Any = None) -> Any:
-    """`contiguous`; what is asked for as a copy is meant to be written into."""
+    """What is asked for as a copy is meant to be written into; `contiguous` is not."""
     if memory_format is None:
-        return NotImplemented
+        return t.unpacked()
     return _each(func, t, memory_format=memory_format)
 
 
@@ -218,8 +232,8 @@ def _slice(
 ) -> Any:
     if t.one or dim % t.dim():
         return NotImplemented
-    some = t.matrices[slice(start, end, step)]
-    return t._some(some, func(t.like, dim, start, end, step)) if some else NotImplemented
+    some, like = t.matrices[slice(start, end, step)], func(t.like, dim, start, end, step)
+    return t._some(some, like) if some else torch.empty_like(like, device=t.device)
 
 
 def _split(func: Any, t: PackedExperts, size: int, dim: int = 0) -> Any:
@@ -239,6 +253,17 @@ def _take(func: Any, t: PackedExperts, dim: int, ids: Tensor) -> Any:
         return NotImplemented
     like = torch.empty((len(ids), *t.shape[1:]), dtype=t.dtype, device="meta")
     return t._some([t.matrices[i].copy() for i in ids.tolist()], like)
+
+
+def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Experts that are packed beside others that are not, as when some of them are trained."""
+    rows = [t for t in tensors if len(t)]
+    if dim or any(isinstance(t, PackedExperts) and (t.one or t.steps) for t in rows):
+        return NotImplemented
+    found: list[Matrix] = []
+    for t in rows:
+        found += t.matrices if isinstance(t, PackedExperts) else map(Matrix.plain, t)
+    return PackedExperts.of(found)
 
 
 def _empty(func: Any, t: PackedExperts, **kwargs: Any) -> Tensor:
@@ -294,6 +319,6 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.view.default: _view, aten._unsafe_view.default: _view,
     aten.select.int: _select, aten.slice.Tensor: _slice, aten.split.Tensor: _split,
     aten.unbind.int: _unbind, aten.index_select.default: _take,
-    aten.empty_like.default: _empty, aten.copy_.default: _copy,
+    aten.cat.default: _cat, aten.empty_like.default: _empty, aten.copy_.default: _copy,
     aten._grouped_mm.default: _grouped_mm,
 }  # fmt: skip
