@@ -141,7 +141,11 @@ class PackedExperts(Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         rule, kwargs = RULES.get(func), dict(kwargs or {})
         found = NotImplemented if rule is None else rule(func, *args, **kwargs)
