@@ -174,9 +174,22 @@ def activation_bytes(s: Shape, tokens: int, item: int) -> int:
     return s.layers * tokens * s.model * item
 
 
-def device_bytes(s: Shape, batch_tokens: int, item: int) -> int:
-    """Weights of the largest group, or logits and gradient; and a batch's rows at one layer."""
-    weights = max(s.moe_layer() * item, s.outside() * item + 3 * 4 * LOGITS)
+def packed_layer(s: Shape, item: int) -> float:
+    """Bytes of one layer whose routed experts stay packed, and of one of their matrices unpacked,
+    by way of float32."""
+    matrix = s.model * s.expert
+    experts = s.experts * 3 * matrix
+    return experts * s.packed + (s.moe_layer() - experts) * item + matrix * (2 * item + 4)
+
+
+def device_bytes(s: Shape, batch_tokens: int, item: int, layer: float | None = None) -> float:
+    """Weights of the largest group, or logits and gradient; and a batch's rows at one layer.
+
+    Args:
+        layer: bytes of one, where it is not unpacked.
+    """
+    layer = s.moe_layer() * item if layer is None else layer
+    weights = max(layer, s.outside() * item + 3 * 4 * LOGITS)
     rows = batch_tokens * (s.top_k + 1) * (2 * s.model + 3 * s.expert) * item
     return weights + rows
 
@@ -218,6 +231,10 @@ def tables(sequences: int = 128, length: int = 2048, domains: int = 4) -> Iterat
         "boundary activations": lambda s: f"{activation_bytes(s, tokens, 2) / 1e9:.0f} GB",
         "on the device, 8 × 2048 tokens a batch": lambda s: (
             f"{device_bytes(s, 8 * 2048, 2) / 1e9:.0f} GB + statistics"
+        ),
+        "one MoE layer whose experts stay packed": lambda s: f"{packed_layer(s, 2) / 1e9:.1f} GB",
+        "on the device, experts packed": lambda s: (
+            f"{device_bytes(s, 8 * 2048, 2, packed_layer(s, 2)) / 1e9:.0f} GB + statistics"
         ),
         "shared by a machine's processes, two layers as stored": lambda s: (
             f"{2 * s.moe_layer() * s.stored / 1e9:.0f} GB"

@@ -2,11 +2,11 @@
 
     python eval/packed/one_layer.py (deepseek-v3|kimi-k2) (packed|plain) [--experts 64]
 
-Random weights, few tokens, one MoE layer and a small vocabulary around it; of the experts as many
-as memory allows (all of DeepSeek-V3's 256 take 23 GB unpacked, and one copy more while repaired).
-The streaming engine in bfloat16. Prints bytes on disk and, for each stage, seconds, CPU seconds and
-the peak of anonymous memory (pages of mapped files do not count) above what the imports take.
-`plain` is the same layer in bfloat16, to set beside it.
+Random weights, few tokens, one MoE layer and a small vocabulary around it; all of its experts (256,
+384), or fewer. The streaming engine in bfloat16, which leaves the experts packed where the layer
+unpacked (23 GB, 34 GB) is larger than what memory is usable. Prints bytes on disk and, for each
+stage, seconds, CPU seconds and the peak of anonymous memory (pages of mapped files do not count)
+above what the imports take. `plain` is the same layer in bfloat16, to set beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.packing.experts import PackedExperts
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import write_model
@@ -38,6 +42,7 @@ from moe_fair.moe.repair import Repairer
 from moe_fair.moe.statistics import collecting, names_of
 
 SEQUENCES, LENGTH = 10, 32
+EXPERTS = {"deepseek-v3": 256, "kimi-k2": 384}
 KIMI = {
     "quant_method": "compressed-tensors", "format": "pack-quantized",
     "quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*"],
@@ -63,24 +68,34 @@ def config(kind: str, experts: int) -> DeepseekV3Config:
     )  # fmt: skip
 
 
-def packed(kind: str, name: str, t: Tensor) -> dict[str, Tensor]:
-    """Codes and scales of a matrix; of Kimi-K2 random ones, of experts alone."""
-    if kind == "deepseek-v3":
-        rows, columns = (-(-n // 128) for n in t.shape)
-        scale = torch.full((rows, columns), 0.02 / 100)
-        return {name: (t * (100 / 0.02)).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
-    rows, columns = t.shape
+def packed(kind: str, name: str, shape: tuple[int, ...], i: int) -> dict[str, Tensor]:
+    """Codes and scales of the i-th matrix: random ones, in an order of its own."""
+    rows, columns = shape
     home = name.removesuffix("weight")
-    words = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8)).int()
+    if kind == "deepseek-v3":
+        scale = torch.full((-(-rows // 128), -(-columns // 128)), 0.02 / 100)
+        codes = base(rows, columns, torch.float8_e4m3fn).view(torch.uint8).roll(i, 0)
+        return {name: codes.view(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
     return {
-        f"{home}weight_packed": words, f"{home}weight_shape": torch.tensor([rows, columns]),
+        f"{home}weight_packed": base(rows, columns // 8, torch.int32).roll(i, 0),
+        f"{home}weight_shape": torch.tensor([rows, columns]),
         f"{home}weight_scale": torch.full((rows, columns // 32), 0.004).bfloat16(),
-    }  # fmt: skip
+    }
+
+
+@cache
+def base(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """What all matrices of a shape are made of."""
+    if dtype == torch.int32:
+        return torch.randint(-(2**31), 2**31 - 1, (rows, columns)).int()
+    t = torch.randn(rows, columns)
+    return (t * 0.02).to(dtype) if dtype == torch.bfloat16 else (t * 100).to(dtype)
 
 
 def write(folder: Path, kind: str, experts: int, pack: bool) -> None:
     """The checkpoint, a shard at a time."""
     folder.mkdir(parents=True)
+    torch.manual_seed(0)
     settings = config(kind, experts)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(settings)
@@ -101,19 +116,16 @@ def write(folder: Path, kind: str, experts: int, pack: bool) -> None:
                 shapes[name.replace("down_proj", f"{e}.down_proj.weight")] = p.shape[1:]
         else:
             shapes[name] = tuple(p.shape)
-    base: dict[tuple[int, ...], Tensor] = {}
-    index, shard, size, number = {}, {}, 0, 0
+    index, shard, number = {}, {}, 0
     for i, (name, shape) in enumerate(shapes.items()):
         large = name.endswith("_proj.weight") or "_proj_with" in name or "a_proj" in name
         if not large:
             shard[name] = (torch.ones(shape) if "norm" in name else
                            torch.randn(shape) * 0.02).bfloat16()  # fmt: skip
+        elif pack and (kind == "deepseek-v3" or ".experts." in name):
+            shard |= packed(kind, name, shape, i)
         else:
-            if shape not in base:
-                base[shape] = torch.randn(shape) * 0.02
-            t = base[shape].roll(i, 0)
-            only = kind == "deepseek-v3" or ".experts." in name
-            shard |= packed(kind, name, t) if pack and only else {name: t.bfloat16()}
+            shard[name] = base(*shape, torch.bfloat16).roll(i, 0)
         size = sum(t.nbytes for t in shard.values())
         if size > 2e9 or i + 1 == len(shapes):
             file = f"model-{number:05d}.safetensors"
@@ -161,19 +173,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=["deepseek-v3", "kimi-k2"])
     parser.add_argument("form", choices=["packed", "plain"])
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--repair", default="scale")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
+    args.experts = args.experts or EXPERTS[args.kind]
     work = Path(tempfile.mkdtemp(dir=args.work))
     torch.manual_seed(0)
     try:
-        write(work / "model", args.kind, args.experts, args.form == "packed")
-        run(work, f"{args.kind}, {args.form}, {args.experts} experts")
+        how = (work / "model", args.kind, args.experts, args.form == "packed")
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:  # whose memory is not ours
+            other.submit(write, *how).result()
+        run(work, f"{args.kind}, {args.form}, {args.experts} experts", args.repair)
     finally:
         shutil.rmtree(work)
 
 
-def run(work: Path, title: str) -> None:
+def run(work: Path, title: str, repair: str) -> None:
     """Read, score, cut, repair, write."""
     base = anonymous()
     with stage("open", base):
@@ -184,11 +200,14 @@ def run(work: Path, title: str) -> None:
     batch = Batch(ids, torch.ones_like(ids), torch.arange(SEQUENCES), 0)
     print(f"{title}: {source.size.parameters / 1e9:.2f} B weights in "
           f"{source.size.bytes / 1e9:.2f} GB")  # fmt: skip
-    with stage("read and unpack", base):
+    with stage("read", base):
         engine, model = start(source, "streaming", "bfloat16", "cpu", all_of)
         with engine.layered.layer(0) as layer:  # type: ignore[attr-defined]
-            unpacked = sum(p.nbytes for p in layer.parameters())
-    with stage(f"score ({unpacked / 1e9:.2f} GB in memory)", base):
+            unpacked = sum(p.nbytes for p in layer.parameters()) / 1e9
+            packed = any(isinstance(p, PackedExperts) for p in layer.parameters())
+    how = "experts stay packed" if packed else "unpacked whole"
+    print(f"the layer is {unpacked:.2f} GB unpacked; {how}", flush=True)
+    with stage("score", base):
         families = collecting(names_of("routing", "output_norms", "taylor"), backward=True)
         collector = ExpertCollector(find_blocks(model), source.groups, ("a",), families)
         with collector:
@@ -197,10 +216,11 @@ def run(work: Path, title: str) -> None:
         write_model(source, kept, work / "cut")
     (work / "layers").mkdir()
     repacking = None if source.packing is None else Repacking(source, kept)
-    with stage("repair (scale)", base):
+    with stage(f"repair ({repair})", base):
         layerwise = start_layerwise(source, "streaming", "bfloat16", "cpu", all_of)
-        repairer = Repairer(layerwise, kept, "scale", folder=work / "layers", repacking=repacking)
+        repairer = Repairer(layerwise, kept, repair, folder=work / "layers", repacking=repacking)
         [done] = repairer.run([batch])
+    del layerwise, repairer
     shutil.rmtree(work / "cut")
     with stage(f"write what was repaired ({done.repair})", base):
         write_model(source, kept, work / "out", repaired=work / "layers")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
@@ -23,9 +23,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.oom import out_of_memory, return_memory
-from moe_fair.engines.packing import Packing
+from moe_fair.engines.packing import LazyWeight, Packing
+from moe_fair.engines.packing.experts import Matrix, PackedExperts
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.reading import reader
 from moe_fair.engines.shards import StoredTensor, shard_files, stored_tensors
@@ -49,7 +51,10 @@ class LayeredModel:
         team: processes that go through the layers at the same time; see `reading`.
         tensors: name in the checkpoint -> the stored tensor that is read as it, which may be stored
             under another name; by default all of the checkpoint as they are.
-        packing: its packed weights, which are unpacked as they are read.
+        packing: its packed weights, which are unpacked as they are read; where a layer of them is
+            larger, unpacked, than what memory is usable, its experts stay packed until they are
+            used (see `packing.experts`).
+        room: bytes that are usable; None: what is usable of the free memory.
 
     Raises:
         ValueError: the model has no plain list of decoder layers, or tensors are missing.
@@ -66,6 +71,7 @@ class LayeredModel:
         team: Team = ALONE,
         tensors: Mapping[str, StoredTensor] | None = None,
         packing: Packing | None = None,
+        room: int | None = None,
     ) -> None:
         self.dtype, self.device, self.packing = dtype, device, packing
         with init_empty_weights(include_buffers=False):
@@ -83,6 +89,11 @@ class LayeredModel:
         self._own_names = {name: t.name for name, t in tensors.items()}
         self._stored = self._group([t.renamed(name) for name, t in tensors.items()])
         self.reader = reader(team)
+        self._stays_packed = False
+        if packing is not None:
+            if room is None:
+                room = usable_memory(device, team.node_size)
+            self._stays_packed = max(map(self._unpacked_bytes, self._stored.values())) > room
         self.seconds = 0.0  # spent bringing weights in
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
@@ -197,18 +208,40 @@ class LayeredModel:
             module = self.model.get_submodule(module_name)
             old = module._parameters[tensor]
             assert old is not None
-            fused = torch.empty(old.shape, dtype=old.dtype, device=self.device)
-            if len(members) != len(fused) * members[0][1].parts:
+            if len(members) != len(old) * members[0][1].parts:
                 continue  # transformers' own conversion will say what is missing
-            experts = sorted(members, key=lambda m: (m[1].part, dot_natural_key(m[0])))
-            for place, (name, where) in enumerate(experts):
-                assert where.part is not None
-                matrix = state.pop(name)[:]
-                rows = fused[place % len(fused)].chunk(where.parts)[where.part]
-                if rows.shape != matrix.shape:
+            members.sort(key=lambda m: (m[1].part, dot_natural_key(m[0])))
+            where = members[0][1]
+            rows = (old.shape[1] // where.parts, *old.shape[2:])
+            for name, _ in members:
+                if tuple(state[name].get_shape()) != rows:
                     raise ValueError(f"tensor {name} of the checkpoint does not fit the model")
-                rows.copy_(matrix)
+            matrices = [state.pop(name) for name, _ in members]
+            packed = self._stays_packed and all(isinstance(m, LazyWeight) for m in matrices)
+            fused = (self._packed if packed else self._filled)(matrices, old, where.parts)
             module._parameters[tensor] = nn.Parameter(fused, requires_grad=False)
+
+    def _filled(self, matrices: Sequence[Any], old: Tensor, parts: int) -> Tensor:
+        """[E, ...] of so many parts of every expert, all first parts first; each is read here.
+
+        Args:
+            old: the parameter that it will be, on the meta device.
+        """
+        fused = torch.empty(old.shape, dtype=old.dtype, device=self.device)
+        for place, matrix in enumerate(matrices):
+            fused[place % len(old)].chunk(parts)[place // len(old)].copy_(matrix[:])
+        return fused
+
+    def _packed(self, matrices: Sequence[LazyWeight], old: Tensor, parts: int) -> Tensor:
+        """The same, of matrices that stay packed."""
+        experts = [[m.brought() for m in matrices[e :: len(old)]] for e in range(len(old))]
+        shape = old.shape[1:]
+        return PackedExperts.of([Matrix(e, shape, old.dtype, self.device) for e in experts])
+
+    def _unpacked_bytes(self, tensors: Sequence[StoredTensor]) -> int:
+        """Of a group in memory."""
+        assert self.packing is not None
+        return sum(map(self.packing.numel, tensors)) * self.dtype.itemsize
 
     def _convert(self, state: dict[str, Any]) -> None:
         """Everything else, by transformers' own conversion."""

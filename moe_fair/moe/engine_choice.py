@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from moe_fair.core.plan import ModelSize
@@ -12,7 +11,7 @@ from moe_fair.engines.batch import Engine, Visit
 from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.oom import release
+from moe_fair.engines.memory import free_memory, usable_memory
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.engines.resident import ResidentEngine
 from moe_fair.engines.streaming import StreamingEngine
@@ -20,8 +19,6 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.device_map import offloaded
 
 ENGINES = ("auto", "resident", "streaming")
-# of the free memory: the rest is for activations, logits and whatever else runs
-USABLE = 0.7
 WAITING = 0.25  # of free main memory: inputs of layers, on their way through a model on a device
 
 
@@ -57,19 +54,11 @@ def choose(
     if engine != "auto":
         return Choice(engine, "as asked")
     need = size.parameters * item_bytes
-    usable = max_memory if max_memory is not None else int(free_memory(device, sharers) * USABLE)
+    usable = max_memory if max_memory is not None else usable_memory(device, sharers)
     weights, room = f"{need / 1e9:.1f} GB of weights", f"{usable / 1e9:.1f} GB usable on {device}"
     if need <= usable:
         return Choice("resident", f"{weights} fit in {room}")
     return Choice("streaming", f"{weights} do not fit in {room}: one layer at a time")
-
-
-def free_memory(device: torch.device, sharers: int = 1) -> int:
-    """Bytes that can still be allocated on the device; of main memory one of `sharers` parts."""
-    if device.type == "cuda":
-        release()  # a finished stage's blocks, which torch keeps, are free too
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // sharers
 
 
 def start(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.packing.experts import mean_square
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_examples import Examples
 
@@ -134,7 +135,7 @@ class _Training:
         own = {id(p) for p in block.block.parameters()}
         self.names = {n: p for n, p in examples.module.named_parameters() if id(p) in own}
         self.rows = dict(self._rows(block, part))
-        size = {n: float(self.names[n].float().square().mean().sqrt()) for n in self.rows}
+        size = {n: float(mean_square(self.names[n]).sqrt()) for n in self.rows}
         self.masters = {n: self.names[n].detach()[r].float().clone() for n, r in self.rows.items()}
         self.cast = {
             n: self.names[n].detach()[r].clone().requires_grad_(True) for n, r in self.rows.items()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_fair.engines.names import Destination
 from moe_fair.engines.packing import PackedWeight
 from moe_fair.engines.packing.checkpoint import check_finite
+from moe_fair.engines.packing.experts import held
 from moe_fair.engines.packing.scheme import CODES, SCALE
 from moe_fair.engines.shards import MadeTensor, StoredTensor
 from moe_fair.engines.stored_values import read_tensor
@@ -260,7 +261,7 @@ class StoredLayer:
 
     def __init__(self, repacking: Repacking, block: MoeBlock, kinds: Kinds) -> None:
         self.repacking, self.block, self.kinds = repacking, block, kinds
-        self.cut = {n: p.detach().cpu().clone() for n, p in block.block.named_parameters()}
+        self.cut = {n: held(p) for n, p in block.block.named_parameters()}
         self.before = self.size = 0.0
         self.tensors: dict[str, Tensor] = {}
 

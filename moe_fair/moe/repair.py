@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.oom import lacking, out_of_memory, release
+from moe_fair.engines.packing.experts import PackedExperts
 from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -41,6 +43,7 @@ from moe_fair.moe.routed_output import write_down
 from moe_fair.moe.surgery import cut_block
 
 MOST_PARTS = 16  # in which experts are trained where memory is short
+TRAINED = 24  # bytes of a weight in training: float32 with its moments, gradients, the best so far
 
 
 class Repairer:
@@ -228,7 +231,10 @@ class Repairer:
         Where no part fits either, what was fitted stands.
         """
         done = Distillation(0.0, 0.0, 0)
-        part, parts = 0, 1
+        part, parts = 0, parts_for(block, self.engine.layered.device)
+        if parts > MOST_PARTS:
+            self.say(f"{block.name}: its packed experts are too large to train here: fitted alone")
+            return found
         while part < parts:
             lack = None
             try:
@@ -250,3 +256,15 @@ class Repairer:
                 what = f"its experts are trained in {parts} parts"
                 self.say(f"{block.name}: out of memory ({lack}): {what}")
         return replace(found, epoch=done.epoch, tuned_before=done.before, tuned_after=done.after)
+
+
+def parts_for(block: MoeBlock, device: torch.device) -> int:
+    """In how many parts experts are trained that stay packed since memory is short; else in one."""
+    packed = [p for p in block.experts.parameters() if isinstance(p, PackedExperts)]
+    weights, parts = sum(p.numel() for p in packed), 1
+    if packed:
+        # in the model's own type, once all are trained, and a gradient of all
+        item, room = 2 * packed[0].itemsize, usable_memory(device)
+        while parts <= MOST_PARTS and weights * (item + TRAINED / parts) > room:
+            parts *= 2
+    return parts

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_fair.engines.packing.experts import as_plain
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import ORIGINAL, layer_file
@@ -35,7 +36,8 @@ def save_repair(
         packed: of a packed checkpoint, the changed tensors as they are stored.
     """
     path = layer_file(folder, block)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in changed_tensors(block, done).items()}
+    changed = changed_tensors(block, done)
+    tensors = {n: as_plain(p.detach().cpu()).contiguous() for n, p in changed.items()}
     about = {"format": REPAIR_FORMAT, "key": key, "done": json.dumps(asdict(done))}
     temporary = path.with_suffix(".partial")
     beside = {ORIGINAL + n: originals[n] for n in tensors}

@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_fair.engines.packing.experts import as_plain
+
 CELLS = 2**24  # elements of one piece
+WEIGHTS = 2**28  # of one piece on a device
 ROWS = 1024  # whose vectors are added in float32 on a device
 
 
@@ -107,9 +110,11 @@ def dense_vector_sums(f: Tensor, ids: Tensor, size: int, counted: Tensor | None)
 
 def weight_sums(p: Tensor) -> Tensor:
     """[2, E] Σ|w| and Σw² of each expert's matrix, from [E, ...]."""
-    rows = p.detach().flatten(1)
-    if rows.device.type != "cpu":
-        return dense_weight_sums(p.detach())
+    p = p.detach()
+    if p.device.type != "cpu":  # in pieces: experts that are packed are unpacked for it
+        pieces = p.split(max(1, WEIGHTS // p[0].numel()))
+        return torch.cat([dense_weight_sums(as_plain(x)) for x in pieces], 1)
+    rows = p.flatten(1)
     found = []
     for part in rows.split(max(1, CELLS // rows.shape[1])):
         wide = part.double().abs()  # of float64 `double` makes no copy

@@ -19,9 +19,10 @@ from moe_fair.core.recipe import TARGETS, Recipe
 from moe_fair.core.settings import flag
 from moe_fair.core.units import Statistics
 from moe_fair.engines.device import pick_device
+from moe_fair.engines.memory import free_memory, usable_memory
 from moe_fair.engines.processes import current_team
 from moe_fair.moe.calibration_text import CalibrationSet
-from moe_fair.moe.engine_choice import free_memory, weight_dtype
+from moe_fair.moe.engine_choice import weight_dtype
 from moe_fair.moe.healing import LOOKS
 from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
@@ -338,11 +339,12 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
     item = weight_dtype(source, job.recipe.dtype, device).itemsize
     layer = sum(g.size * g.unit_parameters for g in source.groups) // len(source.groups)
     rest = source.size.parameters - layer * len(source.groups)
-    whole = source.size.parameters * item
-    found = {
-        "free": free_memory(device),
-        "weights": whole if engine == "resident" else (layer + rest) * item,
-    }
+    found = {"free": free_memory(device), "weights": source.size.parameters * item}
+    if engine == "streaming":
+        its = layer * item
+        if source.packing is not None and its > usable_memory(device):  # they stay packed
+            its = sum(g.size * g.unit_bytes for g in source.groups) // len(source.groups)
+        found["weights"] = its + rest * item
     if engine == "streaming" and job.text is not None:
         width = source.config.get_text_config().hidden_size
         found["activations"] = job.text.tokens * width * item

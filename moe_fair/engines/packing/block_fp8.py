@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fair.engines.packing.fp8 import numbers
 from moe_fair.engines.packing.scheme import (
     CODES,
     FLOATS,
@@ -68,7 +69,7 @@ class BlockFP8:
 
     def unpack(self, weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """See `Scheme`."""
-        values, scale = parts[CODES].float(), parts[SCALE].float()
+        values, scale = numbers(parts[CODES]), parts[SCALE].float()
         return self._times(values, scale)
 
     def pack(

@@ -121,12 +121,26 @@ class LazyWeight:
         device: torch.device = CPU,
     ) -> None:
         self._scheme, self._weight, self._parts, self._device = scheme, weight, parts, device
+        self._brought = False
+
+    def brought(self) -> LazyWeight:
+        """The same, its parts where they are unpacked: mapped from the file, or on the device.
+
+        Raises:
+            ValueError: a scale is no finite number.
+        """
+        found = LazyWeight(self._scheme, self._weight, self._read(), self._device)
+        found._brought = True
+        return found
 
     def __getitem__(self, index: Any) -> Tensor:
+        parts = self._parts if self._brought else self._read()
+        return self._scheme.unpack(self._weight, parts)[index]
+
+    def _read(self) -> dict[str, Tensor]:
         parts = {role: s[...] for role, s in self._parts.items()}
         check_finite(self._weight, SCALE, parts[SCALE])  # here: a device would be waited for
-        parts = {role: t.to(self._device) for role, t in parts.items()}
-        return self._scheme.unpack(self._weight, parts)[index]
+        return {role: t.to(self._device) for role, t in parts.items()}
 
     def get_shape(self) -> list[int]:
         """Unpacked."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_fair.engines.packing import fp4
+from moe_fair.engines.packing.fp8 import numbers
 from moe_fair.engines.packing.scheme import (
     CODES,
     FLOATS,
@@ -89,7 +90,7 @@ class ModelOpt:
         """See `Scheme`."""
         codes, scale = parts[CODES], parts[SCALE].float()
         if SHARED not in parts:
-            return codes.float() * (scale.view(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+            return numbers(codes) * (scale.view(-1, 1) if scale.numel() > 1 else scale.reshape(()))
         groups = fp4.unpack_bytes(codes).unflatten(-1, (-1, GROUP))
         return (groups * (scale * parts[SHARED]).unsqueeze(-1)).flatten(-2)
 

@@ -14,6 +14,9 @@ def unpack_words(words: Tensor, bits: int, order: Sequence[int] | None = None) -
     Args:
         order: place in the word of each number in turn; by default as they come.
     """
+    if order is None and bits in (4, 8):  # as they lie in the words' bytes: far quicker
+        its = words.contiguous().view(torch.uint8)
+        return its if bits == 8 else torch.stack([its & 15, its >> 4], -1).flatten(-2)
     places = order or range(32 // bits)
     shifts = torch.tensor([p * bits for p in places], dtype=torch.int32, device=words.device)
     numbers = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
