@@ -40,7 +40,8 @@ CEILINGS = {
     "repair scale": (205, 195, 6800, 730),
     "repair variance": (205, 195, 6900, 710),
     "streamed repair": (425, 572, 22300, 4700),
-    "default": (1430, 860, 99500, 24100),
+    # with the fit of one ridge more, which is judged on domains that are left out
+    "default": (1430, 880, 101500, 24100),
     "curves": (320, 190, 9100, 330),
     "oracle": (460, 115, 13000, 870),
     "agreement": (115, 145, 4000, 6200),
@@ -77,6 +78,7 @@ def held_to(model: Path, folder: Path, names: tuple[str, ...]) -> None:
     (folder / "cuda").mkdir()
     found = dict(on_device("stages", model, folder / "cuda", "cuda", *names, PRETEND_GPUS="2"))
     assert found.keys() == expected.keys()
+    above = {}
     for name, its in found.items():
         assert its["numbers"].keys() == expected[name]["numbers"].keys()
         for what, values in expected[name]["numbers"].items():
@@ -97,8 +99,9 @@ def held_to(model: Path, folder: Path, names: tuple[str, ...]) -> None:
             counts["launches"],
             counts["float64"] // 1000,
         )
-        over = [m > c for m, c in zip(measured, CEILINGS[name], strict=True)]
-        assert not any(over), (name, measured, CEILINGS[name], its["lines"])
+        if any(m > c for m, c in zip(measured, CEILINGS[name], strict=True)):
+            above[name] = measured, its["lines"]
+    assert not above
 
 
 def test_the_same_numbers_by_the_rules_of_a_device(model: Path, tmp_path: Path) -> None:
