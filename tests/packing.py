@@ -187,8 +187,8 @@ def modelopt_nvfp4(folder: Path) -> Stored:
     return plain
 
 
-def _bits(words: np.ndarray, row: int, column: int, place: int, bits: int) -> int:
-    return (int(words[row, column]) >> (place * bits)) & (2**bits - 1)
+def _bits(words: np.ndarray, place: np.ndarray, bits: int) -> np.ndarray:
+    return (words.astype(np.int64) >> (place * bits)) & (2**bits - 1)
 
 
 def gptq(folder: Path, bits: int = 4, ordered: bool = False, v2: bool = False) -> Stored:
@@ -214,12 +214,13 @@ def gptq(folder: Path, bits: int = 4, ordered: bool = False, v2: bool = False) -
         scales = (torch.rand(groups, outputs, generator=generator) * 0.02 / 2 ** (bits - 4)).half()
         plain = torch.empty(outputs, inputs)
         c, z, s = codes.numpy(), zeros.numpy(), scales.float().numpy()
-        for o in range(outputs):
-            for i in range(inputs):
-                g = int(group[i])
-                zero = _bits(z, g, o // each, o % each, bits)
-                zero = zero if v2 else (zero + 1) % 2**bits
-                plain[o, i] = float((_bits(c, i // each, o, i % each, bits) - zero) * s[g, o])
+        o = np.arange(outputs)
+        for i in range(inputs):
+            g = int(group[i])
+            zero = _bits(z[g, o // each], o % each, bits)
+            zero = zero if v2 else (zero + 1) % 2**bits
+            code = _bits(c[i // each], np.array(i % each), bits)
+            plain[:, i] = torch.from_numpy((code - zero).astype(np.float32) * s[g])
         stored = {"qweight": codes, "qzeros": zeros, "scales": scales, "g_idx": group.int()}
         return {f"{name}.{k}": v for k, v in stored.items()}, plain
 
