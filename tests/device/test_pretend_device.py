@@ -52,6 +52,8 @@ CEILINGS = {
     "images, Taylor while training": (2600, 1200, 27000, 60),
     "sparse": (150, 120, 2100, 20200),
 }
+# whose numbers are differences of two losses in float32, and this is what such a loss is known to
+DIFFERENCES, SMALLEST = ("curves", "oracle"), 1e-7
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend device needs g++"),
@@ -87,7 +89,7 @@ def held_to(model: Path, folder: Path, names: tuple[str, ...]) -> None:
             torch.testing.assert_close(
                 b,
                 a,
-                atol=3e-5 * largest + 1e-9,
+                atol=3e-5 * largest + (SMALLEST if name in DIFFERENCES else 1e-9),
                 rtol=0,
                 msg=lambda m, w=f"{name}: {what}": f"{w}: {m}",
             )
