@@ -7,11 +7,12 @@
 `eval/compare.py` with this grid and the verdict that follows from it: the default's increase of the
 held-out loss over that of the best peer without repair, of the best peer with the default's repair,
 and of REAP, each with a uniform budget. `--repaired` measures the peers with repair too, which
-takes hours. With `--unseen` the second table sets the texts that methods are calibrated on side by
-side, on domains that the given text holds and on others:
+takes hours. With `--unseen` a table sets the texts that methods are calibrated on side by side, on
+domains that the given text holds and on others, and another the default and whatever peers were
+measured with its repair:
 
     python eval/unseen_text.py -o lab/unseen
-    python eval/lab.py --unseen lab/unseen --methods default default@self default@half
+    python eval/lab.py --unseen lab/unseen --methods default default@self reap/uniform+distill
 
 All other options are those of `eval/compare.py`; the findings are in `eval/LAB.md`.
 """
@@ -45,7 +46,7 @@ def main() -> None:
     text = compare.tables(rows, args.methods, args.ratios, args.reference)
     text += "\n\n" + verdict(rows)
     if any(r.get("unseen") for r in rows):
-        text += "\n\n" + texts(rows)
+        text += "\n\n" + texts(rows) + "\n\n" + same_repair(rows)
     print(text)
     if args.table:
         args.table.write_text(text + "\n")
@@ -129,6 +130,47 @@ def texts(rows: list[compare.Row]) -> str:
         )
     for method, found_shares in shares.items():
         lines.append(f"| geometric mean | | {method} | | | | | {_geometric(found_shares):.3f} | |")
+    return "\n".join(lines)
+
+
+def same_repair(rows: list[compare.Row]) -> str:
+    """The default beside every peer that was measured with its repair, on both kinds of domains.
+
+    Means over domains of a kind, on the seeds that all methods were measured with in a
+    cell. A share of the best peer is left out where one of the two is not above zero.
+    """
+    cells = compare.cells_of([r for r in rows if r.get("unseen")])
+    ours = [DEFAULT, f"{DEFAULT}@self"]
+    peers = sorted({m for _, m, _ in cells if m.partition("@")[0].endswith(f"+{REPAIR}")})
+    names = [*ours, *peers]
+    lines = [
+        "### The default against peers with its repair", "",
+        f"| model | removed | domains | {' | '.join(names)} | default / best peer "
+        "| own text / best peer | seeds |",
+        "|---" * (6 + len(names)) + "|",
+    ]  # fmt: skip
+    shares: dict[tuple[str, str], list[float]] = {}
+    for model, ratio in dict.fromkeys((m, r) for m, _, r in cells):
+        found = {n: {r["seed"]: r for r in cells.get((model, n, ratio), [])} for n in names}
+        seeds = _common([{s: 0.0 for s in f} for f in found.values()])
+        if not seeds or not peers:
+            continue
+        means = {n: _by_kind([f[s] for s in seeds]) for n, f in found.items()}
+        for kind, i in (("given text's", 0), ("others", 1)):
+            best = min(peers, key=lambda n: means[n][i])
+            line = [f"**{means[n][i]:.4f}**" if n == best else f"{means[n][i]:.4f}" for n in names]
+            for own in ours:
+                whole = means[own][i] > 0 < means[best][i]
+                if whole:
+                    shares.setdefault((kind, own), []).append(means[own][i] / means[best][i])
+                line.append(f"{shares[kind, own][-1]:.3f}" if whole else "-")
+            lines.append(
+                f"| {model} | {100 * ratio:.3g} % | {kind} | {' | '.join(line)} | {len(seeds)} |"
+            )
+    for kind in ("given text's", "others"):
+        both = [shares.get((kind, own)) for own in ours]
+        shown = " | ".join(f"{_geometric(b):.3f}" if b else "-" for b in both)
+        lines.append(f"| geometric mean | | {kind} | {' | ' * (len(names) - 1)} | {shown} | |")
     return "\n".join(lines)
 
 
