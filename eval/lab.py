@@ -136,13 +136,12 @@ def texts(rows: list[compare.Row]) -> str:
 def same_repair(rows: list[compare.Row]) -> str:
     """The default beside every peer that was measured with its repair, on both kinds of domains.
 
-    Means over domains of a kind, on the seeds that all methods were measured with in a
-    cell. A share of the best peer is left out where one of the two is not above zero.
+    Means over domains of a kind, on the seeds that all methods of a cell were measured with. A
+    share of the best peer is left out where one of the two is not above zero.
     """
     cells = compare.cells_of([r for r in rows if r.get("unseen")])
     ours = [DEFAULT, f"{DEFAULT}@self"]
-    peers = sorted({m for _, m, _ in cells if m.partition("@")[0].endswith(f"+{REPAIR}")})
-    names = [*ours, *peers]
+    names = [*ours, *sorted({m for _, m, _ in cells if m.partition("@")[0].endswith(f"+{REPAIR}")})]
     lines = [
         "### The default against peers with its repair", "",
         f"| model | removed | domains | {' | '.join(names)} | default / best peer "
@@ -152,26 +151,31 @@ def same_repair(rows: list[compare.Row]) -> str:
     shares: dict[tuple[str, str], list[float]] = {}
     for model, ratio in dict.fromkeys((m, r) for m, _, r in cells):
         found = {n: {r["seed"]: r for r in cells.get((model, n, ratio), [])} for n in names}
-        seeds = _common([{s: 0.0 for s in f} for f in found.values()])
-        if not seeds or not peers:
+        seeds = _common([dict.fromkeys(f, 0.0) for f in found.values() if f])
+        if not seeds:
             continue
-        means = {n: _by_kind([f[s] for s in seeds]) for n, f in found.items()}
-        for kind, i in (("given text's", 0), ("others", 1)):
-            best = min(peers, key=lambda n: means[n][i])
-            line = [f"**{means[n][i]:.4f}**" if n == best else f"{means[n][i]:.4f}" for n in names]
+        means = {n: _by_kind([f[s] for s in seeds]) for n, f in found.items() if f}
+        for i, kind in enumerate(("given text's", "others")):
+            theirs = {n: m[i] for n, m in means.items() if n not in ours}
+            best = min(theirs, key=lambda n: theirs[n], default=None)
+            line = [f"{means[n][i]:.4f}" if n in means else "-" for n in names]
+            line = [f"**{v}**" if n == best else v for n, v in zip(names, line, strict=True)]
             for own in ours:
-                whole = means[own][i] > 0 < means[best][i]
-                if whole:
-                    shares.setdefault((kind, own), []).append(means[own][i] / means[best][i])
-                line.append(f"{shares[kind, own][-1]:.3f}" if whole else "-")
-            lines.append(
-                f"| {model} | {100 * ratio:.3g} % | {kind} | {' | '.join(line)} | {len(seeds)} |"
-            )
+                share = _share(means[own][i], theirs[best]) if best and own in means else None
+                shares.setdefault((kind, own), []).extend([share] if share else [])
+                line.append(f"{share:.3f}" if share else "-")
+            cell = f"{model} | {100 * ratio:.3g} % | {kind} | {' | '.join(line)} | {len(seeds)}"
+            lines.append(f"| {cell} |")
     for kind in ("given text's", "others"):
         both = [shares.get((kind, own)) for own in ours]
         shown = " | ".join(f"{_geometric(b):.3f}" if b else "-" for b in both)
         lines.append(f"| geometric mean | | {kind} | {' | ' * (len(names) - 1)} | {shown} | |")
     return "\n".join(lines)
+
+
+def _share(mine: float, theirs: float) -> float | None:
+    """The one over the other, where both are above zero."""
+    return mine / theirs if mine > 0 < theirs else None
 
 
 def _by_kind(rows: list[compare.Row]) -> tuple[float, float, float, float]:

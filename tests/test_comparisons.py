@@ -92,7 +92,10 @@ def test_peers_with_the_same_repair_are_compared_on_both_kinds_of_domains() -> N
             rows.append(row(name, 0.5, seed, 0.0))
             rows[-1] |= {"domains": {"a": seen, "b": seen + 0.2}, "unseen": {"c": other}}
     rows.append(rows[0] | {"seed": 2, "domains": {"a": 9.0}})  # the peers have no such seed
-    given, others, mean_given, mean_others = lab.same_repair(rows).splitlines()[-4:]
+    lines = lab.same_repair(rows).splitlines()
+    names = "default | default@self | mone/uniform+distill | reap/uniform+distill"
+    assert names in lines[2]
+    given, others, mean_given, mean_others = lines[-4:]
     assert given == (
         "| m | 50 % | given text's | 0.2000 | 0.4000 | 0.5000 | **0.3000** | 0.667 | 1.333 | 2 |"
     )
@@ -101,6 +104,12 @@ def test_peers_with_the_same_repair_are_compared_on_both_kinds_of_domains() -> N
     )
     assert mean_given.replace(" ", "") == "|geometricmean||giventext's|||||0.667|1.333||"
     assert mean_others.replace(" ", "") == "|geometricmean||others|||||-|0.500||"
+    few = [r for r in rows if not r["method"].startswith("reap")]  # a peer is not there: no number
+    few += [r | {"model": "n"} for r in rows]
+    missing = lab.same_repair(few).splitlines()[4]
+    assert missing == (
+        "| m | 50 % | given text's | 0.2000 | 0.4000 | **0.5000** | - | 0.400 | 0.800 | 2 |"
+    )
 
 
 @pytest.mark.nightly
