@@ -3,13 +3,12 @@
 A score is an estimate, and which estimate is best depends on the model: where experts are balanced
 and alike, those with gradients follow the calibration text too closely (eval/LAB.md). So the loss
 without each plan's experts is measured on calibration sequences that were held back from the
-statistics. Before any repair a score is a good guess: a rival's plan is taken where it is clearly
-better, by a tenth and by more than one standard error of the difference, paired by sequences.
+statistics. A rival's plan is taken where it is clearly better: by a tenth, and by more than one
+standard error of the difference, paired by sequences.
 
 What counts is what stays after the repair. Where the result is fitted, so is each plan before it is
 judged (`moe.repaired_trial`), in two rounds: all of them with a third of the text that teaches
-and half of what judges, then the better half of them with all of it. No score foresees what a
-repair leaves, the method's own no better than others: the plan that loses least is taken.
+and half of what judges, then the better half of them with all of it.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from moe_fair.pipelines.rivals import RIVALS as RIVALS
 from moe_fair.pipelines.rivals import rivals as rivals
 
 LEAST = 8  # sequences: fewer tell plans apart by luck
-MARGIN = 0.1  # of the own change, by which a rival's must be smaller before any repair
+MARGIN = 0.1  # of the own change, by which a rival's must be smaller
 SHARE = 8  # of the calibration text one part in so many, at most
 TEACHING = 2**14  # tokens that teach the fits, where that is more than what judges
 FIRST = 3  # one part in so many of them teaches in the first round
@@ -223,7 +222,7 @@ def try_plans(
         note = f"no plan was tried against another's: out of memory ({e})"
         say(f"note: {note}")
         return replace(plans[0].plan, notes=[*plans[0].plan.notes, note])
-    best = best_of(tried, repaired="taught" in about)
+    best = best_of(tried)
     shown = ", ".join(f"{t.name} {t.change:+.4f}" for t in sorted(tried, key=lambda t: t.change))
     how = f"each repaired on {about['taught']}" if "taught" in about else "before any repair"
     note = (
@@ -305,10 +304,8 @@ def half(plans: int) -> int:
     return (plans + 1) // 2
 
 
-def best_of(tried: Sequence[Tried], *, repaired: bool) -> Tried:
-    """The best after a repair; before one the first, or the best of the clearly better ones."""
-    if repaired:
-        return min(tried, key=lambda t: t.change)
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The first, or the best of those that are clearly better."""
     own = tried[0]
     margin = MARGIN * abs(own.change)
     better = [t for t in tried[1:] if t.change < own.change - max(margin, t.stderr)]
