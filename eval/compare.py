@@ -202,6 +202,7 @@ class Subject:
                 print(f"{self.name} {ratio:g} {called(method)}: left out: {e}", flush=True)
                 continue
             planned = time.perf_counter() - started
+            trials = plan.explanation.get("trials", {})
             pruned = self.cut(plan, chosen)
             seconds = time.perf_counter() - started
             after, elsewhere = self.loss(pruned, self.heldout), self.loss(pruned, self.unseen)
@@ -218,7 +219,7 @@ class Subject:
                 "predicted": plan.explanation.get("predicted_change"), "tokens": self.text.tokens,
                 "heldout_tokens": self.heldout.tokens, "agreement_tokens": near.tokens,
                 "kept": [len(v) for v in plan.kept.values()],
-                "taken": plan.explanation.get("trials", {}).get("taken"),
+                "taken": trials.get("taken"), "trials": trials,
                 "planning_seconds": round(planned, 1), "seconds": round(seconds, 1),
             }  # fmt: skip
 

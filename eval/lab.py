@@ -7,11 +7,12 @@
 `eval/compare.py` with this grid and the verdict that follows from it: the default's increase of the
 held-out loss over that of the best peer without repair, of the best peer with the default's repair,
 and of REAP, each with a uniform budget. `--repaired` measures the peers with repair too, which
-takes hours. With `--unseen` the second table sets the texts that methods are calibrated on side by
-side, on domains that the given text holds and on others:
+takes hours. With `--unseen` a table sets the texts that methods are calibrated on side by side, on
+domains that the given text holds and on others, and another the default and whatever peers were
+measured with its repair:
 
     python eval/unseen_text.py -o lab/unseen
-    python eval/lab.py --unseen lab/unseen --methods default default@self default@half
+    python eval/lab.py --unseen lab/unseen --methods default default@self reap/uniform+distill
 
 All other options are those of `eval/compare.py`; the findings are in `eval/LAB.md`.
 """
@@ -45,7 +46,7 @@ def main() -> None:
     text = compare.tables(rows, args.methods, args.ratios, args.reference)
     text += "\n\n" + verdict(rows)
     if any(r.get("unseen") for r in rows):
-        text += "\n\n" + texts(rows)
+        text += "\n\n" + texts(rows) + "\n\n" + same_repair(rows)
     print(text)
     if args.table:
         args.table.write_text(text + "\n")
@@ -130,6 +131,51 @@ def texts(rows: list[compare.Row]) -> str:
     for method, found_shares in shares.items():
         lines.append(f"| geometric mean | | {method} | | | | | {_geometric(found_shares):.3f} | |")
     return "\n".join(lines)
+
+
+def same_repair(rows: list[compare.Row]) -> str:
+    """The default beside every peer that was measured with its repair, on both kinds of domains.
+
+    Means over domains of a kind, on the seeds that all methods of a cell were measured with. A
+    share of the best peer is left out where one of the two is not above zero.
+    """
+    cells = compare.cells_of([r for r in rows if r.get("unseen")])
+    ours = [DEFAULT, f"{DEFAULT}@self"]
+    names = [*ours, *sorted({m for _, m, _ in cells if m.partition("@")[0].endswith(f"+{REPAIR}")})]
+    lines = [
+        "### The default against peers with its repair", "",
+        f"| model | removed | domains | {' | '.join(names)} | default / best peer "
+        "| own text / best peer | seeds |",
+        "|---" * (6 + len(names)) + "|",
+    ]  # fmt: skip
+    shares: dict[tuple[str, str], list[float]] = {}
+    for model, ratio in dict.fromkeys((m, r) for m, _, r in cells):
+        found = {n: {r["seed"]: r for r in cells.get((model, n, ratio), [])} for n in names}
+        seeds = _common([dict.fromkeys(f, 0.0) for f in found.values() if f])
+        if not seeds:
+            continue
+        means = {n: _by_kind([f[s] for s in seeds]) for n, f in found.items() if f}
+        for i, kind in enumerate(("given text's", "others")):
+            theirs = {n: m[i] for n, m in means.items() if n not in ours}
+            best = min(theirs, key=lambda n: theirs[n], default=None)
+            line = [f"{means[n][i]:.4f}" if n in means else "-" for n in names]
+            line = [f"**{v}**" if n == best else v for n, v in zip(names, line, strict=True)]
+            for own in ours:
+                share = _share(means[own][i], theirs[best]) if best and own in means else None
+                shares.setdefault((kind, own), []).extend([share] if share else [])
+                line.append(f"{share:.3f}" if share else "-")
+            cell = f"{model} | {100 * ratio:.3g} % | {kind} | {' | '.join(line)} | {len(seeds)}"
+            lines.append(f"| {cell} |")
+    for kind in ("given text's", "others"):
+        both = [shares.get((kind, own)) for own in ours]
+        shown = " | ".join(f"{_geometric(b):.3f}" if b else "-" for b in both)
+        lines.append(f"| geometric mean | | {kind} | {' | ' * (len(names) - 1)} | {shown} | |")
+    return "\n".join(lines)
+
+
+def _share(mine: float, theirs: float) -> float | None:
+    """The one over the other, where both are above zero."""
+    return mine / theirs if mine > 0 < theirs else None
 
 
 def _by_kind(rows: list[compare.Row]) -> tuple[float, float, float, float]:

@@ -4,14 +4,16 @@
     python eval/train_tiny_moe.py -o tiny --minutes 3              # a quick look
     python eval/train_tiny_moe.py -o tiny --text notes=~/notes --text code=~/src
     python eval/train_tiny_moe.py -o second --family mixtral       # the lab's second model
-    python eval/train_tiny_moe.py -o third --family deepseek_v3    # and its third
+    python eval/train_tiny_moe.py -o third --family deepseek_v3    # its third
+    python eval/train_tiny_moe.py -o fourth --family qwen3_moe     # and its fourth
 
 `qwen2_moe`: 60 routed experts of 48 hidden units, top-4 without renormalisation, one shared expert,
 6 layers: the shape of Qwen1.5-MoE in miniature. `mixtral`: 16 larger experts of 160, the best two
 renormalised, balanced by the auxiliary loss. `deepseek_v3`: 32 experts of 64 in four groups of
 which two are open to a token, top-4 of sigmoid scores with a correction bias that a step moves
 against the load (auxiliary-loss-free balancing, arXiv 2408.15664), a shared expert, the first layer
-dense. Text is found by itself (Python sources, documentation and
+dense. `qwen3_moe`: 32 experts of 64, top-4 renormalised, balanced by the auxiliary loss, nothing
+shared. Text is found by itself (Python sources, documentation and
 other text of the installed packages, C headers, manual pages), or given as `--text
 domain=directory`. A tenth of each domain's documents is held out. Writes the model, its tokenizer,
 `training.json` with the losses, and `text/{calibration,heldout}/<domain>.jsonl`. With `--steps` the
@@ -131,6 +133,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # experts, top_k and expert_hidden may 
     "qwen2_moe": {"experts": 60, "top_k": 4, "expert_hidden": 48},
     "mixtral": {"experts": 16, "top_k": 2, "expert_hidden": 160},
     "deepseek_v3": {"experts": 32, "top_k": 4, "expert_hidden": 64},
+    "qwen3_moe": {"experts": 32, "top_k": 4, "expert_hidden": 64},
 }
 
 
@@ -146,6 +149,14 @@ def particular(args: argparse.Namespace) -> dict[str, Any]:
             "shared_expert_intermediate_size": wide,
             "intermediate_size": wide,
             "norm_topk_prob": False,
+        }
+    if args.family == "qwen3_moe":
+        return {
+            "num_experts": args.experts,
+            "moe_intermediate_size": args.expert_hidden,
+            "intermediate_size": wide,
+            "head_dim": args.hidden // 4,
+            "norm_topk_prob": True,
         }
     return {
         "n_routed_experts": args.experts,

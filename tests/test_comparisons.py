@@ -82,6 +82,36 @@ def test_texts_are_set_side_by_side_on_the_seeds_of_both() -> None:
     assert together == "| geometric mean | | default@self | | | | | 0.500 | |"
 
 
+def test_peers_with_the_same_repair_are_compared_on_both_kinds_of_domains() -> None:
+    rows = []
+    for seed in (0, 1):
+        for name, seen, other in (
+            ("default", 0.1, -0.1), ("default@self", 0.3, 0.2), ("reap/uniform+distill", 0.2, 0.5),
+            ("mone/uniform+distill", 0.4, 0.4), ("mone/uniform", 0.0, 0.0),
+        ):  # fmt: skip
+            rows.append(row(name, 0.5, seed, 0.0))
+            rows[-1] |= {"domains": {"a": seen, "b": seen + 0.2}, "unseen": {"c": other}}
+    rows.append(rows[0] | {"seed": 2, "domains": {"a": 9.0}})  # the peers have no such seed
+    lines = lab.same_repair(rows).splitlines()
+    names = "default | default@self | mone/uniform+distill | reap/uniform+distill"
+    assert names in lines[2]
+    given, others, mean_given, mean_others = lines[-4:]
+    assert given == (
+        "| m | 50 % | given text's | 0.2000 | 0.4000 | 0.5000 | **0.3000** | 0.667 | 1.333 | 2 |"
+    )
+    assert others == (
+        "| m | 50 % | others | -0.1000 | 0.2000 | **0.4000** | 0.5000 | - | 0.500 | 2 |"
+    )
+    assert mean_given.replace(" ", "") == "|geometricmean||giventext's|||||0.667|1.333||"
+    assert mean_others.replace(" ", "") == "|geometricmean||others|||||-|0.500||"
+    few = [r for r in rows if not r["method"].startswith("reap")]  # a peer is not there: no number
+    few += [r | {"model": "n"} for r in rows]
+    missing = lab.same_repair(few).splitlines()[4]
+    assert missing == (
+        "| m | 50 % | given text's | 0.2000 | 0.4000 | **0.5000** | - | 0.400 | 0.800 | 2 |"
+    )
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_rows_tables_and_plot(tmp_path: Path) -> None:
