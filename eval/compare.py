@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 jobs.append((args, model, seed, [w for w in wanted if text_of(w[0]) == text]))
     # weights and thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.jobs)))
     if jobs and not args.show:
         with context.Pool(min(args.jobs, len(jobs)), maxtasksperchild=1) as pool:
             pool.map(_job, jobs, chunksize=1)
