@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # on a CPU. What the C library gives out in pieces of more than 32 MB it asks the system for each
-# time, which clears every page: a third of a ResNet-50's time with 24 images at once, nothing with 4
+# time, which clears every page: a third of a ResNet-50's time with 24 images, nothing with 4
 PLACES = 4 * 224 * 224
 
 

@@ -177,6 +177,10 @@ class Trial:
         except Exception:  # whatever a model's own code raises on what it does not take
             return False
 
+    def cheap_first(self) -> list[tuple[Probe, list[Tensor]]]:
+        """The probes, small images first: what is wrong mostly shows there."""
+        return sorted(self.probes, key=lambda p: p[0].images.numel())
+
     def masked(self, probe: Probe, groups: Sequence[ChannelGroup], kept: dict) -> list[Tensor]:
         """The outputs without the units that are not kept."""
         gates = Gates(self.model, groups)
