@@ -70,11 +70,17 @@ def _proven(trial: Trial, groups: list[ChannelGroup]) -> tuple[list[ChannelGroup
     """The groups that can be cut together, and why the others cannot be cut."""
     if not trial.probes:
         return [], {g.name: "the model's outputs are not finite" for g in groups}
-    together = fault(trial, groups)
-    faults = _faults(trial, groups, trial.slopes(groups), together)
+    together, slopes = fault(trial, groups), trial.slopes(groups)
+    whole: dict[str, str] = {}
+    if together is not None:  # most that is wrong is wrong on the smallest images, too
+        seen = _faults(trial.smallest(), groups, slopes, UNKNOWN)
+        whole = {n: why for n, why in seen.items() if why is not None and why != SILENT}
+        groups = [g for g in groups if g.name not in whole]
+        together = fault(trial, groups) if groups else None
+    faults = _faults(trial, groups, slopes, together) if groups else {}
     good = [g for g in groups if faults[g.name] is None]
-    whole = {n: why for n, why in faults.items() if why is not None}
-    if together is None and not whole:
+    whole.update({n: why for n, why in faults.items() if why is not None})
+    if together is None and len(good) == len(groups):
         return good, whole
     if len(good) > 1:
         fitting = _fitting(trial, good, [])
