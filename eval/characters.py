@@ -85,7 +85,7 @@ def _set(seed: int, count: int) -> ImageSet:
     return ImageSet(read, [y for _, y in made], tuple(CLASSES), lambda x: x, "characters")
 
 
-def characters(train: int = 50_000, test: int = 5_000) -> Data:
+def characters(train: int = 50_000, test: int = 2_000) -> Data:
     """So many images to train on and to test on."""
     return Data(_set(0, train), _set(1, test))
 

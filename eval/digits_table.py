@@ -18,7 +18,9 @@ channels or multiply-adds removed; fine-tuning after the cut is FAIR-Pruner's (S
 .001, momentum .9), and so is training while units leave.
 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
-the tolerance whose removal comes closest to the ratio; fine-tuning is the same for all.
+the tolerance whose removal comes closest to the ratio; and `torch-pruning/uniform` and `/global`
+are: its own pruner with GroupTaylorImportance, given the images that the scores see. Fine-tuning is
+the same for all.
 
 With `--oracle`: correlation of criteria with the measured change of the loss when one unit leaves:
 its mean over images, and the mean of its square, which Molchanov's criterion estimates; for scores
@@ -61,6 +63,7 @@ from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.unit_outputs import MeasureConfig
 
 PEER = "network-pruner"
+GROUP_TAYLOR = "torch-pruning"
 METHODS = [
     "u-score/uniform", "u-score/tod", "l1/uniform", "l1/tod", "random/uniform", "random/tod",
 ]  # fmt: skip
@@ -125,11 +128,15 @@ def _prune(
             if isinstance(pruned, str):
                 yield {**w, "failed": pruned}
                 continue
+        elif w["method"].startswith(GROUP_TAYLOR):
+            pruned = _group_taylor_cut(model, x, y, w)
         else:
             if scores is None:
                 scores = _scores(model, graph, x, y, where["seed"], args.methods)
             pruned = _cut(model, graph, sizes, scores, w)
         cost = Sizes(pruned, (), x).whole
+        # a third faster
+        pruned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found = {
             **w,
             "dense": before,
@@ -137,9 +144,11 @@ def _prune(
             "parameters": cost.parameters / sizes.whole.parameters,
             "operations": cost.operations / sizes.whole.operations,
         }
-        pruned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
-        pruned = finetune(pruned, data.train, Training(args.epochs, seed=where["seed"]))
-        yield {**found, "tuned": top1(pruned, data.test, 128)}
+        if args.epochs:
+            found["rate"] = args.rate
+            training = Training(args.epochs, learning_rate=args.rate, seed=where["seed"])
+            found["tuned"] = top1(finetune(pruned, data.train, training), data.test, 128)
+        yield found
 
 
 def _scores(
@@ -150,8 +159,9 @@ def _scores(
     seed: int,
     methods: list[str],
 ) -> Statistics:
-    names = {m.split("/")[0] for m in methods if "/" in m} | {"taylor"}
-    needs = {n for name in names for n in criterion(name).needs}
+    others = (GROUP_TAYLOR, PEER)
+    names = {m.split("/")[0] for m in methods if "/" in m and not m.startswith(others)}
+    needs = {n for name in {*names, "taylor"} for n in criterion(name).needs}
     return collect(model, graph, x, y, needs=needs, watch=MeasureConfig(seed=seed))
 
 
@@ -242,6 +252,26 @@ def _peer_cut(model: nn.Module, scores: Any, ratio: float, x: torch.Tensor) -> n
     return pruned[0] if isinstance(pruned, tuple) else pruned
 
 
+def _group_taylor_cut(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wanted: Row) -> nn.Module:
+    """By Torch-Pruning's own pruner, every layer by the ratio or the least of all layers."""
+    import torch_pruning
+
+    pruned = copy.deepcopy(model)
+    pruner = torch_pruning.pruner.BasePruner(
+        pruned,
+        x[:2],
+        importance=torch_pruning.importance.GroupTaylorImportance(),
+        pruning_ratio=wanted["ratio"],
+        global_pruning=wanted["method"].endswith("/global"),
+        ignored_layers=[m for m in pruned.modules() if isinstance(m, nn.Linear)],
+    )
+    for images, labels in zip(x.split(128), y.split(128), strict=True):
+        nn.functional.cross_entropy(pruned(images), labels, reduction="sum").backward()
+    pruner.step()
+    pruned.zero_grad(set_to_none=True)
+    return pruned
+
+
 def _oracle(
     args: argparse.Namespace, model: nn.Module, data: Data, where: Row, done: set
 ) -> Iterator[Row]:
@@ -303,8 +333,10 @@ def _cells(found: list[Row]) -> str:
     if not good:
         return " | ".join(["fails" if found else "-", "-", "-", "-", "0"])
     sizes = (f"{statistics.mean(r[k] for r in good):.0%}" for k in ("parameters", "operations"))
-    tops = (_spread([r[k] for r in good]) for k in ("cut", "tuned"))
-    least = f"{min(r['tuned'] / r['dense'] for r in good):.1%}"
+    tuned = [r for r in good if "tuned" in r]
+    least = f"{min(r['tuned'] / r['dense'] for r in tuned):.1%}" if tuned else "-"
+    tops = [_spread([r["cut"] for r in good])]
+    tops += [_spread([r["tuned"] for r in tuned]) if tuned else "-"]
     return " | ".join([*tops, least, ", ".join(sizes), str(len(good))])
 
 
@@ -348,7 +380,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--units-per-step", type=int, default=5, help="of methods in training")
     parser.add_argument("--minibatches", type=int, default=30, help="of a step, likewise")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning; 0 measures the cut")
+    parser.add_argument("--rate", type=float, help="of fine-tuning, in place of the paper's .001")
     parser.add_argument("--oracle", action="store_true")
     parser.add_argument("--scored", type=int, default=SAMPLES, help="images, beside the oracle")
     parser.add_argument(

@@ -39,7 +39,10 @@ def main() -> None:
             if file.exists():
                 load_weights(model, file)
             else:
+                if args.data == "characters":  # a third faster; the nets of digits were without
+                    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 train(model, data, args.epochs, seed)
+                model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
                 partial = file.with_suffix(".partial")
                 save_file(model.state_dict(), partial)
                 partial.replace(file)

@@ -35,7 +35,9 @@ class Plan(PlanFields):
 
     def to_json(self) -> str:
         """The plan as JSON text, byte for byte the same for the same plan."""
-        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        # `vars` of its parts as they are met: `asdict` would copy every score first
+        plain = {"format": PLAN_FORMAT, **vars(self)}
+        return json.dumps(plain, indent=1, sort_keys=True, default=vars) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the plan, whole or not at all."""

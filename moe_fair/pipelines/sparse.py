@@ -22,7 +22,7 @@ from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.data import draw
 from moe_fair.vision.inputs import open_inputs
 from moe_fair.vision.load import example
-from moe_fair.vision.reload import check_fresh, check_reloads
+from moe_fair.vision.reload import check_reloads, checked_afresh
 from moe_fair.vision.sparse.fill import check_total
 from moe_fair.vision.sparse.layer_table import layer_table
 from moe_fair.vision.sparse.layers import Net, find_layers, keep_largest, zeros
@@ -80,8 +80,9 @@ def _sparsify(settings: SparseSettings, output: Path, place: Place, say: Say) ->
     top["final"] = run.evaluate()
     run.write()
     result = run.compare(top, budget, shifts)
-    run.write_report(result)
-    run.verify()
+    with checked_afresh(run.folder, run.model, example(run.source)):
+        run.write_report(result)
+        run.verify()
     run.finish(output)
     return Sparse(output, result)
 
@@ -173,7 +174,6 @@ class _Sparsifying:
     def verify(self) -> None:
         """Check the whole result, built anew by the code that this run was started with."""
         verify_result(self.folder, self.say, trust_remote_code=True)
-        check_fresh(self.folder, self.model, example(self.source))
 
     def finish(self, output: Path) -> None:
         """Give the result its name."""

@@ -32,7 +32,7 @@ from moe_fair.vision.inputs import open_inputs
 from moe_fair.vision.load import Source, example
 from moe_fair.vision.plan import Goal, make
 from moe_fair.vision.proof import find_groups
-from moe_fair.vision.reload import check_fresh, check_reloads
+from moe_fair.vision.reload import check_reloads, checked_afresh
 from moe_fair.vision.settings import Settings
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.step_folder import Record, StepFolder, claim_steps
@@ -92,10 +92,11 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
     for step in range(1, settings.steps + 1):
         source, record = run.step(source, step)
         records.append(record)
-    plans = run.write(source)
     result = run.compare(source, dense, records)
-    run.write_report(plans, result)
-    run.verify(source)
+    plans = run.write(source)
+    with checked_afresh(run.folder, source.model, run.example):
+        run.write_report(plans, result)
+        run.verify()
     run.finish(output)
     return Pruned(output, plans, result)
 
@@ -290,10 +291,9 @@ class _Pruning:
         (notes / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         write_document(document(plans, result), notes / "report.html")
 
-    def verify(self, source: Source) -> None:
+    def verify(self) -> None:
         """Check the whole result, built anew by the code that this run was started with."""
         verify_result(self.folder, self.say, trust_remote_code=True)
-        check_fresh(self.folder, source.model, self.example)
 
     def finish(self, output: Path) -> None:
         """Give the result its name."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from moe_fair.vision.data import ImageSet
 from moe_fair.vision.graph import logits
+from moe_fair.vision.portions import portion
 
-BATCHES = (1, 8)
+LARGEST = 8  # batch
 GUESSED = (
     "the dense model is no better than guessing on these images: are its classes in their order, "
     "and --mean, --std and --image-size those that it was trained with?"
@@ -29,8 +30,10 @@ def top1(model: nn.Module, images: ImageSet, batch_size: int) -> float:
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=device)
     with torch.no_grad():
-        for x, y in images.batches(batch_size):
-            right += (logits(model, x.to(device)).argmax(-1) == y.to(device)).sum()
+        for read, labels in images.batches(batch_size):
+            size = portion(read, batch_size, device)
+            for x, y in zip(read.split(size), labels.split(size), strict=True):
+                right += (logits(model, x.to(device)).argmax(-1) == y.to(device)).sum()
     model.train(training)
     return int(right) / len(images)
 
@@ -49,10 +52,11 @@ def guessed(share: float, images: ImageSet) -> bool:
 def latency(
     models: Mapping[str, nn.Module],
     image: Tensor,
-    batches: Sequence[int] = BATCHES,
     seconds: float = SECONDS,
 ) -> list[dict[str, float]]:
-    """Milliseconds of one forward at each batch size, the models taking turns.
+    """Milliseconds of one forward of one image and of several, the models taking turns.
+
+    Several are 8, or 4 or 2 where six turns of more would take longer than `seconds`.
 
     Args:
         models: `dense` and `pruned`, on one device.
@@ -64,25 +68,33 @@ def latency(
         the median over the turns of how many times as fast `pruned` is, and `low` and `high`, what
         this median is between with 95 %, whatever the times are distributed like.
     """
-    rows = []
-    for batch in batches:
-        times: dict[str, list[float]] = {n: [] for n in models}
-        for model in models.values():  # to warm up
-            _forward(model, image, batch)
-        started = time.perf_counter()
-        while len(times["pruned"]) < FEWEST or (
-            len(times["pruned"]) < MOST and time.perf_counter() - started < seconds
-        ):
-            for name, model in models.items():
-                times[name].append(_forward(model, image, batch))
-        ratios = [d / p for d, p in zip(times["dense"], times["pruned"], strict=True)]
-        low, high = between(ratios)
-        rows.append({
-            "batch": batch,
-            **{n: 1e3 * statistics.median(t) for n, t in times.items()},
-            "faster": statistics.median(ratios), "low": low, "high": high,
-        })  # fmt: skip
-    return rows
+    one = _race(models, image, 1, seconds)
+    turn = sum(one[n] for n in models) / 1e3
+    batch = LARGEST
+    while batch > 2 and (FEWEST + 1) * batch * turn > seconds:
+        batch //= 2
+    return [one, _race(models, image, batch, seconds)]
+
+
+def _race(
+    models: Mapping[str, nn.Module], image: Tensor, batch: int, seconds: float
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {n: [] for n in models}
+    for model in models.values():  # to warm up
+        _forward(model, image, batch)
+    started = time.perf_counter()
+    while len(times["pruned"]) < FEWEST or (
+        len(times["pruned"]) < MOST and time.perf_counter() - started < seconds
+    ):
+        for name, model in models.items():
+            times[name].append(_forward(model, image, batch))
+    ratios = [d / p for d, p in zip(times["dense"], times["pruned"], strict=True)]
+    low, high = between(ratios)
+    return {
+        "batch": batch,
+        **{n: 1e3 * statistics.median(t) for n, t in times.items()},
+        "faster": statistics.median(ratios), "low": low, "high": high,
+    }  # fmt: skip
 
 
 def between(values: Sequence[float]) -> tuple[float, float]:

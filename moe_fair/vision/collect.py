@@ -67,18 +67,25 @@ def collect(
         if "seed" in needs:
             for g in graph.groups:
                 constants[g.name]["seed"] = torch.full((g.units.size,), float(watch.seed))
-        if "u_score" in needs:
-            for n, u in u_scores(model, graph, images, labels, watch).items():
-                constants[n]["u_score"] = u
-        if "feature_rank" in needs:
-            for n, r in feature_ranks(model, graph, images, watch).items():
-                constants[n]["feature_rank"] = r
-        if {"rows", "weight_taylor"} & set(needs):
+        differentiated = {"rows", "weight_taylor"} & set(needs)
+
+        def differentiate() -> None:
+            nonlocal rows
             rows, weight = taylor(
                 model, graph, images, labels, watch, weights="weight_taylor" in needs
             )
             for n, w in weight.items():
                 constants[n]["weight_taylor"] = w
+
+        if "u_score" in needs:  # watched while the forward for the gradients runs, if there is one
+            run = differentiate if differentiated else None
+            for n, u in u_scores(model, graph, images, labels, watch, run=run).items():
+                constants[n]["u_score"] = u
+        elif differentiated:
+            differentiate()
+        if "feature_rank" in needs:
+            for n, r in feature_ranks(model, graph, images, watch).items():
+                constants[n]["feature_rank"] = r
         if {"logit_change", "logit_change_sq"} & set(needs):
             for n, change in logit_changes(model, graph, images, labels, watch).items():
                 constants[n]["logit_change"] = change.mean(0)

@@ -48,8 +48,8 @@ class Gates:
                 if m.module not in self._maps:
                     side = "in_channels" if isinstance(layer, SPATIAL) else "in_features"
                     self._maps[m.module] = torch.full((getattr(layer, side),), self.total)
-                for unit, positions in enumerate(m.index):
-                    self._maps[m.module][list(positions)] = at + unit
+                units = torch.arange(at, at + g.units.size)
+                self._maps[m.module][torch.tensor(m.index)] = units[:, None]
             at += g.units.size
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 

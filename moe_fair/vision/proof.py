@@ -27,6 +27,7 @@ SHARE = 1e-3
 SILENT = "masking it changes no output, so nothing shows whether a cut would"
 DOES_NOT_RUN = "the cut model does not run"
 DIFFERS = "the cut model differs from the masked one"
+UNKNOWN = "something"
 
 
 def find_groups(
@@ -69,21 +70,38 @@ def _proven(trial: Trial, groups: list[ChannelGroup]) -> tuple[list[ChannelGroup
     """The groups that can be cut together, and why the others cannot be cut."""
     if not trial.probes:
         return [], {g.name: "the model's outputs are not finite" for g in groups}
-    together = fault(trial, groups)
-    faults = _faults(trial, groups, trial.slopes(groups), together)
+    together, slopes = fault(trial, groups), trial.slopes(groups)
+    whole: dict[str, str] = {}
+    if together is not None:  # most that is wrong is wrong on the smallest images, too
+        seen = _faults(trial.smallest(), groups, slopes, UNKNOWN)
+        whole = {n: why for n, why in seen.items() if why is not None and why != SILENT}
+        groups = [g for g in groups if g.name not in whole]
+        together = fault(trial, groups) if groups else None
+    faults = _faults(trial, groups, slopes, together) if groups else {}
     good = [g for g in groups if faults[g.name] is None]
-    whole = {n: why for n, why in faults.items() if why is not None}
-    if together is None and not whole:
+    whole.update({n: why for n, why in faults.items() if why is not None})
+    if together is None and len(good) == len(groups):
         return good, whole
-    if len(good) > 1 and fault(trial, good) is not None:
-        fitting: list[ChannelGroup] = []
-        for g in good:
-            if fault(trial, [*fitting, g]) is None:
-                fitting.append(g)
-            else:
-                whole[g.name] = "cannot be cut together with the groups before it"
+    if len(good) > 1:
+        fitting = _fitting(trial, good, [])
+        kept = {g.name for g in fitting}
+        alone = "cannot be cut together with the groups before it"
+        whole.update({g.name: alone for g in good if g.name not in kept})
         good = fitting
     return good, whole
+
+
+def _fitting(
+    trial: Trial, groups: list[ChannelGroup], before: list[ChannelGroup]
+) -> list[ChannelGroup]:
+    """Those that can be cut together with the groups before, as many at once as possible."""
+    if fault(trial, [*before, *groups]) is None:
+        return groups
+    if len(groups) == 1:
+        return []
+    half = len(groups) // 2
+    first = _fitting(trial, groups[:half], before)
+    return [*first, *_fitting(trial, groups[half:], [*before, *first])]
 
 
 def _faults(
@@ -95,9 +113,10 @@ def _faults(
     the strongest are proven once more among themselves.
 
     Args:
-        why: what is wrong with cutting all of them.
+        why: what is wrong with cutting all of them; something is, where this is not known.
     """
     if len(groups) == 1:
+        why = fault(trial, groups) if why == UNKNOWN else why
         return {groups[0].name: why}
     least = SHARE * max(slopes[g.name] for g in groups)
     weak = [g for g in groups if not slopes[g.name] > least]
@@ -106,10 +125,10 @@ def _faults(
         return {**seen, **(_faults(trial, weak, slopes, fault(trial, weak)) if weak else {})}
     half = len(groups) // 2
     first, second = groups[:half], groups[half:]
-    return {
-        **_faults(trial, first, slopes, fault(trial, first)),
-        **_faults(trial, second, slopes, fault(trial, second)),
-    }
+    wrong = fault(trial, first)
+    # where the first half is right the second is not: that is no question
+    rest = UNKNOWN if wrong is None else fault(trial, second)
+    return {**_faults(trial, first, slopes, wrong), **_faults(trial, second, slopes, rest)}
 
 
 def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
@@ -126,13 +145,13 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say
             return f"cannot be cut: {one_line(e)}"
-        for probe, dense in trial.probes:
-            masked = trial.masked(probe, groups, plan)
+        for probe, dense in trial.cheap_first():
             try:
                 with torch.no_grad():
                     pruned = probe.run(small)
             except Exception as e:  # whatever the model's own code raises
                 return f"{DOES_NOT_RUN} {probe.said}".rstrip() + f": {one_line(e)}"
+            masked = trial.masked(probe, groups, plan)
             if len(pruned) != len(masked):
                 return DIFFERS
             for d, m, p in zip(dense, masked, pruned, strict=True):

@@ -1,7 +1,7 @@
 """Whether a model comes back from its files as the one that was saved.
 
 Once before anything is measured, where the model's own code is asked (`check_reloads`), and once
-with the result, in a process that knows nothing but its files (`check_fresh`).
+with the result, in a process that knows nothing but its files (`checked_afresh`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,8 +48,11 @@ def check_reloads(source: Source, images: Tensor) -> None:
         )
 
 
-def check_fresh(folder: Path, model: nn.Module, images: Tensor) -> None:
-    """Build the result in a process of its own and compare it with the model that was made.
+@contextmanager
+def checked_afresh(folder: Path, model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Build the result in a process of its own, and compare it with the model that was made.
+
+    The process works while the block within does, which leaves the model's files as they are.
 
     Raises:
         RuntimeError: it cannot be built there, or answers otherwise.
@@ -56,7 +61,9 @@ def check_fresh(folder: Path, model: nn.Module, images: Tensor) -> None:
         asked, answered = Path(place) / "images.safetensors", Path(place) / "outputs.safetensors"
         save_file({"images": images.cpu().contiguous()}, asked)
         arguments = [str(folder.resolve()), str(asked), str(answered), str(torch.get_num_threads())]
-        done = _elsewhere(arguments)
+        with _elsewhere(arguments) as ended:
+            yield
+            done = ended()
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise RuntimeError(
@@ -70,16 +77,32 @@ def check_fresh(folder: Path, model: nn.Module, images: Tensor) -> None:
         )
 
 
-def _elsewhere(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """`main` in a process of its own, which finds the code that this one can import."""
+@contextmanager
+def _elsewhere(
+    arguments: list[str],
+) -> Iterator[Callable[[], subprocess.CompletedProcess[str]]]:
+    """`main` in a process of its own, which finds the code that this one can import; waits for it.
+
+    It ends with the block.
+    """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    return subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "moe_fair.vision.reload", *arguments],
         env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-    )
+    ) as process:
+
+        def ended() -> subprocess.CompletedProcess[str]:
+            said = process.communicate()
+            return subprocess.CompletedProcess(process.args, process.returncode, *said)
+
+        try:
+            yield ended
+        finally:
+            process.kill()
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:

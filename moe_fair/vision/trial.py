@@ -177,6 +177,16 @@ class Trial:
         except Exception:  # whatever a model's own code raises on what it does not take
             return False
 
+    def smallest(self) -> Trial:
+        """The trial with its smallest images alone."""
+        small = copy.copy(self)
+        small.probes, small.random = self.cheap_first()[:1], []
+        return small
+
+    def cheap_first(self) -> list[tuple[Probe, list[Tensor]]]:
+        """The probes, small images first: what is wrong mostly shows there."""
+        return sorted(self.probes, key=lambda p: p[0].images.numel())
+
     def masked(self, probe: Probe, groups: Sequence[ChannelGroup], kept: dict) -> list[Tensor]:
         """The outputs without the units that are not kept."""
         gates = Gates(self.model, groups)

@@ -10,7 +10,7 @@ consumer, D directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_fair.core.distances import directions, largest_class_distance
 from moe_fair.vision.graph import SPATIAL, Graph, Member, logits
+from moe_fair.vision.portions import portion
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,28 @@ class MeasureConfig:
 
 
 def u_scores(
-    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: MeasureConfig
+    model: nn.Module,
+    graph: Graph,
+    images: Tensor,
+    labels: Tensor,
+    watch: MeasureConfig,
+    *,
+    run: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """FAIR-Pruner's U-Score of every unit, summed over the places where it is read.
 
     At each consumer: the largest sliced Wasserstein distance between two classes of the unit's
     output, which there stands after normalisation, activation, pooling and residual addition.
     Directions depend on the seed and the number of positions only: all units share them.
+
+    Args:
+        run: runs all images in their order once, for a reason of its own; the first pass is this.
     """
     scores = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in graph.groups}
     classes = labels.cpu().numpy()
     for taps in _passes(model, graph, images, watch):
-        stores = _project(model, taps, images, watch)
+        stores = _project(model, taps, images, watch, run)
+        run = None
         for tap, store in zip(taps, stores, strict=True):
             units = slice(tap.first, tap.first + len(tap.index))
             found = largest_class_distance(store, classes)
@@ -139,7 +150,11 @@ def _positions(model: nn.Module, graph: Graph, image: Tensor) -> dict[str, int]:
 
 
 def _project(
-    model: nn.Module, taps: Sequence[Tap], images: Tensor, watch: MeasureConfig
+    model: nn.Module,
+    taps: Sequence[Tap],
+    images: Tensor,
+    watch: MeasureConfig,
+    run: Callable[[], None] | None,
 ) -> list[np.ndarray]:
     """[n, D, S] float32 projections for each tap."""
     stores: dict[int, np.ndarray] = {}
@@ -160,12 +175,17 @@ def _project(
         stores[i][:, :, at : at + len(x)] = projected.permute(1, 2, 0).cpu().numpy()
         seen[i] += len(x)
 
-    _watch(model, taps, images, watch.batch_size, project)
+    _watch(model, taps, images, watch.batch_size, project, run)
     return [stores[i] for i in range(len(taps))]
 
 
 def _watch(
-    model: nn.Module, taps: Sequence[Tap], images: Tensor, batch_size: int, see: Any
+    model: nn.Module,
+    taps: Sequence[Tap],
+    images: Tensor,
+    batch_size: int,
+    see: Any,
+    run: Callable[[], None] | None = None,
 ) -> None:
     """Run the images forward and show each tap the input of its layer."""
     by_layer: dict[str, list[Tap]] = {}
@@ -173,6 +193,7 @@ def _watch(
         by_layer.setdefault(t.module, []).append(t)
 
     def hook(here: list[Tap]) -> Any:
+        @torch.no_grad()
         def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             for t in here:
                 see(t, inputs[0], layer)
@@ -183,6 +204,9 @@ def _watch(
         model.get_submodule(n).register_forward_pre_hook(hook(here)) for n, here in by_layer.items()
     ]
     try:
+        if run is not None:
+            run()
+            return
         with torch.no_grad():
             for x, _ in batches(model, images, images[:, 0, 0, 0], batch_size):
                 logits(model, x)
@@ -195,6 +219,7 @@ def batches(
     model: nn.Module, images: Tensor, labels: Tensor, size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
+    size = portion(images, size, device)
     for at in range(0, len(images), size):
         yield images[at : at + size].to(device), labels[at : at + size].to(device)
 

@@ -123,9 +123,9 @@ def test_forward_statistics_equal_a_naive_loop(implementation: str, norm_topk_pr
         for name in (*FORWARD, *VECTORS):
             a, b = got.sums[group.name][name], want[group.name][name]
             scale = b.abs().max() if name in VECTORS else b.abs().clamp(min=1e-30)
-            # eager experts sum a token's outputs in another order: y differs in its last float32
-            # bits, and 1 - cos(x, x + y) magnifies that
-            limit = 3e-6 if implementation == "eager" else 1e-6  # sums in another order
+            # eager experts sum a token's outputs in another order: last float32 bits differ, and
+            # 1 - cos(x, x + y) magnifies that
+            limit = 3e-6 if implementation == "eager" else 1e-6
             assert ((a - b).abs() / scale).max() < limit, (group.name, name)
 
 

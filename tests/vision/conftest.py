@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from processes import python
 from moe_fair.vision import reload
 
 STARTED = "test_models_whose_states_are_peculiar[versioned]"
+Ended = Callable[[], subprocess.CompletedProcess[str]]
 CLASSES = ("blue", "green", "red")
 
 
@@ -28,17 +31,22 @@ def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return
     if request.module.__name__.endswith("test_reload"):
 
-        def forked(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        @contextmanager
+        def forked(arguments: list[str]) -> Iterator[Ended]:
             path = os.pathsep.join(p or os.getcwd() for p in sys.path)
             env = {**os.environ, "PYTHONPATH": path}
-            return python("-m", "moe_fair.vision.reload", *arguments, env=env)
+            yield lambda: python("-m", "moe_fair.vision.reload", *arguments, env=env)
 
         monkeypatch.setattr(reload, "_elsewhere", forked)
         return
 
-    def here(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        reload.main(*arguments)
-        return subprocess.CompletedProcess(arguments, 0, "", "")
+    @contextmanager
+    def here(arguments: list[str]) -> Iterator[Ended]:
+        def ended() -> subprocess.CompletedProcess[str]:
+            reload.main(*arguments)
+            return subprocess.CompletedProcess(arguments, 0, "", "")
+
+        yield ended
 
     monkeypatch.setattr(reload, "_elsewhere", here)
 

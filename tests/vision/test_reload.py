@@ -169,8 +169,12 @@ def test_a_result_that_another_process_reads_otherwise_gets_no_name(
 def test_a_result_that_another_process_cannot_build_says_why(
     tmp_path: Path, pictures: Path
 ) -> None:
-    with pytest.raises(RuntimeError, match="no pruned image model at"):
-        reload.check_fresh(tmp_path, small(), torch.rand(2, 3, 16, 16))
+    images = torch.rand(2, 3, 16, 16)
+    with (
+        pytest.raises(RuntimeError, match="no pruned image model at"),
+        reload.checked_afresh(tmp_path, small(), images),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("left_out", [(), ("num_batches_tracked",)])
