@@ -64,7 +64,8 @@ def _is_slow(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     # beside other workers one each: threads that wait for one another make such runs crawl
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
