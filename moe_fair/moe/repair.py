@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.oom import lacking, out_of_memory, release
-from moe_fair.engines.packing.experts import PackedExperts, as_plain
+from moe_fair.engines.packing.experts import PackedExperts, as_stored
+from moe_fair.engines.shard_writer import write_shard
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
@@ -279,15 +279,15 @@ class Repairer:
         path = self._path(block)
         if path is None:
             return
-        tensors = {
-            n: as_plain(p.detach().cpu()).contiguous()
-            for n, p in changed_tensors(block, done).items()
-        }
+        changed = changed_tensors(block, done)
+        tensors = {n: p.detach() for n, p in changed.items()}
+        tensors |= {ORIGINAL + n: originals[n] for n in changed}
+        tensors |= {PACKED + n: t for n, t in packed.items()}
         about = {"format": REPAIR_FORMAT, "key": self.key, "done": json.dumps(asdict(done))}
         temporary = path.with_suffix(".partial")
-        beside = {ORIGINAL + n: originals[n] for n in tensors}
-        beside |= {PACKED + n: t for n, t in packed.items()}
-        save_file({**tensors, **beside}, temporary, about)
+        # those of wide numbers first, so that each lies where its type may
+        stored = sorted(tensors.items(), key=lambda x: -x[1].itemsize)
+        write_shard([as_stored(n, t) for n, t in stored], temporary, metadata=about)
         temporary.rename(path)
 
     def _earlier(self, block: MoeBlock) -> LayerRepair | None:

@@ -13,7 +13,7 @@ Shape legend: E experts, S rows, D, F what a matrix takes and gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moe_fair.engines.packing.checkpoint import LazyWeight
+from moe_fair.engines.shards import MadeTensor
+from moe_fair.engines.stored_values import NAMES
 
 aten = torch.ops.aten
 # of one expert's matrix: what is done to it once it is unpacked
@@ -172,6 +174,17 @@ def mean_square(t: Tensor) -> Tensor:
     if isinstance(t, PackedExperts):
         return torch.stack([mean_square(x.unpacked()) for x in t.detach()]).mean()
     return t.float().square().mean()
+
+
+def as_stored(name: str, t: Tensor) -> MadeTensor:
+    """A tensor in memory, to be written under a name; experts that are packed one at a time."""
+
+    def data() -> Iterator[bytes]:
+        for part in t if isinstance(t, PackedExperts) else [t]:
+            plain = as_plain(part).cpu().contiguous()
+            yield plain.reshape(-1).view(torch.uint8).numpy().data
+
+    return MadeTensor(name, NAMES[t.dtype], tuple(t.shape), (), data)
 
 
 def _same(_: Any, t: PackedExperts) -> Any:
