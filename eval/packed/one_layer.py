@@ -217,6 +217,8 @@ def run(work: Path, title: str, repair: str) -> None:
             engine.run([batch], collector)
     with stage("cut and write", base):
         write_model(source, kept, work / "cut")
+    if repair == "none":
+        return
     (work / "layers").mkdir()
     repacking = None if source.packing is None else Repacking(source, kept)
     with stage(f"repair ({repair})", base):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.memory import usable_memory
-from moe_fair.engines.oom import lacking, out_of_memory, release
+from moe_fair.engines.oom import lacking, out_of_memory, release, return_memory
 from moe_fair.engines.packing.experts import PackedExperts, as_stored
 from moe_fair.engines.shard_writer import write_shard
 from moe_fair.engines.streaming import LayerCall, NotLayerwise, StreamingEngine
@@ -219,6 +219,7 @@ class Repairer:
             runs = ((j, out(j), original[j]) for j in range(len(batches)))
             found = stored.settle(found, changed_tensors(block, found), runs)
         self._save(block, found, originals, stored.tensors if stored else {})
+        return_memory()
         for j in range(len(batches)):
             pruned[j] = out(j)
         return found
