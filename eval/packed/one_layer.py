@@ -3,10 +3,12 @@
     python eval/packed/one_layer.py (deepseek-v3|kimi-k2) (packed|plain) [--experts 64]
 
 Random weights, few tokens, one MoE layer and a small vocabulary around it; all of its experts (256,
-384), or fewer. The streaming engine in bfloat16, which leaves the experts packed where the layer
-unpacked (23 GB, 34 GB) is larger than what memory is usable. Prints bytes on disk and, for each
-stage, seconds, CPU seconds and the peak of anonymous memory (pages of mapped files do not count)
-above what the imports take. `plain` is the same layer in bfloat16, to set beside it.
+384), or fewer. The streaming engine leaves the experts packed where the layer, unpacked, is larger
+than what memory is usable. Scored in float32, as a CPU does by itself (its products of bfloat16
+take a hundred times as long in the backward), repaired in bfloat16. Prints bytes on disk and, for
+each stage, seconds, CPU seconds and the peak of anonymous memory (pages of mapped files do not
+count) above what the imports take. `plain` is the same layer stored in bfloat16 and scored so, to
+set beside it.
 """
 
 from __future__ import annotations
@@ -201,12 +203,13 @@ def run(work: Path, title: str, repair: str) -> None:
     print(f"{title}: {source.size.parameters / 1e9:.2f} B weights in "
           f"{source.size.bytes / 1e9:.2f} GB")  # fmt: skip
     with stage("read", base):
-        engine, model = start(source, "streaming", "bfloat16", "cpu", all_of)
+        dtype = "float32" if source.packing else "bfloat16"
+        engine, model = start(source, "streaming", dtype, "cpu", all_of)
         with engine.layered.layer(0) as layer:  # type: ignore[attr-defined]
             unpacked = sum(p.nbytes for p in layer.parameters()) / 1e9
             packed = any(isinstance(p, PackedExperts) for p in layer.parameters())
     how = "experts stay packed" if packed else "unpacked whole"
-    print(f"the layer is {unpacked:.2f} GB unpacked; {how}", flush=True)
+    print(f"the layer is {unpacked:.2f} GB unpacked in {dtype}; {how}", flush=True)
     with stage("score", base):
         families = collecting(names_of("routing", "output_norms", "taylor"), backward=True)
         collector = ExpertCollector(find_blocks(model), source.groups, ("a",), families)
@@ -214,6 +217,8 @@ def run(work: Path, title: str, repair: str) -> None:
             engine.run([batch], collector)
     with stage("cut and write", base):
         write_model(source, kept, work / "cut")
+    if repair == "none":
+        return
     (work / "layers").mkdir()
     repacking = None if source.packing is None else Repacking(source, kept)
     with stage(f"repair ({repair})", base):

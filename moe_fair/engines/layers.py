@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.hollow import without_weights
 from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.oom import out_of_memory, return_memory
@@ -74,7 +74,7 @@ class LayeredModel:
         room: int | None = None,
     ) -> None:
         self.dtype, self.device, self.packing = dtype, device, packing
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             self.model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )

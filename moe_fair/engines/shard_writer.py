@@ -11,7 +11,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,14 @@ def _owner(t: StoredTensor) -> str:
     return match[0] if match else t.name
 
 
-def write_shard(shard: Sequence[StoredTensor], path: Path, advance: Callable[[int], None]) -> None:
+def write_shard(
+    shard: Sequence[StoredTensor],
+    path: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write one safetensors file; `advance` is told the number of bytes after each copy."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for t in shard:
         end = offset + t.bytes

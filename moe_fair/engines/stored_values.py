@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from moe_fair.engines.shards import StoredTensor
 
@@ -13,8 +14,10 @@ TORCH = {
     "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
 
+NAMES = {dtype: name for name, dtype in TORCH.items()}
 
-def read_tensor(t: StoredTensor) -> torch.Tensor:
+
+def read_tensor(t: StoredTensor) -> Tensor:
     """A stored tensor in memory, whatever pieces it is made of.
 
     Raises:

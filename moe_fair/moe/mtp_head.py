@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_fair.engines.batch import Batch, Observer, sequence_losses, token_losses
 from moe_fair.engines.decoder import final_norm, find_decoder
+from moe_fair.engines.hollow import without_weights
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.shards import StoredTensor
 from moe_fair.engines.streaming import LOGITS, call_layers
@@ -207,7 +207,7 @@ def _placed(layered: LayeredModel, layer: HeadLayer, like: MoeBlock) -> MoeBlock
         usual = torch.get_default_dtype()
         torch.set_default_dtype(layered.dtype)
         try:
-            with init_empty_weights(include_buffers=False):
+            with without_weights():
                 fresh = fresh_layer(layered.model, layer.template, layer.experts)
         finally:
             torch.set_default_dtype(usual)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.memory import usable_memory
-from moe_fair.engines.oom import lacking, out_of_memory, release
+from moe_fair.engines.oom import lacking, out_of_memory, release, return_memory
 from moe_fair.engines.packing.experts import PackedExperts
 from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
@@ -197,6 +197,7 @@ class Repairer:
         if self.folder is not None:
             packed = stored.tensors if stored else {}
             save_repair(self.folder, self.key, block, found, originals, packed)
+        return_memory()
         for j in range(len(batches)):
             pruned[j] = out(j)
         return found

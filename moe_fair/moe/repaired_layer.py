@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_fair.engines.packing.experts import as_plain
+from moe_fair.engines.packing.experts import as_stored
+from moe_fair.engines.shard_writer import write_shard
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.overlay import ORIGINAL, layer_file
@@ -37,12 +37,14 @@ def save_repair(
     """
     path = layer_file(folder, block)
     changed = changed_tensors(block, done)
-    tensors = {n: as_plain(p.detach().cpu()).contiguous() for n, p in changed.items()}
+    tensors = {n: p.detach() for n, p in changed.items()}
+    tensors |= {ORIGINAL + n: originals[n] for n in changed}
+    tensors |= {PACKED + n: t for n, t in packed.items()}
     about = {"format": REPAIR_FORMAT, "key": key, "done": json.dumps(asdict(done))}
     temporary = path.with_suffix(".partial")
-    beside = {ORIGINAL + n: originals[n] for n in tensors}
-    beside |= {PACKED + n: t for n, t in packed.items()}
-    save_file({**tensors, **beside}, temporary, about)
+    # those of wide numbers first, so that each lies where its type may
+    stored = sorted(tensors.items(), key=lambda x: -x[1].itemsize)
+    write_shard([as_stored(n, t) for n, t in stored], temporary, metadata=about)
     temporary.rename(path)
 
 

@@ -13,7 +13,7 @@ Shape legend: E experts, S rows, D, F what a matrix takes and gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moe_fair.engines.packing.checkpoint import LazyWeight
+from moe_fair.engines.shards import MadeTensor
+from moe_fair.engines.stored_values import NAMES
 
 aten = torch.ops.aten
 # of one expert's matrix: what is done to it once it is unpacked
@@ -112,10 +114,10 @@ class PackedExperts(Tensor):
         shape = (len(matrices), *first.shape)
         return cls(matrices, torch.empty(shape, dtype=first.dtype, device="meta"))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedExperts({list(self.shape)}, {self.dtype}, {self.device})"
 
-    def values(self, place: int) -> Tensor:
+    def expert(self, place: int) -> Tensor:
         """One expert's, unpacked."""
         found = self.matrices[place].unpacked()
         for step in self.steps:
@@ -125,11 +127,11 @@ class PackedExperts(Tensor):
     def unpacked(self) -> Tensor:
         """All of it as a plain tensor of its own."""
         if self.one:
-            found = self.values(0)
+            found = self.expert(0)
             return found.clone() if found is self.matrices[0]._values else found
         found = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for i in range(len(self.matrices)):
-            found[i] = self.values(i)
+            found[i] = self.expert(i)
         return found
 
     def held(self) -> PackedExperts:
@@ -140,7 +142,7 @@ class PackedExperts(Tensor):
         return PackedExperts(matrices, like, self.steps, one)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -172,6 +174,17 @@ def mean_square(t: Tensor) -> Tensor:
     if isinstance(t, PackedExperts):
         return torch.stack([mean_square(x.unpacked()) for x in t.detach()]).mean()
     return t.float().square().mean()
+
+
+def as_stored(name: str, t: Tensor) -> MadeTensor:
+    """A tensor in memory, to be written under a name; experts that are packed one at a time."""
+
+    def data() -> Iterator[bytes]:
+        for part in t if isinstance(t, PackedExperts) else [t]:
+            plain = as_plain(part).cpu().contiguous()
+            yield plain.reshape(-1).view(torch.uint8).numpy().data
+
+    return MadeTensor(name, NAMES[t.dtype], tuple(t.shape), (), data)
 
 
 def _same(_: Any, t: PackedExperts) -> Any:
@@ -285,7 +298,7 @@ def _copy(func: Any, t: Any, source: Tensor, non_blocking: bool = False) -> Any:
         return t
     for i, mine in enumerate(t.matrices):
         if isinstance(source, PackedExperts):
-            mine.put(source.values(i))
+            mine.put(source.expert(i))
         else:
             mine.put(source if t.one else source[i])
     return t
@@ -294,9 +307,9 @@ def _copy(func: Any, t: Any, source: Tensor, non_blocking: bool = False) -> Any:
 def _fill(t: Tensor, source: Any) -> Tensor:
     """An expert at a time."""
     if source.one:
-        return t.copy_(source.values(0))
+        return t.copy_(source.expert(0))
     for i in range(len(source)):
-        t[i].copy_(source.values(i))
+        t[i].copy_(source.expert(i))
     return t
 
 
@@ -311,7 +324,7 @@ def _grouped_mm(
     for i, end in enumerate(offs.tolist()):
         if end > start:
             rows = offs.new_full((1,), end - start)
-            found[start:end] = func(x[start:end], w.values(i)[None], rows, *more, **kwargs)
+            found[start:end] = func(x[start:end], w.expert(i)[None], rows, *more, **kwargs)
         start = end
     return found
 
