@@ -15,6 +15,7 @@ from moe_fair.engines.packing.experts import as_plain
 
 CELLS = 2**24  # elements of one piece
 WEIGHTS = 2**28  # of one piece on a device
+WIDENED = 2**22  # weights of one piece on a CPU, which are made wider
 ROWS = 1024  # whose vectors are added in float32 on a device
 
 
@@ -116,8 +117,9 @@ def weight_sums(p: Tensor) -> Tensor:
         return torch.cat([dense_weight_sums(as_plain(x)) for x in pieces], 1)
     rows = p.flatten(1)
     found = []
-    for part in rows.split(max(1, CELLS // rows.shape[1])):
-        wide = part.double().abs()  # of float64 `double` makes no copy
+    # two rows at least: a sum of one alone is shared out among threads, and rounds as they are many
+    for part in rows.split(max(2, WIDENED // rows.shape[1])):
+        wide = part.to(torch.float64, copy=True).abs_()
         found.append(torch.stack([wide.sum(1), wide.square_().sum(1)]))
     return torch.cat(found, 1)
 
