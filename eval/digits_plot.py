@@ -4,7 +4,8 @@
 
 writes `eval/characters-NET.png`: top-1 over the share of channels removed, right after the cut and
 after fine-tuning. A colour is a score, a line style how much each group gives; a point is the mean
-over nets, its bar the standard deviation. Points of one share stand side by side.
+over nets, its bar the standard deviation. Points of one share stand side by side; where there is
+one share only, methods do, with a dash for every net.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
         _panel(axes, [r for r in rows if panel in r], panel)
         axes.axhline(100 * statistics.mean(dense.values()), color="black", lw=0.8)
         axes.set_title("right after the cut" if panel == "cut" else "after fine-tuning")
-        axes.set(xlabel="share of the channels removed, %", ylabel="top-1, %", ylim=(0, None))
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        axes.set(ylabel="top-1, %", ylim=(0, None))
+    if len({r["ratio"] for r in rows}) > 1:
+        handles, labels = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{title} (black: dense, {len(dense)} nets)")
     return figure
 
@@ -66,6 +68,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
     methods = sorted(
         {r["method"] for r in rows}, key=lambda m: (list(COLOURS).index(m.split("/")[0]), m)
     )
+    one = len({r["ratio"] for r in rows}) == 1  # then methods stand side by side by their names
     for i, method in enumerate(methods):
         score, allocator = method.split("/")
         shares = sorted({r["ratio"] for r in rows if r["method"] == method})
@@ -77,7 +80,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             for s in shares
         ]  # fmt: skip
         axes.errorbar(
-            [100 * (s + APART * (i - (len(methods) - 1) / 2)) for s in shares],
+            [i if one else 100 * (s + APART * (i - (len(methods) - 1) / 2)) for s in shares],
             [statistics.mean(f) for f in found],
             [statistics.stdev(f) if len(f) > 1 else 0.0 for f in found],
             color=COLOURS[score],
@@ -88,6 +91,13 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             elinewidth=0.7,
             label=f"{NAMES[score]}, {allocator}",
         )
+        if one:  # every net
+            axes.plot([i] * len(found[0]), found[0], "_", color=COLOURS[score], ms=7)
+    if one:
+        axes.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=7)
+        axes.set_xlabel(f"{rows[0]['ratio']:.0%} of the channels removed")
+    else:
+        axes.set_xlabel("share of the channels removed, %")
 
 
 if __name__ == "__main__":
