@@ -30,7 +30,8 @@ from moe_fair.moe import token_table
 from moe_fair.moe.blocks import MoeBlock
 
 PROJECTIONS = {"linear", "matmul", "mm", "addmm", "einsum", "__matmul__"}
-CELLS = 2**24  # float64 elements of one chunk of tokens
+CELLS = 2**24  # elements of one chunk of tokens on a device
+WIDENED = 2**21  # of them on a CPU, where they are float64
 ROUTED = 2**24  # logits of the cases that are routed at once
 
 
@@ -388,7 +389,8 @@ class Candidates:
     def chunks(self, width: int) -> Iterator[slice]:
         """Tokens in runs whose [tokens, M, width] and [tokens, R, M] fit a fixed memory."""
         tokens, removals, m = self.change.shape
-        step = max(1, CELLS // (m * max(width, removals)))
+        cells = WIDENED if self.change.device.type == "cpu" else CELLS
+        step = max(1, cells // (m * max(width, removals)))
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 

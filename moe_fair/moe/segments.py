@@ -119,7 +119,7 @@ def weight_sums(p: Tensor) -> Tensor:
     found = []
     # two rows at least: a sum of one alone is shared out among threads, and rounds as they are many
     for part in rows.split(max(2, WIDENED // rows.shape[1])):
-        wide = part.to(torch.float64, copy=True).abs_()
+        wide = as_plain(part).to(torch.float64, copy=True).abs_()
         found.append(torch.stack([wide.sum(1), wide.square_().sum(1)]))
     return torch.cat(found, 1)
 

@@ -116,7 +116,7 @@ def test_its_logits_are_the_masked_original(pruned: Any, stranger: dict[str, Any
         expected = original(ids).logits
     with torch.no_grad():
         whole = original(ids).logits
-    assert (stranger["logits"] - expected).abs().max() <= 1e-5
+    assert (stranger["logits"] - expected).abs().max() <= 3e-6 * expected.abs().max()
     assert (stranger["logits"] - whole).abs().max() > 1e-2  # the mask did something
 
 
