@@ -343,15 +343,15 @@ class _Held:
 
 def _watch_activations() -> _Held:
     """Count what the streaming engine keeps between its passes."""
-    from moe_fair.engines import streaming
+    from moe_fair.engines.boundaries import Boundaries
 
-    held, put = _Held(), streaming._Activations.put
+    held, put = _Held(), Boundaries.put
 
     def counting(self: Any, key: tuple[int, int], tensor: Any) -> None:
         held.total += tensor.numel() * tensor.element_size()
         put(self, key, tensor)
 
-    streaming._Activations.put = counting  # type: ignore[method-assign]
+    Boundaries.put = counting  # type: ignore[method-assign]
     return held
 
 
