@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests" / "published"))
 from mtp_replicas import Replica, one_more_layer, write_replica
 
 from moe_fair.engines.decoder import find_decoder
-from moe_fair.engines.streaming import call_layers
+from moe_fair.engines.layer_calls import call_layers
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.mtp_head import HeadRunner
 

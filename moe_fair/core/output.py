@@ -281,3 +281,8 @@ def _move_up(whole: Path, output: Path) -> None:
     for path in sorted(whole.iterdir(), key=lambda p: (p.name in LAST, p.name)):
         path.rename(output / path.name)
     whole.rmdir()
+
+
+def discard(work: Path) -> None:
+    """Forget what an earlier run left."""
+    shutil.rmtree(work, ignore_errors=True)

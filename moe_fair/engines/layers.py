@@ -22,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
-from moe_fair.engines.hollow import without_weights
+from moe_fair.engines.empty_weights import without_weights
 from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.oom import out_of_memory, return_memory

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import LayerCall
+from moe_fair.engines.layer_calls import LayerCall
 from moe_fair.moe.layer_split import LayerSplit
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moe_fair.engines.streaming import LayerCall
+from moe_fair.engines.layer_calls import LayerCall
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock
 

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from moe_fair.engines.batch import Batch, Observer, sequence_losses, token_losses
 from moe_fair.engines.decoder import final_norm, find_decoder
-from moe_fair.engines.hollow import without_weights
+from moe_fair.engines.empty_weights import without_weights
+from moe_fair.engines.layer_calls import call_layers
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.shards import StoredTensor
-from moe_fair.engines.streaming import LOGITS, call_layers
+from moe_fair.engines.streaming import LOGITS
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.mtp import (

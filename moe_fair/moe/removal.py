@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch, Visit, quietly
+from moe_fair.engines.layer_calls import LayerCall
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.rerouting import Candidates, Rerouting

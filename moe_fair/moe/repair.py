@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.layer_calls import SEVERAL, LayerCall, NotLayerwise
 from moe_fair.engines.memory import usable_memory
 from moe_fair.engines.oom import lacking, out_of_memory, release, return_memory
 from moe_fair.engines.packing.experts import PackedExperts
-from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.domain_folds import domain_folds

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import Batch
-from moe_fair.engines.streaming import SEVERAL, LayerCall, NotLayerwise, StreamingEngine
+from moe_fair.engines.layer_calls import SEVERAL, LayerCall, NotLayerwise
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.layer_fit import precise

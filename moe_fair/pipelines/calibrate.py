@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from moe_fair.core.output import Place
+from moe_fair.core.output import Place, discard
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.sizes import parse_bytes
 from moe_fair.core.units import STATISTICS_FILE, Statistics
 from moe_fair.engines.batch import Batch, Losses
@@ -30,7 +30,6 @@ from moe_fair.moe.statistics import Collected, usual
 from moe_fair.pipelines.mtp_heads import collects_heads, head_facts
 from moe_fair.pipelines.oom_retry import Loading, RetryingEngine
 
-Say = Callable[[str], None]
 # families whose names are not in a fingerprint where all are there, and the order of others
 PLAIN = ("routing", "output_norms", "output_vectors", "weights")
 NAMED = ("counterfactual", "u_score", "gram")
@@ -230,11 +229,6 @@ def work_folder(place: Place, recipe: Recipe) -> Path:
     if recipe.fresh and is_first():
         discard(folder)
     return folder
-
-
-def discard(work: Path) -> None:
-    """Forget what an earlier run left."""
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def measure(

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from moe_fair.core.recipe import Recipe
 from moe_fair.engines.batch import Batch, sequence_losses
 from moe_fair.engines.device import pick_device
+from moe_fair.engines.layer_calls import LayerCall
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.loaded import LoadedLayers
 from moe_fair.engines.one_layer import alone
 from moe_fair.engines.resident import ResidentEngine
-from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.block_recorder import BlockRecorder
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint

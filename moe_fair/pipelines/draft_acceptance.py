@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.device import pick_device
 from moe_fair.engines.progress import Progress
 from moe_fair.evaluate.drafts import Drafts
@@ -12,7 +13,7 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import Choice, weight_dtype
 from moe_fair.moe.mtp_head import Drafting, HeadRunner
-from moe_fair.pipelines.calibrate import Say, choose_engine, loading, passes
+from moe_fair.pipelines.calibrate import choose_engine, loading, passes
 from moe_fair.pipelines.oom_retry import RetryingEngine
 from moe_fair.pipelines.removal_costs import share
 

@@ -16,6 +16,7 @@ from moe_fair.core.output import check_output, find_place
 from moe_fair.core.plan import Plan
 from moe_fair.core.quote import first_line
 from moe_fair.core.recipe import TARGETS, Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.settings import flag
 from moe_fair.core.units import Statistics
 from moe_fair.engines.device import pick_device
@@ -29,7 +30,7 @@ from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
 from moe_fair.moe.routed_output import KEPT_BYTES
-from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.calibrate import choose_engine
 from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
 from moe_fair.pipelines.disk import disk_needs, kept_on_average

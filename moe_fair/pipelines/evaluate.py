@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_fair.core.output import claim
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.processes import current_team
 from moe_fair.engines.progress import Progress
 from moe_fair.evaluate.agreement import Agreements, agreement
@@ -17,7 +18,7 @@ from moe_fair.evaluate.compare import Row, compare
 from moe_fair.evaluate.record import save_agreement, save_benchmarks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import start
-from moe_fair.pipelines.calibrate import Say, choose_engine, passes
+from moe_fair.pipelines.calibrate import choose_engine, passes
 from moe_fair.pipelines.checks import check_same_tokens
 from moe_fair.pipelines.moe import heldout_set
 from moe_fair.report.sources import FOLDER

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_fair.core.interrupts import closing
 from moe_fair.core.manifest import write_manifest
-from moe_fair.core.output import Place, settle
+from moe_fair.core.output import Place, discard, settle
+from moe_fair.core.say import Say
 from moe_fair.pipelines.verify import verify
 
 if TYPE_CHECKING:  # imports transformers, which not every image classifier needs
     from moe_fair.moe.checkpoint_source import Checkpoint
-
-Say = Callable[[str], None]
 
 
 def verify_result(
@@ -41,4 +38,4 @@ def name_result(place: Place, output: Path, work: Path | None = None) -> None:
     with closing(output):
         settle(place.partial, place.path)
         if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)

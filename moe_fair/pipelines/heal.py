@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_fair.core.output import digest
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.moe.calibration_text import CalibrationSet
@@ -32,7 +33,6 @@ from moe_fair.moe.healing import Healer
 from moe_fair.moe.healing_record import Healing
 from moe_fair.moe.healing_text import HealingText, healing_text
 from moe_fair.moe.overlay import TYPES, UnknownLayoutError
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.teacher import Teacher
 
 FILE = "heal.json"

@@ -13,9 +13,10 @@ import torch
 
 from moe_fair.core.interrupts import closing
 from moe_fair.core.oracle import Agreement, Oracle
-from moe_fair.core.output import Place, claim, fresh, settle
+from moe_fair.core.output import Place, claim, discard, fresh, settle
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import TARGETS, Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import ALONE, Team, current_team
 from moe_fair.evaluate import HeldoutLoss
@@ -27,7 +28,7 @@ from moe_fair.moe.layer_repair import LayerRepair
 from moe_fair.moe.merge import write_merged
 from moe_fair.moe.overlay import UnknownLayoutError
 from moe_fair.moe.side_files import in_a_line
-from moe_fair.pipelines.calibrate import Say, collect, discard, measure, work_folder
+from moe_fair.pipelines.calibrate import collect, measure, work_folder
 from moe_fair.pipelines.checks import check_same_model
 from moe_fair.pipelines.collection import asked, for_calibrate
 from moe_fair.pipelines.disk import check_room, disk_needs

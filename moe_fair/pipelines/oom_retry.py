@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.engines.batch import After, Batch, Engine, Observer
+from moe_fair.engines.layer_calls import NotLayerwise
 from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team, aloud
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import Choice, start, start_layerwise
 

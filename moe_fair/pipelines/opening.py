@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.device import pick_device, pick_dtype
 from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import count_path
 from moe_fair.moe.table_surgery import check_tables
 from moe_fair.moe.text_sources import OWN, Source, parse_sources
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import check_device_map, check_embedding, check_tokens
 from moe_fair.pipelines.early_checks import given_model
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from moe_fair.core.criterion import Criterion
 from moe_fair.core.oracle import Agreement, Oracle, agreement
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criteria
-from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.calibrate import choose_engine
 from moe_fair.pipelines.removal_losses import Removals
 
 ORACLE_FILE = "oracle.safetensors"

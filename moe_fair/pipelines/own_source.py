@@ -11,11 +11,11 @@ from pathlib import Path
 
 from moe_fair.core.output import digest
 from moe_fair.core.recipe import DEFAULT_CALIBRATION, Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.text_sources import OWN, expand, parse_source, parse_sources
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.opening import calibration_set, is_own
 from moe_fair.pipelines.own_text import OwnText, Wanted, facts_of, is_of, streamed, write_own_text
 

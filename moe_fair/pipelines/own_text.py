@@ -20,6 +20,7 @@ from moe_fair.core.lock import release as release_lock
 from moe_fair.core.lock import take
 from moe_fair.core.output import digest, partial_path, write_whole
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.device import pick_device
 from moe_fair.engines.oom import release
 from moe_fair.engines.processes import ALONE, Team, current_team
@@ -36,7 +37,7 @@ from moe_fair.moe.self_text import (
     writes_chats,
 )
 from moe_fair.moe.text_writers import ModelWriter, ServerWriter, Writer
-from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.calibrate import choose_engine
 from moe_fair.pipelines.opening import open_model
 
 FORM = 2  # of what is sampled; another number wherever the same settings give another text

@@ -24,11 +24,11 @@ from torch import Tensor
 from moe_fair.core.allocate import allocator, needs
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import TARGETS, Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.units import Statistics
-from moe_fair.engines.streaming import NotLayerwise, check_layerwise
+from moe_fair.engines.layer_calls import NotLayerwise, check_layerwise
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.checks import check_plan_settings
 from moe_fair.pipelines.collection import check_needs
 from moe_fair.pipelines.methods import method, method_name

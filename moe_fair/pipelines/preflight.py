@@ -17,6 +17,7 @@ from moe_fair.core.output import Place
 from moe_fair.core.plan import ModelSize, Plan
 from moe_fair.core.plan_checks import check_fits
 from moe_fair.core.recipe import PLANNING, Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.sizes import parse_size
 from moe_fair.core.units import RESULT_FILE, Statistics
 from moe_fair.engines.processes import Team
@@ -30,7 +31,7 @@ from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.merge import check_mergeable
 from moe_fair.moe.statistics import Collected
 from moe_fair.moe.surgery import check_all
-from moe_fair.pipelines.calibrate import Say, work_folder
+from moe_fair.pipelines.calibrate import work_folder
 from moe_fair.pipelines.checks import (
     check_plan_settings,
     check_same_model,

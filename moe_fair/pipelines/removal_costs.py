@@ -9,12 +9,13 @@ from pathlib import Path
 from moe_fair.core.cost_curves import attach, depths_to_measure
 from moe_fair.core.ranking import block_order
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, evenly
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.criteria import criterion
 from moe_fair.moe.statistics import alone, collecting
-from moe_fair.pipelines.calibrate import Say, choose_engine, collect
+from moe_fair.pipelines.calibrate import choose_engine, collect
 from moe_fair.pipelines.removal_losses import Removals, Sets
 
 CURVE_COSTS = "cost curves", "an --allocate that needs no measured costs (uniform, global, tod)"

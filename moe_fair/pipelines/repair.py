@@ -8,9 +8,11 @@ from pathlib import Path
 from moe_fair.core.output import digest
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.batch import Batch, Engine
+from moe_fair.engines.layer_calls import NotLayerwise, check_layerwise
 from moe_fair.engines.progress import Progress
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine, check_layerwise
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.conversion import Conversion
@@ -22,7 +24,7 @@ from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.repair import Repairer
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
-from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.calibrate import choose_engine
 from moe_fair.pipelines.oom_retry import NothingSmaller, layerwise_until_it_fits
 from moe_fair.pipelines.removal_costs import share
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from moe_fair.core.manifest import FOLDER
 from moe_fair.core.output import Place, claim, fresh
+from moe_fair.core.say import Say
 from moe_fair.core.units import Budget
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.report.sparse import document
@@ -29,8 +29,6 @@ from moe_fair.vision.sparse.layers import Net, find_layers, keep_largest, zeros
 from moe_fair.vision.sparse.repair import Moments, match_variance, moments
 from moe_fair.vision.sparse.rules import rule
 from moe_fair.vision.sparse.settings import SparseSettings
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.batch import Batch
 from moe_fair.engines.processes import Team
 from moe_fair.engines.progress import Progress
@@ -22,7 +23,7 @@ from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.greedy_text import beginnings, continuations
 from moe_fair.moe.healing_text import HealingText, batches_of
 from moe_fair.moe.predictions import Predictions, top_predictions
-from moe_fair.pipelines.calibrate import Say, choose_engine, loading, passes
+from moe_fair.pipelines.calibrate import choose_engine, loading, passes
 from moe_fair.pipelines.oom_retry import RetryingEngine
 
 PARTS = ("ids", "log_p", "rest")

@@ -8,9 +8,9 @@ from typing import Any
 
 from moe_fair.core.domain_weights import domain_weights
 from moe_fair.core.recipe import TEXT, Recipe
+from moe_fair.core.say import Say
 from moe_fair.core.units import Statistics
 from moe_fair.moe.calibration_text import CalibrationSet, split
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.collection import methods_for
 from moe_fair.pipelines.methods import Method, method
 from moe_fair.pipelines.rivals import rivals

@@ -13,13 +13,14 @@ from torch import Tensor
 from moe_fair.core.output import digest, write_whole
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.engines.progress import Progress
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.repaired_trial import repaired_losses
 from moe_fair.moe.trial import trial_losses
-from moe_fair.pipelines.calibrate import Say, choose_engine
+from moe_fair.pipelines.calibrate import choose_engine
 from moe_fair.pipelines.oom_retry import layerwise_until_it_fits
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moe_fair.core.recipe import Recipe
+from moe_fair.core.say import Say
 from moe_fair.moe.calibration_text import CalibrationSet, evenly, split
 from moe_fair.moe.repairs import refit, repair
-from moe_fair.pipelines.calibrate import Say
 from moe_fair.pipelines.rivals import rivals
 
 LEAST = 8  # sequences: fewer tell plans apart by luck

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from moe_fair.core.manifest import FOLDER
 from moe_fair.core.output import Place, claim, fresh
 from moe_fair.core.plan import Plan
+from moe_fair.core.say import Say
 from moe_fair.core.units import Scores, Statistics
 from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.report.vision import document
@@ -39,8 +39,6 @@ from moe_fair.vision.step_folder import Record, StepFolder, claim_steps
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.targets import goal, rules
 from moe_fair.vision.unit_outputs import MeasureConfig
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

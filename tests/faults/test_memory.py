@@ -256,7 +256,7 @@ def test_removals_in_smaller_batches(
     monkeypatch: pytest.MonkeyPatch, recipe: Make, tmp_path: Path
 ) -> None:
     """Measured removals: what a killed run has left is the same of whole batches and of parts."""
-    from moe_fair.engines import streaming
+    from moe_fair.engines import layer_calls
     from moe_fair.pipelines.opening import calibration_set
     from moe_fair.pipelines.removal_losses import Removals
 
@@ -267,14 +267,14 @@ def test_removals_in_smaller_batches(
     sets = {b.name: [[e] for e in range(0, b.num_experts, 3)] for b in (first, last)}
     whole = Removals(chosen, source, text, sets, None)
     whole.measure("removing")
-    stock, room = streaming.LayerCall.run, [2]
+    stock, room = layer_calls.LayerCall.run, [2]
 
     def run(self: Any, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         if len(hidden) > room[0]:
             raise cuda()
         return stock(self, layer, hidden)
 
-    monkeypatch.setattr(streaming.LayerCall, "run", run)
+    monkeypatch.setattr(layer_calls.LayerCall, "run", run)
     said: list[str] = []
     parts = Removals(chosen, source, text, sets, tmp_path)
     parts.measure("removing", said.append)

@@ -11,8 +11,9 @@ from tiny import tiny_model
 from torch import Tensor
 
 from moe_fair.engines.batch import Batch
+from moe_fair.engines.layer_calls import LayerCall
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import LayerCall, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe import layer_distillation
 from moe_fair.moe.blocks import MoeBlock, find_blocks
 from moe_fair.moe.judging import judges

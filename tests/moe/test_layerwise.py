@@ -11,7 +11,7 @@ import torch
 from places import CALIBRATION, MODEL
 from tiny import fused_families, tiny_config, tiny_model
 
-from moe_fair.engines.streaming import NotLayerwise, check_layerwise
+from moe_fair.engines.layer_calls import NotLayerwise, check_layerwise
 from moe_fair.moe.loading import auto_class
 
 MORE = {"glm_moe_dsa", "hy_v4", "zaya"}  # as `test_families` finds by streaming every family

@@ -22,8 +22,9 @@ from moe_fair.cli import main
 from moe_fair.core.plan import Plan
 from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
+from moe_fair.engines.layer_calls import NotLayerwise
 from moe_fair.engines.loaded import LoadedLayers
-from moe_fair.engines.streaming import NotLayerwise, StreamingEngine
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import MoeBlock
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint

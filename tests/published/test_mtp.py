@@ -40,9 +40,10 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.decoder import find_decoder
+from moe_fair.engines.layer_calls import call_layers
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.resident import ResidentEngine
-from moe_fair.engines.streaming import StreamingEngine, call_layers
+from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.evaluate.record import load_drafts
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint

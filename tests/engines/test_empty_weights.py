@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tiny import tiny_model
 
-from moe_fair.engines.hollow import without_weights
+from moe_fair.engines.empty_weights import without_weights
 from moe_fair.engines.layers import LayeredModel
 
 
