@@ -155,7 +155,8 @@ class Recipe:
         panel=RUNNING, commands=GATHERS,
     )  # fmt: skip
     max_memory: str | None = setting(
-        None, "The most that weights may take in memory, as 16GB; decides --engine auto",
+        None, "The most that weights may take in memory, as 16GB; decides --engine auto, "
+        "and whether packed experts stay packed",
         panel=RUNNING, commands=OPENS,
     )  # fmt: skip
     save_every: int = setting(

@@ -71,6 +71,7 @@ def start(
     *,
     device_map: str | None = None,
     checkpointing: bool = False,
+    room: int | None = None,
 ) -> tuple[Engine, torch.nn.Module]:
     """The engine with its model, and that model for observers to attach to.
 
@@ -78,6 +79,8 @@ def start(
         team: the processes that run their shares at the same time; those on one machine share the
             reading of every layer where it is streamed.
         device_map, checkpointing: of the resident engine; what is offloaded is checkpointed anyway.
+        room: bytes that weights may take, as in `choose`; a streamed layer whose packed experts
+            would take more keeps them packed.
     """
     where = pick_device(device)
     if engine == "resident":
@@ -92,15 +95,22 @@ def start(
         trust_remote_code=source.brings_model,
         team=team,
         packing=source.packing,
+        room=room,
     )
     return StreamingEngine(layered, host_bytes=_apart(where, team), visit=visit), layered.model
 
 
 def start_layerwise(
-    source: Checkpoint, engine: str, dtype: str, device: str, visit: Visit
+    source: Checkpoint,
+    engine: str,
+    dtype: str,
+    device: str,
+    visit: Visit,
+    *,
+    room: int | None = None,
 ) -> StreamingEngine:
     """What goes through the model a layer at a time, whether it is in memory or streamed."""
-    found, model = start(source, engine, dtype, device, visit)
+    found, model = start(source, engine, dtype, device, visit, room=room)
     if isinstance(found, StreamingEngine):
         return found
     return StreamingEngine(LoadedLayers(model), visit=visit)

@@ -181,8 +181,14 @@ def _finished(
 def loading(recipe: Recipe) -> Loading:
     """How the models of a recipe are loaded."""
     return Loading(
-        recipe.dtype, recipe.device, recipe.device_map, recipe.checkpointing, recipe.length
-    )
+        recipe.dtype, recipe.device, recipe.device_map, recipe.checkpointing, recipe.length,
+        room_of(recipe),
+    )  # fmt: skip
+
+
+def room_of(recipe: Recipe) -> int | None:
+    """Bytes that weights may take; None: what is usable of the free memory."""
+    return parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
 
 
 def _run(recipe: Recipe, source: Checkpoint, collected: Collected, heads: bool) -> str:
@@ -289,6 +295,5 @@ def passes(chosen: Choice, source: Checkpoint, backward: bool) -> int:
 def choose_engine(recipe: Recipe, source: Checkpoint, sharers: int = 1) -> Choice:
     """The engine that runs this checkpoint here, in each of `sharers` processes."""
     device = pick_device(recipe.device)
-    limit = parse_bytes("--max-memory", recipe.max_memory) if recipe.max_memory else None
     item = weight_dtype(source, recipe.dtype, device).itemsize
-    return choose(recipe.engine, source.size, item, device, limit, sharers)
+    return choose(recipe.engine, source.size, item, device, room_of(recipe), sharers)

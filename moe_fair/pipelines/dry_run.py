@@ -30,7 +30,7 @@ from moe_fair.moe.layer_distillation import COPIED_EPOCHS, MOST_EPOCHS, PASSES
 from moe_fair.moe.repairs import repair
 from moe_fair.moe.resampled_text import MOST
 from moe_fair.moe.routed_output import KEPT_BYTES
-from moe_fair.pipelines.calibrate import choose_engine
+from moe_fair.pipelines.calibrate import choose_engine, room_of
 from moe_fair.pipelines.checks import free_space, method
 from moe_fair.pipelines.cost_probe import Costs, Line, hidden_width, probe
 from moe_fair.pipelines.disk import disk_needs, kept_on_average
@@ -343,7 +343,8 @@ def _memory(job: Job, engine: str) -> dict[str, int]:
     found = {"free": free_memory(device), "weights": source.size.parameters * item}
     if engine == "streaming":
         its = layer * item
-        if source.packing is not None and its > usable_memory(device):  # they stay packed
+        room = room_of(job.recipe) or usable_memory(device)
+        if source.packing is not None and its > room:  # they stay packed
             its = sum(g.size * g.unit_bytes for g in source.groups) // len(source.groups)
         found["weights"] = its + rest * item
     if engine == "streaming" and job.text is not None:

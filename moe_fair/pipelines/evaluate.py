@@ -18,7 +18,7 @@ from moe_fair.evaluate.compare import Row, compare
 from moe_fair.evaluate.record import save_agreement, save_benchmarks
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.engine_choice import start
-from moe_fair.pipelines.calibrate import choose_engine, passes
+from moe_fair.pipelines.calibrate import choose_engine, passes, room_of
 from moe_fair.pipelines.checks import check_same_tokens
 from moe_fair.pipelines.moe import heldout_set
 from moe_fair.report.sources import FOLDER
@@ -99,8 +99,9 @@ def run_agreement(
             share = -(-text.tokens // team.size)
             progress.add(share * passes(chosen, checkpoint, False))
             engine, _ = start(
-                checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit
-            )
+                checkpoint, chosen.engine, recipe.dtype, recipe.device, progress.visit,
+                room=room_of(recipe),
+            )  # fmt: skip
             engines.append(engine)
         original, pruned = engines
         found = agreement(original, pruned, text.batches(size), text.domains, team)

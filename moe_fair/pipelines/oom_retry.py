@@ -54,6 +54,7 @@ class Loading:
 
     Attributes:
         length: of the sequences, for what is said where nothing smaller can be tried.
+        room: bytes that weights may take; None: what is usable of the free memory.
     """
 
     dtype: str
@@ -61,6 +62,7 @@ class Loading:
     device_map: str | None
     checkpointing: bool
     length: int
+    room: int | None = None
 
 
 class RetryingEngine:
@@ -211,6 +213,7 @@ class RetryingEngine:
             team,
             device_map=self.loading.device_map if self.name == "resident" else None,
             checkpointing=self.loading.checkpointing,
+            room=self.loading.room,
         )
         self.seconds = self.engine.seconds
 
@@ -237,8 +240,7 @@ class NothingSmaller(Exception):
 def layerwise_until_it_fits(
     source: Checkpoint,
     engine: str,
-    dtype: str,
-    device: str,
+    loading: Loading,
     progress: Progress,
     attempts: Sequence[tuple[str, Callable[[StreamingEngine], T]]],
     say: Callable[[str], None] = lambda _: None,
@@ -260,7 +262,9 @@ def layerwise_until_it_fits(
     for step, (name, _, attempt) in enumerate(ladder):
         running: StreamingEngine | None = None
         try:
-            running = start_layerwise(source, name, dtype, device, progress.visit)
+            running = start_layerwise(
+                source, name, loading.dtype, loading.device, progress.visit, room=loading.room
+            )
             return attempt(running)
         except Exception as e:
             if not out_of_memory(e):

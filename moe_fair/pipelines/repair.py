@@ -24,7 +24,7 @@ from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.repair import Repairer
 from moe_fair.moe.repairs import check_repairable, repair
 from moe_fair.moe.resampled_text import copies_for, resampled_text
-from moe_fair.pipelines.calibrate import choose_engine
+from moe_fair.pipelines.calibrate import choose_engine, loading
 from moe_fair.pipelines.oom_retry import NothingSmaller, layerwise_until_it_fits
 from moe_fair.pipelines.removal_costs import share
 
@@ -132,7 +132,7 @@ def repair_model(
     with Progress("repairing", text.tokens * layers * passes) as progress:
         try:
             done = layerwise_until_it_fits(
-                source, chosen.engine, recipe.dtype, recipe.device, progress, attempts, say
+                source, chosen.engine, loading(recipe), progress, attempts, say
             )
         # whatever was asked: the cut model is worth more than none
         except NotLayerwise as e:  # not found out by `repair_kind`; met before anything is changed

@@ -20,7 +20,7 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.repaired_trial import repaired_losses
 from moe_fair.moe.trial import trial_losses
-from moe_fair.pipelines.calibrate import choose_engine
+from moe_fair.pipelines.calibrate import choose_engine, loading
 from moe_fair.pipelines.oom_retry import layerwise_until_it_fits
 
 
@@ -61,7 +61,7 @@ def losses_of(
     attempts = [("", trial(None)), *((f"with {n} sequences at a time", trial(n)) for n in fewer)]
     with Progress("trying", (text.tokens + taught) * layers) as progress:
         losses, counts = layerwise_until_it_fits(
-            source, chosen.engine, recipe.dtype, recipe.device, progress, attempts, say
+            source, chosen.engine, loading(recipe), progress, attempts, say
         )
     if not bool(torch.isfinite(losses).all()):
         raise ValueError(

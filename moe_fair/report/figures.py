@@ -18,8 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.scale import SymmetricalLogTransform
+from matplotlib.ticker import MaxNLocator
 
 from moe_fair.core.printable import printable
+from moe_fair.report.panels import Panels, Ticks
 
 WIDTH = 10.4  # inches; shown at 100 pixels an inch, drawn at twice that
 DPI = 200
@@ -103,23 +106,26 @@ def tod_curves(curves: Sequence[Curve], tolerance: float | None) -> bytes:
     """Each group's ToD over depth: the cut, independent rankings, and what counting forces."""
     columns = min(6, len(curves))
     rows = -(-len(curves) // columns)
+    sizes = [len(c.tod) - 1 for c in curves]
+    depths = [np.arange(1, n + 1) for n in sizes]
     with drawing(WIDTH, 0.7 + 1.45 * rows) as (figure, done):
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, c in zip(grid.flat, curves, strict=False):
-            n = len(c.tod) - 1
-            m = np.arange(1, n + 1)
-            axes.plot([0, n], [0, 1], color=GREY, lw=1, ls="--", label="independent rankings")
-            axes.plot(m, np.maximum(0, (2 * m - n) / m), color=GREY, lw=1, ls=":",
-                      label="forced by counting")  # fmt: skip
-            axes.plot(np.arange(n + 1), c.tod, color=BLUE, lw=1.4, label="ToD")
-            if tolerance is not None:
-                axes.axhline(tolerance, color=ORANGE, lw=1, label=f"tolerance {tolerance:.3g}")
-            axes.axvline(c.depth, color=RED, lw=1.4, label="cut")
-            axes.set_title(f"{printable(c.label)}: {c.depth} removed", pad=3)
-        for axes in grid.flat[len(curves) :]:
-            axes.set_visible(False)
-        handles, names = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=5)
+        panels = Panels(
+            figure.subplots(), len(curves), columns, (0, max(sizes)), (0, 1.05), (0.14, 0.32)
+        )
+        panels.lines([([0, n], [0, 1]) for n in sizes], "independent rankings",
+                     colors=GREY, linewidths=1, linestyles="--")  # fmt: skip
+        forced = [(m, np.maximum(0, (2 * m - len(m)) / m)) for m in depths]
+        panels.lines(forced, "forced by counting", colors=GREY, linewidths=1, linestyles=":")
+        panels.lines([(np.arange(n + 1), c.tod) for n, c in zip(sizes, curves, strict=True)],
+                     "ToD", colors=BLUE, linewidths=1.4)  # fmt: skip
+        if tolerance is not None:
+            level = [([0, max(sizes)], [tolerance, tolerance]) for _ in curves]
+            panels.lines(level, f"tolerance {tolerance:.3g}", colors=ORANGE, linewidths=1)
+        cuts = [([c.depth, c.depth], [0, 1.05]) for c in curves]
+        panels.lines(cuts, "cut", colors=RED, linewidths=1.4)
+        panels.titles([f"{printable(c.label)}: {c.depth} removed" for c in curves])
+        panels.ticks(_round_numbers(0, max(sizes)), [(v, f"{v:g}") for v in (0, 0.5, 1)])
+        figure.legend(loc="outside upper left", ncols=5)
         figure.supxlabel("units removed", fontsize=9)
         figure.supylabel("ToD", fontsize=9)
     return done()
@@ -133,27 +139,29 @@ def score_ranks(groups: Sequence[Marked], line: float | None, unit: str) -> byte
     """
     columns = min(6, len(groups))
     rows = -(-len(groups) // columns)
+    most = max(len(g.values) for g in groups)
     every = np.concatenate([g.values for g in groups])
-    positive = every[every > 0]
+    if line is not None:
+        every = np.append(every, line)
+    scale, ylim, yticks = _score_scale(every)
     with drawing(WIDTH, 0.8 + 1.6 * rows) as (figure, done):
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, g in zip(grid.flat, groups, strict=False):
-            order = np.argsort(g.values, kind="stable")
-            gone = np.isin(order, list(g.removed))
-            place = np.arange(1, len(order) + 1)
-            size = _fit(240 / len(order), 1, 4)
-            for chosen, color, name in ((~gone, BLUE, "kept"), (gone, RED, "removed")):
-                axes.plot(place[chosen], g.values[order][chosen], ls="", marker="o", ms=size,
-                          color=color, label=name)  # fmt: skip
-            if line is not None:
-                axes.axhline(line, color=ORANGE, lw=1, label="highest score that left")
-            axes.set_title(f"layer {printable(g.label)}: {len(g.removed)} removed", pad=3)
-        for axes in grid.flat[len(groups) :]:
-            axes.set_visible(False)
-        if len(positive) and every.min() >= 0:
-            _orders_of_magnitude(grid.flat[0], positive)
-        handles, names = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=3)
+        panels = Panels(figure.subplots(), len(groups), columns, (0, most + 1), ylim, (0.14, 0.28))
+        orders = [np.argsort(g.values, kind="stable") for g in groups]
+        gone = [np.isin(o, list(g.removed)) for o, g in zip(orders, groups, strict=True)]
+        size = _fit(240 / most, 1, 4)
+        for which, color, name in ((False, BLUE, "kept"), (True, RED, "removed")):
+            chosen = [np.flatnonzero(g == which) for g in gone]
+            xy = [(at + 1, scale(g.values[o[at]]))
+                  for at, o, g in zip(chosen, orders, groups, strict=True)]  # fmt: skip
+            panels.axes.plot(*panels.points(xy), ls="", marker="o", ms=size, color=color,
+                             label=name, clip_on=False)  # fmt: skip
+        if line is not None:
+            level = np.full(2, float(scale(np.array(line))))
+            panels.lines([([0, most + 1], level) for _ in groups], "highest score that left",
+                         colors=ORANGE, linewidths=1)  # fmt: skip
+        panels.titles([f"layer {printable(g.label)}: {len(g.removed)} removed" for g in groups])
+        panels.ticks(_round_numbers(0, most), yticks)
+        figure.legend(loc="outside upper left", ncols=3)
         figure.supxlabel(f"{unit}s, in the order of their score", fontsize=9)
         figure.supylabel("score", fontsize=9)
     return done()
@@ -173,7 +181,9 @@ def score_map(groups: Sequence[Marked], unit: str) -> bytes:
         image = axes.imshow(
             values, cmap="PuBu", vmin=0, vmax=1, aspect="auto", interpolation="none"
         )
-        _mark(axes, groups, RED, "x")
+        x = [unit for g in groups for unit in g.removed]
+        y = [row for row, g in enumerate(groups) for _ in g.removed]
+        _mark(axes, x, y, values.shape[1], RED, "x")
         _map_axes(axes, groups, unit)
         bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.02, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["lowest", "¼ of range", "highest"])
@@ -190,49 +200,78 @@ def routing_maps(domains: Sequence[tuple[str, Sequence[Marked]]], unit: str) -> 
     rows = -(-len(domains) // columns)
     _, groups = domains[0]
     height = 0.55 + _row_height(groups, 0.16) * len(groups)
+    size = max(len(g.values) for g in groups)
     with drawing(WIDTH, 0.6 + height * rows) as (figure, done):
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        panels = Panels(
+            figure.subplots(), len(domains), columns, (-0.5, size - 0.5),
+            (len(groups) - 0.5, -0.5), (0.03, 0.35 / (height - 0.35)), framed=False,
+        )  # fmt: skip
         norm = TwoSlopeNorm(0.0, -FOLD, FOLD)
-        for axes, (name, marked) in zip(grid.flat, domains, strict=False):
-            values = np.full((len(marked), max(len(g.values) for g in marked)), np.nan)
+        for i, (_, marked) in enumerate(domains):
+            values = np.full((len(groups), size), np.nan)
             for row, g in zip(values, marked, strict=True):
                 row[: len(g.values)] = np.log2(np.maximum(g.values, 2.0**-FOLD))
-            image = axes.imshow(values, cmap="PuOr_r", norm=norm, aspect="auto",
-                                interpolation="none")  # fmt: skip
-            _mark(axes, marked, "white", "o")
-            _map_axes(axes, marked, unit)
-            axes.label_outer()
-            axes.set_title(printable(name), loc="left", pad=3)
-        for axes in grid.flat[len(domains) :]:
-            axes.set_visible(False)
-        bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.02, ticks=[-FOLD, 0, FOLD])
+            (left, right), (low, high) = panels.at(i, panels.xlim, panels.ylim)
+            image = panels.axes.imshow(
+                values, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="none",
+                extent=(left, right, low, high),
+            )  # fmt: skip
+        xy = [([u for g in marked for u in g.removed],
+               [row for row, g in enumerate(marked) for _ in g.removed])
+              for _, marked in domains]  # fmt: skip
+        _mark(panels.axes, *panels.points(xy), size * columns, "white", "o")
+        panels.titles([printable(name) for name, _ in domains], align="left")
+        step = -(-len(groups) // 24)
+        layers = [(i, printable(g.label)) for i, g in enumerate(groups)][::step]
+        panels.ticks(_round_numbers(0, size - 1), layers, unit, "layer")
+        bar = figure.colorbar(
+            image, ax=panels.axes, pad=0.01, fraction=0.02, ticks=[-FOLD, 0, FOLD]
+        )
         most = f"{2**FOLD:.0f}"
         bar.ax.set_yticklabels([f"1/{most} or less", "even use", f"{most} times"])
     return done()
 
 
-def _orders_of_magnitude(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic scale that begins at zero, with at most four powers of ten on it."""
-    least, most = np.log10(np.quantile(values, 0.1)), np.log10(values.max())
-    axes.set_yscale("symlog", linthresh=10.0**least)
-    axes.set_ylim(0, 10.0 ** (most + 0.1 * (most - least)))
+def _score_scale(
+    values: np.ndarray,
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[float, float], Ticks]:
+    """Where scores lie, between which limits, and the ticks.
+
+    Scores that are never below zero have a logarithmic scale that begins there, with at most four
+    powers of ten on it; others have a plain one.
+    """
+    positive = values[values > 0]
+    if not len(positive) or values.min() < 0:
+        low, high = float(values.min()), float(values.max())
+        room = 0.05 * (high - low) or 1.0
+        return lambda x: x, (low - room, high + room), _round_numbers(low, high)
+    least, most = np.log10(np.quantile(positive, 0.1)), np.log10(positive.max())
+    scale = SymmetricalLogTransform(10, 10.0**least, 1).transform
     powers = np.arange(np.ceil(least), np.floor(most) + 1)
     powers = powers[:: -(-len(powers) // 4) or 1]
-    axes.set_yticks([0.0, *10.0**powers], ["0", *(f"1e{p:.0f}" for p in powers)])
-    axes.set_yticks([], minor=True)
+    top = float(scale(np.array(10.0 ** (most + 0.1 * (most - least)))))
+    if len(powers) < 2:
+        ticks = [(float(scale(np.array(v))), text) for v, text in _round_numbers(0, 10.0**most)]
+    else:
+        ticks = [(0.0, "0"), *((float(scale(np.array(10.0**p))), f"1e{p:.0f}") for p in powers)]
+    return scale, (0, top), ticks
 
 
-def _mark(axes: Axes, groups: Sequence[Marked], color: str, marker: str) -> None:
-    points = [(i, row) for row, g in enumerate(groups) for i in g.removed]
-    if points:
-        x, y = zip(*points, strict=True)
-        cell = 640 / max(len(g.values) for g in groups)  # points across one cell, at full width
-        if marker == "x":
-            size = _fit(cell * 0.55, 0.8, 5)
-            axes.scatter(x, y, s=size**2, c=color, marker="x", linewidths=0.9)
-        else:  # a ring, to be seen on every colour
-            size = _fit(cell * 0.2, 0.5, 2.5)
-            axes.scatter(x, y, s=size**2, c=color, edgecolors="black", linewidths=size / 6)
+def _round_numbers(low: float, high: float) -> Ticks:
+    """Ticks at round numbers from one to the other."""
+    places = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [(float(v), f"{v:g}") for v in places if low <= v <= high]
+
+
+def _mark(axes: Axes, x: Any, y: Any, cells: float, color: str, marker: str) -> None:
+    """Marks at `x` and `y` [N], in cells of which so many lie side by side over the whole width."""
+    cell = 640 / cells  # points
+    if marker == "x":
+        size = _fit(cell * 0.55, 0.8, 5)
+        axes.scatter(x, y, s=size**2, c=color, marker="x", linewidths=0.9)
+    else:  # a ring, to be seen on every colour
+        size = _fit(cell * 0.2, 0.5, 2.5)
+        axes.scatter(x, y, s=size**2, c=color, edgecolors="black", linewidths=size / 6)
 
 
 def _map_axes(axes: Axes, groups: Sequence[Marked], unit: str) -> None:

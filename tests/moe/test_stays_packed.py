@@ -10,9 +10,11 @@ import torch
 from flow import batches, collect, kept_experts
 from packing import SCHEMES, tensors_of
 
+from moe_fair.core.recipe import Recipe
 from moe_fair.core.units import Statistics
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.engines.packing.experts import PackedExperts, as_plain
+from moe_fair.engines.progress import Progress
 from moe_fair.engines.streaming import StreamingEngine
 from moe_fair.moe.blocks import find_blocks
 from moe_fair.moe.checkpoint_source import Checkpoint
@@ -22,6 +24,8 @@ from moe_fair.moe.layer_examples import Kinds, LayerExamples
 from moe_fair.moe.repacking import Repacking
 from moe_fair.moe.repair import Repairer, judges
 from moe_fair.moe.surgery import cut_block
+from moe_fair.pipelines.calibrate import choose_engine, loading
+from moe_fair.pipelines.oom_retry import RetryingEngine, layerwise_until_it_fits
 
 CPU = torch.device("cpu")
 
@@ -57,6 +61,25 @@ def test_only_where_memory_is_too_short(source: Checkpoint) -> None:
         with engine(source, room).layered.layer(0) as layer:
             found = {n for n, p in layer.named_parameters() if isinstance(p, PackedExperts)}
         assert found == ({"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} if packed else set())
+
+
+@pytest.mark.parametrize(("memory", "packed"), [("100KB", True), ("400KB", False)])
+def test_the_most_that_weights_may_take_decides(
+    source: Checkpoint, memory: str, packed: bool
+) -> None:
+    recipe = Recipe(str(source.path), max_memory=memory, dtype="float32", device="cpu")
+    chosen = choose_engine(recipe, source)
+    assert chosen.engine == "streaming"  # the model is larger than either
+    for its in (
+        RetryingEngine(loading(recipe), source, chosen, Progress("", 0)).engine,
+        layerwise_until_it_fits(
+            source, "streaming", loading(recipe), Progress("", 0), [("", lambda engine: engine)]
+        ),
+    ):
+        assert isinstance(its, StreamingEngine)
+        with its.layered.layer(0) as layer:
+            kinds = [isinstance(p, PackedExperts) for p in layer.parameters()]
+        assert any(kinds) == packed
 
 
 @pytest.mark.slow
