@@ -19,6 +19,7 @@ from moe_fair.core.quote import advice
 from moe_fair.core.units import UnitGroup
 from moe_fair.engines.auto import auto_class
 from moe_fair.engines.device import pick_device, pick_dtype
+from moe_fair.engines.empty_weights import uninitialised
 from moe_fair.engines.names import Destination, destinations
 from moe_fair.engines.packing import Packing, Scheme, find_packing, scheme_of
 from moe_fair.engines.pickles import convert, pickle_files
@@ -118,7 +119,7 @@ class Checkpoint:
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model on the meta device: structure without weights."""
-        with torch.device("meta"):
+        with torch.device("meta"), uninitialised():
             try:
                 return auto_class(self.config).from_config(
                     self.config, trust_remote_code=self.brings_model

@@ -570,9 +570,9 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
     [
         {"method": "fair"},
         pytest.param({"method": "counterfactual-measured"}, marks=pytest.mark.nightly),
-        {"method": "naee"},
+        pytest.param({"method": "naee"}, marks=pytest.mark.nightly),
         {"allocate": "curves", "curve_samples": 2},
-        {"reduce": "merge"},
+        pytest.param({"reduce": "merge"}, marks=pytest.mark.nightly),
         pytest.param(
             {"repair": "scale", "heldout": str(HELDOUT), "heldout_samples": 4},
             marks=pytest.mark.nightly,
@@ -623,7 +623,11 @@ def test_a_word_on_heads_where_there_is_none_is_told(statistics_folder: Path) ->
     assert "--mtp drop: these statistics know of no MTP head" in made.notes
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
+@pytest.mark.parametrize(
+    "fused",
+    [pytest.param(False, marks=pytest.mark.nightly), True],
+    ids=["an expert a tensor", "fused"],
+)
 def test_a_multimodal_model_keeps_its_head_beside(tmp_path: Path, fused: bool) -> None:
     """As Qwen3.5 is published: the body under `model.language_model.`, the head in a file apart."""
     source, names = tmp_path / "model", ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
