@@ -72,7 +72,7 @@ def main() -> None:
     device = pick_device(args.device)
     given = {"model": args.model, "calibration": args.text, "samples": args.samples,
              "length": args.length, "experts": args.experts, "device": args.device,
-             "dtype": args.dtype}  # fmt: skip
+             "dtype": args.dtype, "self_share": 0}  # fmt: skip
     recipe = Recipe().with_settings(given)
     watch = Watch(device)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:

@@ -15,7 +15,8 @@ A method is one of
 - `default`: what the command does when it is told nothing, but for the text.
 
 With `@self` behind it a method is calibrated on text that the model samples itself, with `@half` on
-as much of that as of what is given (`default@self`); own text is kept beside the output file.
+as much of that as of what is given, with `@+1` on all that is given and as many windows of own text
+beside it, `@+.25` a quarter as many (`default@+.25`); own text is kept beside the output file.
 `--unseen DIRECTORY` judges every result on domains that calibration text does not hold, too
 (`eval/unseen_text.py` makes them).
 
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 METHODS = ["random/uniform", "frequency/uniform", "reap/uniform", "fair/uniform", "fair/tod"]
 SEARCH = "evoesap"
-TEXTS = ("given", "self", "half")
+TEXTS = ("given", "self", "half", "+SHARE")
 Row = dict[str, Any]
 Key = tuple[str, str, float, int]
 Cells = dict[tuple[str, str, float], list[Row]]
@@ -123,11 +124,19 @@ def called(method: str) -> str:
 
 
 def text_of(method: str) -> str:
-    """What a method is calibrated on: `given`, `self` or `half`."""
+    """What a method is calibrated on: `given`, `self`, `half`, or so much own text more, `+1`."""
     text = method.partition("@")[2] or "given"
-    if text not in TEXTS:
+    if text not in TEXTS and not (text.startswith("+") and added(text) > 0):
         sys.exit(f"compare: error: {method}: text is one of {', '.join(TEXTS)}")
     return text
+
+
+def added(text: str) -> float:
+    """Windows of own text on top of those that are given, as a share of these."""
+    try:
+        return float(text) if text.startswith("+") else 0.0
+    except ValueError:
+        return 0.0
 
 
 def read(path: Path) -> list[Row]:
@@ -153,10 +162,13 @@ class Subject:
 
         own = Path(model) / "text"
         given = str(own / "calibration") if own.exists() else args.calibration
+        more = added(text)
+        sources = {"given": (given,), "self": ("self",), "half": (given, "self")}
         self.args, self.name, self.seed = args, Path(model).name, seed
         self.recipe = Recipe(
             model=model,
-            calibration={"given": (given,), "self": ("self",), "half": (given, "self")}[text],
+            calibration=sources.get(text, (given,)),
+            self_share=more or None,
             heldout=(str(own / "heldout") if own.exists() else args.heldout,),
             samples=args.samples,
             length=args.length,
@@ -169,9 +181,11 @@ class Subject:
         folder = args.output.parent / "own" / f"{self.name}-{seed}-{text}"
         if text != "given":
             folder.mkdir(parents=True, exist_ok=True)
+        started = time.process_time()
         self.text: CalibrationSet = calibration_text(
             self.recipe, self.source, folder, _quiet, ALONE
         )[0]
+        self.spent = {"text": time.process_time() - started}  # seconds of processor time
         self.heldout = _windows(self.recipe, self.source)
         self.unseen: CalibrationSet | None = None
         if args.unseen is not None:
@@ -191,7 +205,8 @@ class Subject:
         batches = few.batches(self.recipe.batch_size)
         statistics = self.collect([m for m, _ in wanted if not self._tries(m)])
         for method, ratio in wanted:
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), time.process_time()
+            collected = self.spent.get("trial", 0.0)
             chosen = self.recipe.with_settings({"ratio": ratio, **settings(method)})
             try:
                 if self._tries(method):
@@ -205,6 +220,7 @@ class Subject:
             trials = plan.explanation.get("trials", {})
             pruned = self.cut(plan, chosen)
             seconds = time.perf_counter() - started
+            busy = time.process_time() - spent - (self.spent.get("trial", 0.0) - collected)
             after, elsewhere = self.loss(pruned, self.heldout), self.loss(pruned, self.unseen)
             increase = after.mean - base.mean
             near = agreement(_engine(self.model), _engine(pruned), batches, few.domains).mean
@@ -221,6 +237,8 @@ class Subject:
                 "kept": [len(v) for v in plan.kept.values()],
                 "taken": trials.get("taken"), "trials": trials,
                 "planning_seconds": round(planned, 1), "seconds": round(seconds, 1),
+                "processor": {"result": round(busy, 1),
+                              **{k: round(v, 1) for k, v in self.spent.items()}},
             }  # fmt: skip
 
     def loss(self, model: nn.Module, text: CalibrationSet | None) -> HeldoutLoss:
@@ -248,7 +266,9 @@ class Subject:
         text, trial = split_holdout(chosen, self.text)
         assert trial is not None
         if self._partial is None:
+            started = time.process_time()
             self._partial = collect(self.recipe, self.source, text, _quiet)
+            self.spent["trial"] = time.process_time() - started
             assert self._partial is not None
         with tempfile.TemporaryDirectory() as work:
             home = Path(work) / "trials.json"

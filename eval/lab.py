@@ -140,13 +140,13 @@ def same_repair(rows: list[compare.Row]) -> str:
     share of the best peer is left out where one of the two is not above zero.
     """
     cells = compare.cells_of([r for r in rows if r.get("unseen")])
-    ours = [DEFAULT, f"{DEFAULT}@self"]
+    ours = sorted({m for _, m, _ in cells if m.partition("@")[0] == DEFAULT})
     names = [*ours, *sorted({m for _, m, _ in cells if m.partition("@")[0].endswith(f"+{REPAIR}")})]
+    ratios = " | ".join(f"{own} / best peer" for own in ours)
     lines = [
         "### The default against peers with its repair", "",
-        f"| model | removed | domains | {' | '.join(names)} | default / best peer "
-        "| own text / best peer | seeds |",
-        "|---" * (6 + len(names)) + "|",
+        f"| model | removed | domains | {' | '.join(names)} | {ratios} | seeds |",
+        "|---" * (4 + len(names) + len(ours)) + "|",
     ]  # fmt: skip
     shares: dict[tuple[str, str], list[float]] = {}
     for model, ratio in dict.fromkeys((m, r) for m, _, r in cells):
@@ -190,7 +190,7 @@ def _by_kind(rows: list[compare.Row]) -> tuple[float, float, float, float]:
 
 
 def _common(found: list[dict[int, float]]) -> list[int]:
-    return sorted(set.intersection(*(set(f) for f in found)))
+    return sorted(set.intersection(*(set(f) for f in found))) if found else []
 
 
 def _geometric(values: list[float]) -> float:

@@ -18,7 +18,7 @@ from moe_fair.engines.layers import LayeredModel
 from moe_fair.moe.checkpoint_source import Checkpoint
 
 Fails = Callable[..., str]
-TEXT = ["-c", str(CALIBRATION), "--samples", "64", "--length", "32"]
+TEXT = ["-c", str(CALIBRATION), "--samples", "64", "--length", "32", "--self-share", "0"]
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from moe_fair.cli import main
 from moe_fair.core.recipe import DEFAULT_CALIBRATION, Recipe
 from moe_fair.engines.processes import ALONE
 from moe_fair.moe.checkpoint_source import Checkpoint
-from moe_fair.pipelines.own_source import with_own_text
+from moe_fair.moe.self_text import DOCUMENTS, Written
+from moe_fair.pipelines.opening import calibration_set
+from moe_fair.pipelines.own_source import calibration_text, with_own_text
 
 Fails = Callable[..., str]
 SAMPLE = ["sample", str(MODEL), "--length", "32", "--tokens", "6000", "--device", "cpu"]
@@ -82,14 +84,85 @@ def test_an_edited_text_is_not_taken_for_the_models(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "moe_fair" / "self.jsonl").read_bytes() == before
 
 
-def test_a_share_of_own_text_beside_what_is_given() -> None:
-    source = Checkpoint(str(MODEL))
-    recipe = Recipe().with_settings({"calibration": ["a.txt:2", "b.txt"], "self_share": 0.25})
-    found = with_own_text(recipe, source, lambda _: None, ALONE)
-    assert found.calibration == ("a.txt:2", "b.txt", "self:1")
-    assert with_own_text(found, source, lambda _: None, ALONE) == found  # as it is recorded
-    none = recipe.with_settings({"self_share": 0})
-    assert with_own_text(none, source, lambda _: None, ALONE).calibration == none.calibration
+def test_own_text_beside_what_is_given() -> None:
+    """Unasked a quarter on top; none where that is little, recorded without, or not wanted."""
+    source, said = Checkpoint(str(MODEL)), list[str]()
+    given = {"model": str(MODEL), "calibration": ["a.txt:2", "b.txt"]}
+
+    def share(settings: dict[str, Any], **earlier: object) -> float | None:
+        recipe = Recipe().with_settings({**given, **settings})
+        found = with_own_text(recipe, source, said.append, ALONE, earlier=earlier)
+        assert (found.calibration, found.samples) == (recipe.calibration, recipe.samples)
+        recorded = replace(found, calibration_digest="0" * 64)
+        assert with_own_text(recorded, source, lambda _: None, ALONE) == recorded
+        return found.self_share
+
+    assert share({}) == 0.25
+    assert said == [
+        "own text: 128 samples beside the 512 of the text that is given (--self-share 0 for none)"
+    ]
+    assert share({"samples": 29}) == 0.25  # 7.25 samples are 8
+    assert share({"samples": 28}) is None
+    assert share({"method": "reap"}) is None
+    assert share({"self_share": 0}) == 0
+    assert share({"samples": 8, "self_share": 0.5}) == 0.5
+    assert share({}, calibration=["a.txt:2", "b.txt"]) is None
+    assert share({"calibration_digest": "0" * 64}) is None
+    said.clear()
+    assert share({"max_memory": "1MB"}) is None
+    assert said == ["note: no own text beside the text that is given: the model is streamed here"]
+
+
+@pytest.mark.slow
+def test_the_given_text_stays_and_own_text_comes_on_top(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And statistics made of both are used with both, where the text is named again."""
+    text = ["-c", CALIBRATION / "python.jsonl", *RUN]
+    run("calibrate", MODEL, *text, "--self-share", "0.5", "-o", tmp_path / "stats")
+    found = moe_fair.Statistics.load(tmp_path / "stats")
+    assert found.domains == ("python", "self")
+    recipe = Recipe().with_settings(
+        {**SMALL, "model": str(MODEL), "calibration": [str(CALIBRATION / "python.jsonl")]}
+    )
+    source, own = Checkpoint(str(MODEL)), tmp_path / "stats" / "self.jsonl"
+    alone = calibration_set(recipe, source, lambda _: None)
+    both = calibration_set(replace(recipe, self_share=0.5), source, lambda _: None, own)
+    assert both.sequences[:8] == alone.sequences
+    assert [d for _, d in both.sequences[8:]] == [1] * 4
+    assert found.tokens.sum() == both.tokens
+    capsys.readouterr()
+    run("prune", MODEL, "--stats", tmp_path / "stats", *text, "--experts", "40",
+        "--repair", "scale", "-o", tmp_path / "out")  # fmt: skip
+    assert f"own text: that of {own}" in capsys.readouterr().err
+    recorded = yaml.safe_load((tmp_path / "out" / "moe_fair" / "recipe.yaml").read_text())
+    assert recorded["self_share"] == 0.5
+
+
+def test_a_model_that_writes_nothing_reads_what_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Own text that nobody asked for ends no run."""
+    source, said = Checkpoint(str(MODEL)), list[str]()
+    text = {"model": str(MODEL), "calibration": [str(CALIBRATION / "python.jsonl")], "length": 16}
+    recipe = Recipe().with_settings({**text, "samples": 32})
+    mixed = with_own_text(recipe, source, said.append, ALONE)
+    assert mixed.self_share == 0.25
+    nothing = Written([], loops=DOCUMENTS, unended=0, missing=DOCUMENTS)
+    monkeypatch.setattr("moe_fair.pipelines.own_text.write_batch", lambda *_, **__: nothing)
+    found, kept = calibration_text(mixed, source, None, said.append, ALONE)
+    assert found == calibration_set(recipe, source, said.append)
+    assert kept == {}
+    assert said[-1].startswith("note: the text that is given is read alone:")
+    with pytest.raises(ValueError, match="wrote nothing that can be used"):
+        calibration_text(replace(recipe, calibration=("self",)), source, None, print, ALONE)
+
+    def unknown(*_: object) -> None:
+        raise ValueError("nothing says where a document starts")
+
+    monkeypatch.setattr("moe_fair.pipelines.own_text.find_author", unknown)
+    assert with_own_text(recipe, source, said.append, ALONE) == recipe
+    assert said[-1].endswith("nothing says where a document starts")
 
 
 def test_what_does_not_fit_reads_text_as_before() -> None:
@@ -131,7 +204,7 @@ def test_a_folder_of_that_name_is_that(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--self-share", "0.5", "-c", "self"], "--self-share would change nothing: -c self has"),
         (["--self-share", "0.5"], "--self-share would change nothing: no other text is given"),
-        (["--self-share", "1", "-c", "x.txt"], "must be 0 or more and below 1"),
+        (["--self-share", "-1", "-c", "x.txt"], "--self-share -1 must be 0 or more"),
         (["--server", "http://127.0.0.1:9", "-c", str(CALIBRATION)], "--server would change"),
         (["--server", "http://127.0.0.1:9", "-c", "self"], "is it running?"),
         (["-c", "self", "--max-memory", "1MB"], "do not fit in"),

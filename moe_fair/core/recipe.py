@@ -25,7 +25,7 @@ DEFAULT_CALIBRATION = "NeelNanda/pile-10k"
 TRUST = ("trust_remote_code", "allow_pickle")
 TARGETS = ("experts", "total", "ratio", "size", "tolerance")
 # what decides the calibration text
-TEXT = ("calibration", "map", "samples", "length", "seed")
+TEXT = ("calibration", "map", "samples", "length", "seed", "self_share")
 MADE = ("stats", "plan")  # files of an earlier stage
 
 # headings of the help screens, in their order
@@ -126,8 +126,9 @@ class Recipe:
     )  # fmt: skip
     self_share: float | None = setting(
         None,
-        "Share of the samples that is the model's own text beside text that is given",
-        panel=TEXTS, commands=GATHERS, usual="0",
+        "Samples of the model's own text on top of those of text that is given, a share of these",
+        panel=TEXTS, commands=GATHERS,
+        usual="0.25; 0 with a --method, streamed, or below 29 samples",
     )  # fmt: skip
     batch_size: int = setting(
         8, "Sequences per batch", panel=RUNNING, commands=RUNS, shown=True, minimum=1
@@ -345,11 +346,8 @@ class Recipe:
         object.__setattr__(self, "given", self.given & SETTINGS.keys() | changed)
         if self.size is not None:
             parse_size(self.size)
-        if self.self_share is not None and not 0 <= self.self_share < 1:
-            raise ValueError(
-                f"--self-share {self.self_share:g} must be 0 or more and below 1; for the model's "
-                "own text alone give -c self"
-            )
+        if self.self_share is not None and self.self_share < 0:
+            raise ValueError(f"--self-share {self.self_share:g} must be 0 or more")
         if self.max_memory is not None:
             parse_bytes("--max-memory", self.max_memory)
         given = [t for t in TARGETS if getattr(self, t) is not None]

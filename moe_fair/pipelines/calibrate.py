@@ -217,6 +217,8 @@ def _facts(recipe: Recipe, source: Checkpoint, text: CalibrationSet) -> dict[str
     }  # fmt: skip
     if text.held_back:
         run["held_back"] = text.held_back
+    if recipe.self_share is not None:
+        run["self_share"] = recipe.self_share
     if recipe.map is not None:
         run["map"] = dict(recipe.map)
     if recipe.for_ is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moe_fair.core.recipe import Recipe
@@ -51,6 +53,11 @@ def is_own(source: Source) -> bool:
     return source.where == OWN and not source.local
 
 
+def own_beside(recipe: Recipe) -> int:
+    """How many samples of own text are read beside the text that a recipe names."""
+    return math.ceil((recipe.self_share or 0.0) * recipe.samples - 1e-9)
+
+
 def calibration_set(
     recipe: Recipe, source: Checkpoint, say: Say, own: Path | None = None
 ) -> CalibrationSet:
@@ -62,17 +69,21 @@ def calibration_set(
     sources = parse_sources(recipe.calibration, recipe.map)
     if own is not None:
         sources = [replace(s, where=str(own)) if is_own(s) else s for s in sources]
-    text = sample(
-        sources,
-        source.tokenizer(),
-        samples=recipe.samples,
-        length=recipe.length,
-        seed=recipe.seed,
-    )
+    draw = partial(sample, tokenizer=source.tokenizer(), length=recipe.length, seed=recipe.seed)
+    text = draw(sources, samples=recipe.samples)
+    if own is not None and (count := own_beside(recipe)):
+        text = beside(text, draw([Source(str(own), domain=OWN)], samples=count))
     for note in text.notes:
         say(f"note: {note}")
     check_tokens(text, source)
     return text
+
+
+def beside(text: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
+    """The sequences of both, those of the second after those of the first."""
+    domains = tuple(dict.fromkeys([*text.domains, *other.domains]))
+    more = tuple((ids, domains.index(other.domains[d])) for ids, d in other.sequences)
+    return CalibrationSet(domains, (*text.sequences, *more), (*text.notes, *other.notes))
 
 
 def heldout_set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,69 +16,114 @@ from moe_fair.engines.processes import Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.text_sources import OWN, expand, parse_source, parse_sources
-from moe_fair.pipelines.opening import calibration_set, is_own
-from moe_fair.pipelines.own_text import OwnText, Wanted, facts_of, is_of, streamed, write_own_text
+from moe_fair.pipelines.opening import beside, calibration_set, is_own, own_beside
+from moe_fair.pipelines.own_text import (
+    OwnText,
+    Unwritten,
+    Wanted,
+    facts_of,
+    is_of,
+    streamed,
+    write_own_text,
+)
+from moe_fair.pipelines.rivals import chooses_itself
 
 FILE = "self.jsonl"  # beside statistics and in the folder of a result
-SELF_SHARE = 0.0  # of the samples, where other text is given
+SELF_SHARE = 0.25  # of the text that is given: so much own text beside it
+LEAST = 8  # windows of it: fewer are no text to choose by, and none is sampled unasked
 
 
 def with_own_text(
-    recipe: Recipe, source: Checkpoint, say: Say, team: Team, *, earlier: Sequence[str] = ()
-) -> Recipe:
-    """The recipe with own text among its sources: alone where none is given, else a share.
+    recipe: Recipe, source: Checkpoint, say: Say, team: Team, *,
+    earlier: Mapping[str, object] | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe with own text: alone where no text is given, else beside that which is.
 
     Args:
-        earlier: sources of an earlier stage, whose text is to be the same.
+        earlier: settings of an earlier stage, whose text is to be the same.
 
     Raises:
         ValueError: own text is asked for where it changes nothing.
     """
     given = "calibration" in recipe.given
     own = any(is_own(parse_source(s)) for s in recipe.calibration)
-    share, asked = recipe.self_share, "self_share" in recipe.given
-    if asked and (own or not given):
+    if recipe.self_share and (own or not given):
         why = "-c self has a weight of its own, as self:2" if own else "no other text is given"
         raise ValueError(f"--self-share would change nothing: {why}; leave it out")
-    if own or (given and not asked and list(recipe.calibration) == list(earlier)):
-        pass
-    elif not given:
-        if recipe.server is not None or not streamed(recipe, source, team):
-            say("no calibration text is given: the model samples its own (-c self)")
-            return _reading(recipe, (OWN,))
+    if given and not own:
+        recipe = _beside(recipe, source, say, team, earlier or {})
+    elif not own and (recipe.server is not None or not streamed(recipe, source, team)):
+        say("no calibration text is given: the model samples its own (-c self)")
+        recipe = _reading(recipe, {"calibration": (OWN,)})
+    elif not own:
         say(
             "note: no calibration text is given, and the model is streamed here, which samples "
             f"none: {DEFAULT_CALIBRATION} is read"
         )
-    elif (share := SELF_SHARE if share is None else share) > 0:
-        if asked or recipe.server is not None or not streamed(recipe, source, team):
-            weight = sum(parse_source(s).weight for s in recipe.calibration) * share / (1 - share)
-            sources = (*recipe.calibration, f"{OWN}:{weight:.12g}")
-            return _reading(recipe, sources)
-        say("note: no own text beside the text that is given: the model is streamed here")
-    if recipe.server is not None and not own:
+    if recipe.server is not None and not _own_samples(recipe):
         raise ValueError(
             "--server would change nothing: no own text is sampled; add -c self, or leave it out"
         )
     return recipe
 
 
-def _reading(recipe: Recipe, sources: tuple[str, ...]) -> Recipe:
-    """The recipe with these sources, which say the share; its digest is that of their text."""
-    digest = recipe.calibration_digest
-    settings = {"calibration": sources, "self_share": None, "calibration_digest": digest}
-    return recipe.with_settings(settings)
+def _beside(
+    recipe: Recipe, source: Checkpoint, say: Say, team: Team, earlier: Mapping[str, object]
+) -> Recipe:
+    """The recipe with the share of own text that is read beside the text it names."""
+    asked = "self_share" in recipe.given
+    recorded = recipe.calibration_digest is not None  # with no share: it was read alone
+    recorded |= list(recipe.calibration) == earlier.get("calibration")
+    if not asked and (recorded or not chooses_itself(recipe)):
+        return recipe  # a method that is named reads the text that is given
+    mixed = recipe if asked else _reading(recipe, {"self_share": SELF_SHARE})
+    count = own_beside(mixed)
+    if not count or (not asked and count < LEAST):
+        return recipe
+    if not asked and recipe.server is None and (why := _unwritable(mixed, source, team)):
+        say(f"note: no own text beside the text that is given: {why}")
+        return recipe
+    say(
+        f"own text: {count} samples beside the {recipe.samples} of the text that is given "
+        "(--self-share 0 for none)"
+    )
+    return mixed
+
+
+def _unwritable(recipe: Recipe, source: Checkpoint, team: Team) -> str:
+    """Why the model samples no text here; empty where it does."""
+    if streamed(recipe, source, team):
+        return "the model is streamed here"
+    try:
+        text = wanted_text(recipe, source)
+        assert text is not None
+        assert text.author
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+def _reading(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:
+    """The recipe with these settings of its text; the digest stays that of what is read."""
+    return recipe.with_settings({**settings, "calibration_digest": recipe.calibration_digest})
 
 
 def wanted_text(recipe: Recipe, source: Checkpoint) -> OwnText | None:
-    """The own text among a recipe's sources; None where there is none."""
+    """The own text that a recipe reads; None where it reads none."""
+    count = _own_samples(recipe)
+    if not count:
+        return None
+    return OwnText(recipe, source, Wanted(recipe.length, recipe.seed, sequences=count))
+
+
+def _own_samples(recipe: Recipe) -> int:
+    """How many samples of own text a recipe reads, by `-c self` or beside other text."""
     sources = [parse_source(s) for s in recipe.calibration]
     own = [s.weight for s in sources if is_own(s)]
     if not own:
-        return None
+        return own_beside(recipe)
     share = sum(own) / sum(s.weight for s in sources)
-    count = min(recipe.samples, math.ceil(share * recipe.samples))
-    return OwnText(recipe, source, Wanted(recipe.length, recipe.seed, sequences=count))
+    return min(recipe.samples, math.ceil(share * recipe.samples))
 
 
 @contextmanager
@@ -104,8 +149,9 @@ def own_file(
         yield found
         return
     text.check(team)
-    if team.first and len(recipe.calibration) > 1:  # before it takes long
-        expand(s for s in parse_sources(recipe.calibration, recipe.map) if not is_own(s))
+    others = [s for s in parse_sources(recipe.calibration, recipe.map) if not is_own(s)]
+    if team.first and others:  # before it takes long
+        expand(others)
     if folder is not None:
         write_own_text(text, folder / FILE, say, team)
         yield folder / FILE
@@ -134,11 +180,17 @@ def calibration_text(
     Returns:
         the text, the same in every process; and the files of own text by name, to be kept.
     """
-    with own_file(recipe, source, folder, say, team) as file:
-        text = team.broadcast(lambda: calibration_set(recipe, source, say, file))
-        kept = {}
-        if file is not None and team.first:
-            kept = {f.name: f.read_bytes() for f in (file, facts_of(file))}
+    kept = {}
+    try:
+        with own_file(recipe, source, folder, say, team) as file:
+            text = team.broadcast(lambda: calibration_set(recipe, source, say, file))
+            if file is not None and team.first:
+                kept = {f.name: f.read_bytes() for f in (file, facts_of(file))}
+    except Unwritten as e:
+        if not own_beside(recipe):
+            raise
+        say(f"note: the text that is given is read alone: {e}")
+        text = team.broadcast(lambda: calibration_set(recipe, source, say))
     return text, kept
 
 
@@ -156,12 +208,13 @@ def text_to_come(
     text.check(team)
     count = text.wanted.sequences
     others = tuple(s for s in recipe.calibration if not is_own(parse_source(s)))
-    rest = CalibrationSet((), ())
-    if others and count < recipe.samples:
-        part = replace(recipe, calibration=others, samples=recipe.samples - count)
+    rest, samples = CalibrationSet((), ()), recipe.samples
+    if not own_beside(recipe):
+        samples -= count
+    if others and samples:
+        part = replace(recipe, calibration=others, samples=samples, self_share=None)
         rest = calibration_set(part, source, say)
-    names = [parse_source(s).name for s in recipe.calibration if is_own(parse_source(s))]
-    domains = tuple(dict.fromkeys([*rest.domains, *names]))
+    names = [parse_source(s).name for s in recipe.calibration if is_own(parse_source(s))] or [OWN]
     stand_in = (text.author.start,) * recipe.length
-    made = [(stand_in, domains.index(names[i % len(names)])) for i in range(count)]
-    return replace(rest, domains=domains, sequences=(*rest.sequences, *made)), text
+    made = tuple((stand_in, i % len(names)) for i in range(count))
+    return beside(rest, CalibrationSet(tuple(names), made)), text

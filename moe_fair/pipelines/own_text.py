@@ -45,6 +45,10 @@ SUFFIXES = (".jsonl",)
 LONG = 60.0  # seconds; how long it takes is said where it takes longer
 
 
+class Unwritten(ValueError):
+    """The model writes no text that can be used."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """How much text: tokens, or sequences of a length that are packed from it; and which.
@@ -230,7 +234,7 @@ def _write_missing(
             if team.first:
                 _keep(folder, name, i, found)
         if not any(done[i].rows for i in sorted(done)[-8:]) and len(done) >= 8:
-            raise ValueError(
+            raise Unwritten(
                 f"{text.source.model} wrote nothing that can be used in {len(done)} batches: it "
                 "ends every document at once, or runs in circles; give calibration text with -c"
             )

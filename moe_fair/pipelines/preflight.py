@@ -40,8 +40,8 @@ from moe_fair.pipelines.checks import (
 from moe_fair.pipelines.collection import check_held, check_needs, for_prune
 from moe_fair.pipelines.disk import check_room, disk_needs
 from moe_fair.pipelines.mtp_heads import check_heads, choose_heads, head_facts, size_without
-from moe_fair.pipelines.opening import heldout_set, open_model
-from moe_fair.pipelines.own_source import calibration_text, text_to_come, with_own_text
+from moe_fair.pipelines.opening import heldout_set, open_model, own_beside
+from moe_fair.pipelines.own_source import calibration_text, text_to_come, wanted_text, with_own_text
 from moe_fair.pipelines.own_text import OwnText
 from moe_fair.pipelines.plan import plan
 from moe_fair.pipelines.plan_selection import check_rivals
@@ -213,7 +213,10 @@ def check_prune(
     check_used(given, run, earlier.settings)
     after = ready.after if ready is not None else check_plan_settings(recipe, source).after
     after = after if conversion is None else conversion.size(after)
-    tokens, work = recipe.samples * recipe.length, place.beside("calibrating")
+    if run.reads_text:
+        recipe = with_own_text(recipe, source, say, team, earlier=earlier.settings)
+    samples, work = recipe.samples + own_beside(recipe), place.beside("calibrating")
+    tokens = samples * recipe.length
     needs = disk_needs(recipe, source, after, rewrites=(kind is not None) + merges, tokens=tokens)
     say(team.broadcast(lambda: check_room(needs, output, place, work)))
     if statistics is not None and not run.measures:
@@ -224,26 +227,39 @@ def check_prune(
     text, sampled = None, None
     own: dict[str, bytes] = {}
     if run.reads_text:
-        settings = earlier.settings.get("calibration", ())
-        recipe = with_own_text(recipe, source, say, team, earlier=settings)
         if dry:
             text, sampled = text_to_come(recipe, source, say, team)
         else:
+            if (recipe.heal or recipe.weights) and wanted_text(recipe, source) is not None:
+                # what they refuse is refused before own text is sampled
+                to_come = text_to_come(recipe, source, lambda _: None, team)[0]
+                _check_text(recipe, to_come, statistics, run)
             text, own = calibration_text(recipe, source, work_folder(place, recipe), say, team)
     if sampled is not None:  # its digest is not known yet
         recipe = replace(recipe, calibration_digest=None)
     seen = trial = None
     if text is not None:
         seen, trial = divided(recipe, text, run, earlier, say)
-        check_domains(recipe, seen, statistics, run)
-        if recipe.heal:
-            healing_text(text, recipe.heal, recipe.seed)  # it can be made
+        _check_text(recipe, text, statistics, run)
     if statistics is not None and rivals(recipe) and trial is None:
         say(NOT_TRIED)
     return Job(
         recipe, source, statistics, ready, run, text, seen, trial, heldout, kind, alone, costly,
         after, own, sampled, conversion,
     )  # fmt: skip
+
+
+def _check_text(
+    recipe: Recipe, text: CalibrationSet, statistics: Statistics | None, run: Run
+) -> None:
+    """The text has the domains that are asked for, and healing could be judged on it.
+
+    Raises:
+        ValueError: it has not, or there is too little of it.
+    """
+    check_domains(recipe, text, statistics, run)
+    if recipe.heal:
+        healing_text(text, recipe.heal, recipe.seed)  # it can be made
 
 
 def _conversion(recipe: Recipe, source: Checkpoint) -> Conversion | None:

@@ -17,7 +17,7 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     names: tuple[str, ...] = ()
     if recipe.rivals is not None:
         names = () if recipe.rivals == ("none",) else recipe.rivals
-    elif _usual(recipe):
+    elif chooses_itself(recipe):
         alike = bool(equal_only(recipe.serve or ()))
         names = tuple(n for n in RIVALS if not alike or n.endswith("/uniform"))
     why = "the result's repair is that of --repair; name none here"
@@ -40,7 +40,7 @@ def with_method(recipe: Recipe, name: str, option: str, no_repair: str) -> Recip
     return recipe.with_settings({**clear, **parts, "rivals": ("none",)})
 
 
-def _usual(recipe: Recipe) -> bool:
+def chooses_itself(recipe: Recipe) -> bool:
     """The command was left to choose by itself."""
     given = (
         recipe.method, recipe.removal, recipe.protection, recipe.allocate, recipe.tolerance,

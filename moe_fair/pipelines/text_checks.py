@@ -35,6 +35,9 @@ class Earlier:
 def with_text_of(recipe: Recipe, earlier: Earlier) -> Recipe:
     """What of the text nobody named is that of the earlier stage."""
     left = [n for n in TEXT if n not in recipe.given and n in earlier.settings]
+    theirs = earlier.settings.get("calibration")
+    if "calibration" in recipe.given and list(recipe.calibration) != theirs:
+        left = [n for n in left if n != "self_share"]  # of own text beside another
     if not left:
         return recipe
     found = {n: earlier.settings[n] for n in left}

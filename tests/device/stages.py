@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
     "own text": calibrated(calibration="self", for_=FOR[:1]),
     **{f"repair {k}": pruned(repair=k, rivals=()) for k in repairs() if k != "novice"},
     "streamed repair": pruned(repair="distill", engine="streaming", rivals=()),
-    "default": pruned(samples=64, length=16),
+    "default": pruned(samples=64, length=16, self_share=0),
     "curves": pruned(method="taylor-sq", allocate="curves", repair="none", rivals=()),
     "oracle": oracle,
     "agreement": agreement,
@@ -189,7 +189,9 @@ def said(model: Path, device: str, folder: Path, **more: Any) -> list[str]:
     return heard
 
 
-DEFAULT: dict[str, Any] = {"samples": 64, "length": 16, "repair": "distill", "rivals": None}
+DEFAULT: dict[str, Any] = {
+    "samples": 64, "length": 16, "self_share": 0, "repair": "distill", "rivals": None,
+}  # fmt: skip
 SAID: dict[str, dict[str, Any]] = {"said": {}, "said by default": DEFAULT}
 
 

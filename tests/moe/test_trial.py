@@ -39,7 +39,7 @@ from moe_fair.pipelines.trial_text import split_holdout, teaching_text
 Fails = Callable[..., str]
 PRUNE = [
     "prune", str(MODEL), "-c", str(CALIBRATION), "--samples", "64", "--length", "32",
-    "--repair", "none",
+    "--self-share", "0", "--repair", "none",
 ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_the_best_of_those_tried_is_taken(
 def test_a_plan_alone_says_that_it_was_not_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("calibrate", *PRUNE[1:8], "-o", tmp_path / "stats")
+    run("calibrate", *PRUNE[1:10], "-o", tmp_path / "stats")
     assert "held back to try plans on: 8 of 64 sequences" in capsys.readouterr().err
     run("plan", tmp_path / "stats", "--experts", 40)
     assert "not tried against other plans" in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_plan_alone_says_that_it_was_not_tried(
 def test_calibrate_collects_for_rivals_without_a_target(tmp_path: Path) -> None:
     """What named rivals need, and text held back for them; a wrong name is said all the same."""
     stats = tmp_path / "stats"
-    run("calibrate", *PRUNE[1:8], "--rivals", "fair-u", "-o", stats)
+    run("calibrate", *PRUNE[1:10], "--rivals", "fair-u", "-o", stats)
     found = Statistics.load(stats)
     assert all("sketch" in found.view(g) for g in found.groups)
     assert found.metadata["calibration"]["held_back"] == 8
