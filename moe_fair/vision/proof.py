@@ -9,7 +9,6 @@ which nothing shows stays whole.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_fair.vision.graph import OUTPUTS, ChannelGroup, Graph, candidates
 from moe_fair.vision.surgery import cut, cuts_of
-from moe_fair.vision.trace import one_line
+from moe_fair.vision.trace import copied, one_line
 from moe_fair.vision.trial import Tolerance, Trial
 
 # a group with less than this share of the strongest one's effect is proven without it as well:
@@ -55,7 +54,8 @@ def find_groups(
             groups, why = _proven(trial, groups)
             members = {m.module for g in graph.groups for m in g.members}
             unseen = {n: w for n, w in trial.never_ran.items() if n not in members}
-            whole = {**unseen, **whole, **why}
+            known = {n: w for n, w in whole.items() if n not in unseen}
+            whole = {**unseen, **known, **why}
     finally:
         model.train(training)
     if not groups:
@@ -140,7 +140,7 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
     kept = uneven_plan(groups)
     changed = False
     for plan in (kept, opposite(groups, kept)):
-        small = copy.deepcopy(trial.model)
+        small = copied(trial.model)
         try:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say

@@ -41,10 +41,18 @@ def check_reloads(source: Source, images: Tensor) -> None:
                 f"{' '.join(str(e).split())[:200]}), so no result could be read"
             ) from e
         found = _outputs(again, images)
-    if not _same(_outputs(source.model, images), found):
+    wanted = _outputs(source.model, images)
+    if not _same(wanted, _outputs(source.model, images)):
+        raise ValueError(
+            "the model gives other outputs each time it sees the same images: it draws random "
+            "numbers in evaluation too (a functional dropout without training=self.training?), so "
+            "nothing could be proven of a cut"
+        )
+    if not _same(wanted, found):
         raise ValueError(
             "the model, saved and built again, gives other outputs: something that it computes "
-            "with is in none of its parameters and persistent buffers, so no result could be read"
+            "with is in none of its parameters and persistent buffers (layers in a plain list, "
+            "say), so no result could be read"
         )
 
 

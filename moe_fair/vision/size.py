@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.graph import NORMS, SPATIAL, TRANSPOSED, ChannelGroup, is_depthwise, logits
+from moe_fair.vision.image_axis import given
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,16 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) ->
     found = dict.fromkeys(layers, 0)
 
     def hook(name: str):  # type: ignore[no-untyped-def]
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        def count(layer: nn.Module, inputs: tuple, named: dict[str, Any], out: Tensor) -> None:
             if isinstance(layer, TRANSPOSED):  # at every place of its input
-                out = inputs[0]
+                out = given(inputs, named)
             if not isinstance(layer, NORMS):
                 width = out.shape[-1 if isinstance(layer, nn.Linear) else 1]
                 found[name] += out.numel() // (width * len(image))
 
         return count
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     training = model.training
     model.eval()
     try:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
-from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits
+from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits, outputs_of, tensors
+from moe_fair.vision.trace import copied, one_line
 
 TINY = 1e-3  # a tensor without a larger number is filled
 LAYERS = (nn.Linear, *SPATIAL, *NORMS)
@@ -85,11 +87,11 @@ class Probe:
             with _mode(model, self.training), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
-                out = logits(model, self.images)
+                out = _seen(model, self.images)
         finally:
             for h in handles:
                 h.remove()
-        return [out, *(found[n] for n in self.heads if n in found)]
+        return [*out, *(found[n] for n in self.heads if n in found)]
 
 
 class Trial:
@@ -106,7 +108,7 @@ class Trial:
         """Find the precision and the inputs that the model takes.
 
         Raises:
-            Exception: whatever the model raises on the example images.
+            ValueError: it takes none, or not one image by itself.
         """
         self.heads = tuple(heads)
         for self.dtype in TOLERANCES:
@@ -114,9 +116,11 @@ class Trial:
             try:
                 self._look(noise.to(self.dtype), real.to(self.dtype))
                 break
-            except (RuntimeError, TypeError):
-                if self.dtype == torch.float32:
+            except Exception as e:  # whatever the model's own code raises
+                if out_of_memory(e):
                     raise
+                if self.dtype == torch.float32:
+                    raise ValueError(f"the model does not run on one image: {one_line(e)}") from e
         self.tolerance = TOLERANCES[self.dtype]
 
     def _look(self, noise: Tensor, real: Tensor) -> None:
@@ -217,6 +221,18 @@ class Trial:
         return slopes
 
 
+def _seen(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The logits; everything that the model gives where it does not say which they are, as one that
+    gives more in training than otherwise."""
+    if not model.training:
+        return [logits(model, images)]
+    out = model(images)
+    try:
+        return outputs_of(model, out)[:1]
+    except ValueError:
+        return list(tensors(out))
+
+
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """In training mode without dropout, if asked for; buffers are put back."""
@@ -260,7 +276,7 @@ def _called(model: nn.Module) -> Iterator[set[str]]:
 
 def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode whose parameters hide nothing."""
-    trial = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    trial = copied(model).to(dtype).requires_grad_(False)
     trial.train().eval()  # modules that keep what they have computed in evaluation forget it
     generator = torch.Generator().manual_seed(0)
 
