@@ -1,7 +1,7 @@
 """Nets as people write them by hand, small and with random weights, for `vision_nets.py`.
 
-Each class takes images of 3 × 32 × 32 (LeNet 1 × 32 × 32) and says something about ten classes; what
-is unusual about it is in its name or its first line.
+Each takes images of 3 × 32 × 32 (LeNet 1 × 32 × 32) and says something about ten classes; what is
+unusual about it is in its name or its first line.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ Shape legend: S images, k rows of an image, T places of a sequence, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,14 @@ def image_axes(model: nn.Module, layers: Iterable[str], images: Tensor) -> dict[
     """
     layers = list(layers)
     x = images[:2].clone()
-    before = _inputs(model, layers, x)
-    plain = {n for n, calls in before.items() if all(_plain(model, n, c) for c in calls)}
-    if plain == set(layers):
+    shapes = _inputs(model, layers, x, lambda t: t.shape)
+    layers = [n for n, calls in shapes.items() if not all(_plain(model, n, c) for c in calls)]
+    if not layers:
         return {}
+    before = _inputs(model, layers, x, Tensor.clone)
     x[1] = x[1].flip(-1) + torch.linspace(0.1, 0.9, x.shape[-1], device=x.device, dtype=x.dtype)
     found = {}
-    after = _inputs(model, [n for n in layers if n not in plain], x)
+    after = _inputs(model, layers, x, Tensor.clone)
     for name, calls in after.items():
         axes = {
             _axis(a, b, 1 if isinstance(model.get_submodule(name), SPATIAL) else -1)
@@ -86,12 +88,14 @@ def image_axes(model: nn.Module, layers: Iterable[str], images: Tensor) -> dict[
     return found
 
 
-def _inputs(model: nn.Module, layers: Iterable[str], x: Tensor) -> dict[str, list[Tensor]]:
-    """Layer -> its input in each of its calls."""
-    found: dict[str, list[Tensor]] = {n: [] for n in layers}
+def _inputs(
+    model: nn.Module, layers: Iterable[str], x: Tensor, take: Callable[[Tensor], Any]
+) -> dict[str, list[Any]]:
+    """Layer -> what is taken of its input in each of its calls."""
+    found: dict[str, list[Any]] = {n: [] for n in layers}
 
     def look(name: str):  # type: ignore[no-untyped-def]
-        return lambda _, inputs, named: found[name].append(given(inputs, named).detach().clone())
+        return lambda _, inputs, named: found[name].append(take(given(inputs, named)))
 
     handles = [
         model.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in found
@@ -105,10 +109,10 @@ def _inputs(model: nn.Module, layers: Iterable[str], x: Tensor) -> dict[str, lis
     return found
 
 
-def _plain(model: nn.Module, name: str, x: Tensor) -> bool:
+def _plain(model: nn.Module, name: str, shape: torch.Size) -> bool:
     """Two rows, and no other axis for images that has two."""
-    others = () if isinstance(model.get_submodule(name), SPATIAL) else x.shape[1:-1]
-    return x.shape[0] == 2 and 2 not in others
+    others = () if isinstance(model.get_submodule(name), SPATIAL) else shape[1:-1]
+    return shape[0] == 2 and 2 not in others
 
 
 def _axis(a: Tensor, b: Tensor, channels: int) -> ImageAxis | None:

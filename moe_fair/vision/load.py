@@ -98,13 +98,15 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     """
     if base["kind"] == "transformers":
         import transformers
+        from transformers.initialization import no_init_weights
 
         # not left open: transformers would ask on the terminal whether to run its code
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         cls = getattr(transformers, base["class"], None)
         if cls is None or not issubclass(cls, transformers.PreTrainedModel):
             raise ValueError(f"transformers has no model class {base['class']!r}")
-        return cls(config)
+        with no_init_weights():  # they come from the folder
+            return cls(config)
     module = str(base["module"])
     keywords = dict(base["keywords"])
     if module in TRUSTED:

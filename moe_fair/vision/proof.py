@@ -135,17 +135,18 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
     """What is wrong with cutting these groups by plans with unequal counts; None: it is exact.
 
     There are two: the second removes what the first keeps. Of few units those kept may all be
-    silent, as behind a ReLU, and then a wrong cut of them does not show.
+    silent, as behind a ReLU, and then a wrong cut of them does not show. It is not looked at on the
+    largest images, where there are others.
     """
     kept = uneven_plan(groups)
     changed = False
-    for plan in (kept, opposite(groups, kept)):
+    for plan, part in ((kept, trial), (opposite(groups, kept), trial.smaller())):
         small = copied(trial.model)
         try:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say
             return f"cannot be cut: {one_line(e)}"
-        for probe, dense in trial.cheap_first():
+        for probe, dense in part.cheap_first():
             try:
                 with torch.no_grad():
                     pruned = probe.run(small)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits, outputs_of, tensors
-from moe_fair.vision.trace import copied, one_line
+from moe_fair.vision.trace import copied, one_line, unchecked
 
 TINY = 1e-3  # a tensor without a larger number is filled
 LAYERS = (nn.Linear, *SPATIAL, *NORMS)
@@ -128,9 +128,7 @@ class Trial:
         self.random: list[Probe] = []
         self.never_ran: dict[str, str] = {}
         with _called(self.model) as ran:
-            self._add(real[:1])
-            self._add(noise[:1])
-            if not self.probes:
+            if not self._add(real[:1]) and not self._add(noise[:1]):
                 return
             shape = real.shape[-2:]
             for part in (0.5, 0.75, 1.5):
@@ -138,6 +136,7 @@ class Trial:
                 if self._try(small[:1], f"at {small.shape[-2]} × {small.shape[-1]}"):
                     shape = min(shape, small.shape[-2:])
                     break
+            self._try(noise[:1, :, : shape[0], : shape[1]], "on noise")
         with _called(self.model) as trained:
             for size in dict.fromkeys((shape, real.shape[-2:])):  # the smaller one is cheaper
                 if self._try(nn.functional.interpolate(real, size), "in training", training=True):
@@ -187,6 +186,13 @@ class Trial:
         small.probes, small.random = self.cheap_first()[:1], []
         return small
 
+    def smaller(self) -> Trial:
+        """The trial without its largest images, where it has others."""
+        most = max(p.images[0].numel() for p, _ in self.probes)
+        few = copy.copy(self)
+        few.probes = [p for p in self.probes if p[0].images[0].numel() < most] or self.probes
+        return few
+
     def cheap_first(self) -> list[tuple[Probe, list[Tensor]]]:
         """The probes, small images first: what is wrong mostly shows there."""
         return sorted(self.probes, key=lambda p: p[0].images.numel())
@@ -206,7 +212,7 @@ class Trial:
         with Gates(self.model, groups) as gates:
             gates.values = torch.ones(1, gates.total + 1, dtype=self.dtype, requires_grad=True)
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), unchecked():
                     total = sum(
                         (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
                         / t.detach().abs().max().clamp(min=1e-30)
