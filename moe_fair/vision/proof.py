@@ -135,12 +135,12 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
     """What is wrong with cutting these groups by plans with unequal counts; None: it is exact.
 
     There are two: the second removes what the first keeps. Of few units those kept may all be
-    silent, as behind a ReLU, and then a wrong cut of them does not show. It is not looked at on the
-    largest images, where there are others.
+    silent, as behind a ReLU, and then a wrong cut of them does not show. The smallest images are
+    enough for it.
     """
     kept = uneven_plan(groups)
     changed = False
-    for plan, part in ((kept, trial), (opposite(groups, kept), trial.smaller())):
+    for plan, part in ((kept, trial), (opposite(groups, kept), trial.smallest())):
         small = copied(trial.model)
         try:
             cut(small, cuts_of(groups, plan))

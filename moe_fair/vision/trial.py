@@ -186,13 +186,6 @@ class Trial:
         small.probes, small.random = self.cheap_first()[:1], []
         return small
 
-    def smaller(self) -> Trial:
-        """The trial without its largest images, where it has others."""
-        most = max(p.images[0].numel() for p, _ in self.probes)
-        few = copy.copy(self)
-        few.probes = [p for p in self.probes if p[0].images[0].numel() < most] or self.probes
-        return few
-
     def cheap_first(self) -> list[tuple[Probe, list[Tensor]]]:
         """The probes, small images first: what is wrong mostly shows there."""
         return sorted(self.probes, key=lambda p: p[0].images.numel())
