@@ -20,7 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_groups": 8},
     "clip": {"vision_config": VIT, "text_config": TEXT},
     "convnextv2": FOUR,
-    "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2]},
+    "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     "data2vec-vision": VIT,
     "dinov2": DINO,
     "dinov2_with_registers": DINO,

@@ -20,7 +20,6 @@ once more. One line a net:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import signal
 import tempfile
@@ -46,6 +45,7 @@ from moe_fair.vision.reload import check_reloads
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.source import open_source
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.trace import copied
 
 # what a net itself gives as reason: these layers stay whole in every pruning
 OF_THE_NET = ("sets the model's outputs", "attention heads")
@@ -144,7 +144,8 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     kept = uneven_plan(graph.groups, seed=5)
     found["removed"] = share_removed(source.model, graph.groups, kept, x)
     try:
-        logits(source.model.double(), x.double())
+        with torch.no_grad():
+            logits(source.model.double(), x.double())
         x, most = x.double(), 1e-9
     except RuntimeError:  # it turns its images into float32
         source.model.float()
@@ -194,7 +195,7 @@ def silenced(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> nn.Module:
     """A copy in which what makes the other units makes zeros."""
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     with torch.no_grad():
         for g in groups:
             gone = set(range(g.units.size)) - set(kept[g.name])
@@ -208,7 +209,7 @@ def silenced(
                 elif layer.weight is not None:
                     weight = layer.weight
                     (weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)[rows] = 0
-                    if layer.bias is not None:
+                    if getattr(layer, "bias", None) is not None:
                         layer.bias[rows] = 0
     return masked
 

@@ -19,7 +19,7 @@ from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import (
     BATCH_NORMS,
-    NORMS,
+    BY_CHANNEL,
     TRANSPOSED,
     ChannelGroup,
     Graph,
@@ -256,7 +256,7 @@ def _filters(model: nn.Module, group: ChannelGroup) -> list[Member]:
         m
         for m in group.members
         if m.side == "out"
-        and not isinstance(model.get_submodule(m.module), NORMS)
+        and not isinstance(model.get_submodule(m.module), BY_CHANNEL)
         and not is_depthwise(model.get_submodule(m.module))
     ]
 

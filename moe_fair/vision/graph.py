@@ -36,6 +36,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # what normalises every channel by itself, and what does so with several of them together
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*CHANNEL_NORMS, nn.GroupNorm)
+# what has numbers for every channel and never lets two of them meet
+BY_CHANNEL = (*NORMS, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,9 @@ def _members(
             if len(owners[p]) > 1:
                 return f"{' and '.join(owners[p])} share a parameter"
         out = graph.is_out_channel_pruning_fn(dependency.handler)  # type: ignore[attr-defined]
-        if isinstance(layer, NORMS) or is_depthwise(layer):
+        if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
+            continue  # one slope for all channels
+        if isinstance(layer, BY_CHANNEL) or is_depthwise(layer):
             side = "out"
         elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or (
             isinstance(layer, TRANSPOSED) and layer.groups == 1
@@ -282,7 +286,13 @@ def _members(
 
 def _width(layer: nn.Module, side: str) -> int:
     """Channels of a layer on a side."""
-    for name in ("num_features", "num_channels", f"{side}_channels", f"{side}_features"):
+    for name in (
+        "num_features",
+        "num_channels",
+        "num_parameters",
+        f"{side}_channels",
+        f"{side}_features",
+    ):
         if isinstance(width := getattr(layer, name, None), int):
             return width
     raise AssertionError(type(layer))
