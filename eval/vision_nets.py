@@ -1,4 +1,5 @@
-"""How `moe-fair vision prune` fares on nets as people have them: a table over torchvision and timm.
+"""How `moe-fair vision prune` fares on nets as people have them: torchvision's, timm's,
+transformers' and such as are written by hand (`own_nets.py`).
 
     python eval/vision_nets.py -o nets.json [--only resnet,vit] [--seconds 120]
 
@@ -19,7 +20,6 @@ once more. One line a net:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import signal
 import tempfile
@@ -31,16 +31,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import own_nets
+import small_transformers
 import torch
 from torch import nn
 
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
 from moe_fair.vision.graph import TRANSPOSED, ChannelGroup, logits
+from moe_fair.vision.inputs import classes_of
 from moe_fair.vision.load import example
 from moe_fair.vision.proof import find_groups, uneven_plan
+from moe_fair.vision.reload import check_reloads
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.source import open_source
 from moe_fair.vision.surgery import cut, cuts_of
+from moe_fair.vision.trace import copied
 
 # what a net itself gives as reason: these layers stay whole in every pruning
 OF_THE_NET = ("sets the model's outputs", "attention heads")
@@ -68,7 +73,29 @@ xcit_nano_12_p16_224 vit_tiny_patch16_224 vit_small_patch32_224 nextvit_small ti
 efficientvit_b0 efficientvit_m0 hiera_tiny_224 focalnet_tiny_srf gcvit_xxtiny davit_tiny
 maxvit_pico_rw_256 caformer_s18 sequencer2d_s lambda_resnet26t halonet26t botnet26t_256
 bat_resnext26ts
+test_vit test_vit2 test_vit3 test_vit4 test_vit_relpos test_resnet test_convnext test_convnext2
+test_convnext3 test_coatnet test_maxvit test_efficientnet test_efficientnet_gn
+test_efficientnet_ln test_efficientnet_evos test_byobnet test_nfnet test_mambaout
+hgnetv2_b0 ghostnetv3_050 convformer_s18 mambaout_femto shvit_s1 cs3darknet_focus_s swiftformer_xs
+legacy_seresnet18 resnetblur18 gmixer_12_224 mvitv2_tiny swinv2_cr_tiny_ns_224 nest_tiny rdnet_tiny
+coatnet_nano_rw_224 csatv2 fastvit_mci0 densenetblur121d
 """
+# parts of own nets that are none by themselves
+PARTS = ("conv", "Lambda", "Lora", "Swish", "StandardisedConv", "BinaryConv", "FrozenBatchNorm")
+ARGUMENTS = (
+    "Discriminator(True)", "Checkpointed(True)", "Blur(False)", "own_convolutions('binary')",
+    "parametrised('weight_norm')", "Fixed(4)",
+    *(f"wrapped({how!r})" for how in ("bfloat16", "half", "double", "channels_last", "fx", "ema",
+                                      "frozen", "exported")),
+)  # fmt: skip
+# of torchvision, but no classifiers of images
+OTHERS = (
+    "torchvision.models.segmentation:lraspp_mobilenet_v3_large(num_classes=10, "
+    "weights_backbone=None)",
+    "torchvision.models.segmentation:fcn_resnet50(num_classes=10, weights_backbone=None)",
+    "torchvision.models.video:r3d_18(num_classes=10)",
+    "torchvision.models.detection:ssdlite320_mobilenet_v3_large(weights_backbone=None)",
+)
 
 
 def nets() -> Iterator[tuple[str, str]]:
@@ -78,6 +105,13 @@ def nets() -> Iterator[tuple[str, str]]:
         yield f"torchvision {name}", f"torchvision.models:{name}(num_classes=10{extra})"
     for name in TIMM.split():
         yield f"timm {name}", f"timm:create_model('{name}', num_classes=10)"
+    for spec in OTHERS:
+        yield f"torchvision.{spec.partition(':')[2].partition('(')[0]}", spec
+    own = [n for n, o in vars(own_nets).items() if getattr(o, "__module__", "") == "own_nets"]
+    for name in (*(n for n in own if n not in PARTS), *ARGUMENTS):
+        yield f"own {name}", f"own_nets:{name}"
+    for kind in small_transformers.CONFIGS:
+        yield f"transformers {kind}", kind
 
 
 def side(name: str, spec: str) -> int:
@@ -88,7 +122,7 @@ def side(name: str, spec: str) -> int:
         import timm
 
         return int(timm.get_pretrained_cfg(name.split()[1]).input_size[-1])
-    return 224
+    return 32 if name.startswith("own") else 224
 
 
 def try_net(spec: str, size: int) -> dict[str, Any]:
@@ -97,6 +131,8 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     source = open_source(spec, image_size=size)
     liven(source.model)
     x = example(source)
+    classes_of(source.model, x)
+    check_reloads(source, x)
     started = time.perf_counter()
     graph = find_groups(source.model, x)
     found = {
@@ -107,8 +143,13 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     }
     kept = uneven_plan(graph.groups, seed=5)
     found["removed"] = share_removed(source.model, graph.groups, kept, x)
-    source.model.double()
-    x = x.double()
+    try:
+        with torch.no_grad():
+            logits(source.model.double(), x.double())
+        x, most = x.double(), 1e-9
+    except RuntimeError:  # it turns its images into float32
+        source.model.float()
+        most = 1e-4
     silent = silenced(source.model, graph.groups, kept)
     cuts = cuts_of(graph.groups, kept)
     with torch.no_grad():
@@ -118,7 +159,7 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     scale = float(dense.abs().max())
     found["error"] = float((got - wanted).abs().max()) / scale
     found["change"] = float((dense - wanted).abs().max()) / scale
-    if not found["error"] <= 1e-9:
+    if not found["error"] <= most:
         return {"what": "wrong", **found}
     with tempfile.TemporaryDirectory() as folder:
         source.model.float()
@@ -154,7 +195,7 @@ def silenced(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> nn.Module:
     """A copy in which what makes the other units makes zeros."""
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     with torch.no_grad():
         for g in groups:
             gone = set(range(g.units.size)) - set(kept[g.name])
@@ -168,7 +209,7 @@ def silenced(
                 elif layer.weight is not None:
                     weight = layer.weight
                     (weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight)[rows] = 0
-                    if layer.bias is not None:
+                    if getattr(layer, "bias", None) is not None:
                         layer.bias[rows] = 0
     return masked
 
@@ -220,7 +261,11 @@ def main() -> None:
     for name, spec in nets():
         if options.only and not any(o in name for o in options.only.split(",")):
             continue
-        rows[name] = judged(spec, side(name, spec), options.seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            size = side(name, spec)
+            if name.startswith("transformers"):
+                size, spec = small_transformers.write(spec, Path(folder)), folder
+            rows[name] = judged(spec, size, options.seconds)
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
         row = rows[name]
         said = row.get("said") or f"{row.get('groups')} groups, removed {row.get('removed', 0):.0%}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +37,7 @@ from moe_fair.vision.size import Sizes
 from moe_fair.vision.step_folder import Record, StepFolder, claim_steps
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.targets import goal, rules
+from moe_fair.vision.trace import copied
 from moe_fair.vision.unit_outputs import MeasureConfig
 
 
@@ -112,14 +112,14 @@ class _Pruning:
         self.started = time.perf_counter()
         self.example = example(self.source)
         self.real = self.data.train.part([0, len(self.data.train) - 1]).tensors()[0]
-        self.dense = copy.deepcopy(self.source.model)
+        self.dense = copied(self.source.model)
         self.device = next(self.dense.parameters()).device
 
     def check(self) -> None:
         """Find the units, and whether the target can be met; that depends on no score."""
         settings, source = self.settings, self.source
         check_reloads(source, self.example)
-        graph, sizes = self.first = self._units(copy.deepcopy(source.model).cpu())
+        graph, sizes = self.first = self._units(copied(source.model).cpu())
         if settings.method:
             check_method(source.model, graph.groups, settings.method)
         self.whole, self.units = sizes.whole, sum(g.size for g in graph.units)
@@ -144,7 +144,8 @@ class _Pruning:
         else:
             source, record = self.remove(source, step, kept, said)
         source = self.finetune(source, kept, said)
-        record["top1"] = self.evaluate(source.model)
+        trained = self.settings.finetune_epochs
+        record["top1"] = self.evaluate(source.model) if trained else record["top1_cut"]
         after = f"{record['top1']:.2%} at its end"
         self.say(f"{said}top-1 {record['top1_cut']:.2%} after the cut, {after}")
         kept.keep_finished(source, record)

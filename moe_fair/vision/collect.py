@@ -7,17 +7,19 @@ Shape legend: S images, N units of a group.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_fair.core.units import Statistics
+from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import (
     BATCH_NORMS,
-    NORMS,
+    BY_CHANNEL,
     TRANSPOSED,
     ChannelGroup,
     Graph,
@@ -25,9 +27,18 @@ from moe_fair.vision.graph import (
     is_depthwise,
     logits,
 )
+from moe_fair.vision.image_axis import ImageAxis, image_axes
+from moe_fair.vision.trace import one_line, unchecked
 from moe_fair.vision.unit_outputs import MeasureConfig, batches, feature_ranks, index_of, u_scores
 
 DOMAIN = "images"
+UNDIFFERENTIATED = (
+    "the model's loss cannot be differentiated; take scores without gradients, as "
+    "--removal u-score --allocate uniform"
+)
+OF_IMAGES = {
+    "u_score", "rows", "weight_taylor", "logit_change", "logit_change_sq", "feature_rank"
+}  # fmt: skip
 WEIGHT_STATISTICS = ("l1_norm", "l2_norm", "bn_scale")
 
 
@@ -68,26 +79,30 @@ def collect(
             for g in graph.groups:
                 constants[g.name]["seed"] = torch.full((g.units.size,), float(watch.seed))
         differentiated = {"rows", "weight_taylor"} & set(needs)
+        axes: dict[str, ImageAxis] = {}
+        if OF_IMAGES & set(needs):
+            layers = {m.module for g in graph.groups for m in g.consumers}
+            axes = image_axes(model, layers, images[:2].to(next(model.parameters()).device))
 
         def differentiate() -> None:
             nonlocal rows
             rows, weight = taylor(
-                model, graph, images, labels, watch, weights="weight_taylor" in needs
+                model, graph, images, labels, watch, axes, weights="weight_taylor" in needs
             )
             for n, w in weight.items():
                 constants[n]["weight_taylor"] = w
 
         if "u_score" in needs:  # watched while the forward for the gradients runs, if there is one
             run = differentiate if differentiated else None
-            for n, u in u_scores(model, graph, images, labels, watch, run=run).items():
+            for n, u in u_scores(model, graph, images, labels, watch, axes=axes, run=run).items():
                 constants[n]["u_score"] = u
         elif differentiated:
             differentiate()
         if "feature_rank" in needs:
-            for n, r in feature_ranks(model, graph, images, watch).items():
+            for n, r in feature_ranks(model, graph, images, watch, axes).items():
                 constants[n]["feature_rank"] = r
         if {"logit_change", "logit_change_sq"} & set(needs):
-            for n, change in logit_changes(model, graph, images, labels, watch).items():
+            for n, change in logit_changes(model, graph, images, labels, watch, axes).items():
                 constants[n]["logit_change"] = change.mean(0)
                 constants[n]["logit_change_sq"] = change.square().mean(0)
     finally:
@@ -107,18 +122,36 @@ def collect(
     )
 
 
+@contextmanager
+def differentiated() -> Iterator[None]:
+    """Gradients on; what the model's own code cannot differentiate is told.
+
+    Raises:
+        ValueError: no gradient comes out of it.
+    """
+    with torch.enable_grad(), unchecked():
+        try:
+            yield
+        except RuntimeError as e:
+            if out_of_memory(e):
+                raise
+            raise ValueError(f"{UNDIFFERENTIATED} ({one_line(e)})") from e
+
+
 def taylor(
     model: nn.Module,
     graph: Graph,
     images: Tensor,
     labels: Tensor,
     watch: MeasureConfig,
+    axes: Mapping[str, ImageAxis] | None = None,
     *,
     weights: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """∂L/∂z of every unit's gate at z = 1, for each image; one backward for all layers.
 
     Args:
+        axes: as for `Gates`.
         weights: also Σ w·∂L/∂w over each unit's own filter, L the mean loss.
 
     Returns:
@@ -140,14 +173,15 @@ def taylor(
         if weights:
             for p in filters.values():
                 p.requires_grad_(True)
-        with Gates(model, graph.groups) as gates, torch.enable_grad():
+        with Gates(model, graph.groups, axes) as gates, differentiated():
             for x, y in batches(model, images, labels, watch.batch_size):
                 gates.values = torch.ones(
                     len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
                 )
                 # summed, not averaged: every image keeps its own gradient
                 nn.functional.cross_entropy(logits(model, x), y, reduction="sum").backward()
-                assert gates.values.grad is not None
+                if gates.values.grad is None:
+                    raise ValueError(f"{UNDIFFERENTIATED} (no unit reaches the loss)")
                 parts.append(gates.values.grad.cpu().double())
         found = torch.cat(parts)
         rows = {
@@ -172,7 +206,12 @@ def taylor(
 
 
 def logit_changes(
-    model: nn.Module, graph: Graph, images: Tensor, labels: Tensor, watch: MeasureConfig
+    model: nn.Module,
+    graph: Graph,
+    images: Tensor,
+    labels: Tensor,
+    watch: MeasureConfig,
+    axes: Mapping[str, ImageAxis] | None = None,
 ) -> dict[str, Tensor]:
     """Group -> [S, N] float64: each image's loss at f - ∂f/∂z minus that at its logits f.
 
@@ -185,7 +224,7 @@ def logit_changes(
     parts = []
     try:
         model.requires_grad_(False)
-        with Gates(model, graph.groups) as gates, torch.enable_grad():
+        with Gates(model, graph.groups, axes) as gates, differentiated():
             for x, y in batches(model, images, labels, watch.batch_size):
                 gates.values = torch.ones(
                     len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
@@ -217,7 +256,7 @@ def _filters(model: nn.Module, group: ChannelGroup) -> list[Member]:
         m
         for m in group.members
         if m.side == "out"
-        and not isinstance(model.get_submodule(m.module), NORMS)
+        and not isinstance(model.get_submodule(m.module), BY_CHANNEL)
         and not is_depthwise(model.get_submodule(m.module))
     ]
 

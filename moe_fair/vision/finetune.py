@@ -148,6 +148,8 @@ def loss_of(
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """The preset's optimizer of everything that is trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("all parameters are frozen (requires_grad is False): none can be trained")
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.rate, momentum=0.9)
     return torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.05)

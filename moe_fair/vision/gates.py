@@ -10,12 +10,14 @@ Shape legend: S images, N units of all groups, C input channels of a consumer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.graph import SPATIAL, ChannelGroup
+from moe_fair.vision.image_axis import USUAL, ImageAxis, given
 
 
 def channel_axis(layer: nn.Module) -> int:
@@ -32,9 +34,19 @@ class Gates:
         values: [S, N + 1] or [1, N + 1]; the last column belongs to channels outside all groups and
             stays 1. Set it before each forward.
         offsets: group name -> where its units start in `values`.
+
+    Args:
+        axes: where the images are in the inputs of layers that have them elsewhere than usual;
+            needed for values of more than one row.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        axes: Mapping[str, ImageAxis] | None = None,
+    ) -> None:
+        self._axes = axes or {}
         self.total = sum(g.units.size for g in groups)
         self.values = torch.ones(1, self.total + 1)
         self.offsets: dict[str, int] = {}
@@ -56,7 +68,9 @@ class Gates:
     def __enter__(self) -> Gates:
         for name, places in self._maps.items():
             layer = self._model.get_submodule(name)
-            self._handles.append(layer.register_forward_pre_hook(self._hook(layer, places)))
+            self._handles.append(
+                layer.register_forward_pre_hook(self._hook(name, layer, places), with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -71,14 +85,21 @@ class Gates:
             gone = sorted(set(range(g.units.size)) - set(kept[g.name]))
             self.values[0, [self.offsets[g.name] + i for i in gone]] = 0
 
-    def _hook(self, layer: nn.Module, places: Tensor):  # type: ignore[no-untyped-def]
-        axis = channel_axis(layer)
+    def _hook(self, name: str, layer: nn.Module, places: Tensor):  # type: ignore[no-untyped-def]
+        channels = channel_axis(layer)
+        where = self._axes.get(name, USUAL)
 
-        def gate(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = inputs[0]
+        def gate(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
+            x = given(inputs, named)
             z = self.values.to(x.device, x.dtype).index_select(1, places.to(x.device))
-            after = -axis - 1
-            inner = x.dim() - 2 - after  # axes between the batch and the channels
-            return (x * z.reshape(z.shape[0], *[1] * inner, -1, *[1] * after), *inputs[1:])
+            shape = [1] * x.dim()
+            shape[channels] = z.shape[1]
+            if len(z) > 1:
+                shape[where.axis] = x.shape[where.axis]
+                z = where.spread(z, x.shape[where.axis])
+            x = x * z.reshape(shape)
+            if inputs:
+                return (x, *inputs[1:]), named
+            return (), {**named, next(iter(named)): x}
 
         return gate

@@ -36,6 +36,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # what normalises every channel by itself, and what does so with several of them together
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*CHANNEL_NORMS, nn.GroupNorm)
+# what has numbers for every channel and never lets two of them meet
+BY_CHANNEL = (*NORMS, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,53 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: something else.
     """
-    out = model(images)
-    if (chosen := getattr(model, CHOSEN, None)) is not None:
-        return _chosen(out, chosen)
-    if isinstance(out, Tensor):
-        return out
-    named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-    if isinstance(named, Tensor):
-        return named
+    found = outputs(model, images)[0]
+    # of one image a model that squeezes has dropped the first axis
+    return found[None] if found.dim() == 1 == len(images) else found
+
+
+def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What is `logits`' without its look at one image, then the other tensors that a module gives.
+
+    Raises:
+        ValueError: none of several is said to be the logits.
+    """
+    return outputs_of(model, model(images))
+
+
+def outputs_of(model: nn.Module, out: object) -> list[Tensor]:
+    """`outputs`, of what the model has given."""
+    if isinstance(out, Tensor) and not hasattr(model, CHOSEN):
+        return [out]
     names, within = _within(out)
-    if len(within) == 1 and isinstance(within[0], Tensor):
-        return within[0]
-    which = f" ({', '.join(names)})" if names else ""
-    raise ValueError(
-        f"the model gives a {type(out).__name__} of {len(within)} things{which}, of which none is "
-        "named `logits`: say which they are, by name or number, with --logits"
-    )
+    main = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if (chosen := getattr(model, CHOSEN, None)) is not None:
+        main = dict(zip(names, within, strict=True)).get(chosen)
+        if not isinstance(main, Tensor):
+            what = ", ".join(names) or f"a {type(out).__name__} without parts"
+            raise ValueError(f"--logits {chosen}: the model gives {what}; name what is a tensor")
+    elif not isinstance(main, Tensor):
+        main = within[0] if len(within) == 1 else None
+    if not isinstance(main, Tensor):
+        which = f" ({', '.join(names)})" if names else ""
+        raise ValueError(
+            f"the model gives a {type(out).__name__} of {len(within)} things{which}, of which none "
+            "is named `logits`: say which they are, by name or number, with --logits"
+        )
+    return [main, *(t for v in within if v is not main for t in tensors(v))]
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """The tensors of numbers in an output, however deep."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from tensors(v)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from tensors(v)
 
 
 def _within(out: object) -> tuple[list[str], list[object]]:
@@ -117,20 +150,6 @@ def _within(out: object) -> tuple[list[str], list[object]]:
         return [str(i) for i in range(len(out))], list(out)
     found = dict(vars(out)) if hasattr(out, "__dict__") else {}
     return list(found), list(found.values())
-
-
-def _chosen(out: object, name: str) -> Tensor:
-    """What lies under a name or number of a model's output.
-
-    Raises:
-        ValueError: nothing, or no tensor.
-    """
-    names, within = _within(out)
-    found = dict(zip(names, within, strict=True)).get(name)
-    if not isinstance(found, Tensor):
-        what = ", ".join(names) or f"a {type(out).__name__} without parts"
-        raise ValueError(f"--logits {name}: the model gives {what}; name what is a tensor")
-    return found
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -152,7 +171,7 @@ def candidates(model: nn.Module, images: Tensor, *, heads: bool = False) -> Grap
     Raises:
         ValueError: Torch-Pruning is not installed, or the model cannot be traced.
     """
-    graph, found, whole = traced(model, images, logits)
+    graph, found, whole = traced(model, images, outputs)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     names = {module: name for name, module in model.named_modules()}
     owners = _owners(model)
@@ -234,7 +253,9 @@ def _members(
             if len(owners[p]) > 1:
                 return f"{' and '.join(owners[p])} share a parameter"
         out = graph.is_out_channel_pruning_fn(dependency.handler)  # type: ignore[attr-defined]
-        if isinstance(layer, NORMS) or is_depthwise(layer):
+        if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
+            continue  # one slope for all channels
+        if isinstance(layer, BY_CHANNEL) or is_depthwise(layer):
             side = "out"
         elif isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or (
             isinstance(layer, TRANSPOSED) and layer.groups == 1
@@ -265,7 +286,13 @@ def _members(
 
 def _width(layer: nn.Module, side: str) -> int:
     """Channels of a layer on a side."""
-    for name in ("num_features", "num_channels", f"{side}_channels", f"{side}_features"):
+    for name in (
+        "num_features",
+        "num_channels",
+        "num_parameters",
+        f"{side}_channels",
+        f"{side}_features",
+    ):
         if isinstance(width := getattr(layer, name, None), int):
             return width
     raise AssertionError(type(layer))
@@ -282,6 +309,8 @@ def _group(
             if m.index != tuple((i,) for i in range(size)):
                 return f"its channels reach the grouped convolution {m.module} in another order"
             blocks = math.lcm(blocks, parts)
+    if size == 1:
+        return "has one channel"
     if size % blocks or size == blocks:
         return f"grouped convolutions split its {size} channels into {blocks}"
     width = _head_width(model, members)

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from moe_fair.engines.device import pick_device
+from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.data import Data, ImageSet, open_data
 from moe_fair.vision.graph import logits
 from moe_fair.vision.load import Source, example
 from moe_fair.vision.run_settings import Subject
 from moe_fair.vision.source import open_source
+from moe_fair.vision.trace import one_line
 from moe_fair.vision.verify import check_finite
 
 
@@ -53,10 +55,36 @@ def matched(images: ImageSet, names: tuple[str, ...] | None) -> ImageSet:
 
 
 def _check_classes(model: nn.Module, data: Data, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        outputs = logits(model, x.to(next(model.parameters()).device)).shape[-1]
+    outputs = classes_of(model, x)
     most = max(int(part.labels.max()) for part in (data.train, data.test))
     if most >= outputs:
         raise ValueError(
             f"{data.train.name} has labels up to {most} and the model has {outputs} outputs"
         )
+
+
+def classes_of(model: nn.Module, x: torch.Tensor) -> int:
+    """How many classes a model tells apart.
+
+    Args:
+        x: [S, C, H, W] images in the model's shape.
+
+    Raises:
+        ValueError: it does not run on them, or is no classifier.
+    """
+    try:
+        with torch.no_grad():
+            shape = logits(model, x.to(next(model.parameters()).device)).shape
+    except ValueError:
+        raise
+    except Exception as e:  # whatever the model's own code raises
+        if out_of_memory(e):
+            raise
+        size = " × ".join(map(str, x.shape))
+        raise ValueError(f"the model does not run on images, {size}: {one_line(e)}") from e
+    if len(shape) != 2 or shape[0] != len(x):
+        raise ValueError(
+            f"the model gives {' × '.join(map(str, shape))} numbers for {len(x)} images, and what "
+            "is pruned here are classifiers, which give one row of logits for each image"
+        )
+    return shape[1]

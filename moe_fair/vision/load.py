@@ -24,6 +24,8 @@ from moe_fair.vision.trace import detach_computed
 
 # modules whose model functions a checkpoint may name: these are then called unasked
 TRUSTED = ("moe_fair.vision.zoo", "torchvision.models", "timm")
+WRAPPED = "module."  # before every name of a model in DataParallel
+SIZE = 32  # of images, where nothing says it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLED = (
     "is a pickle, which can run code when read; weights are read from safetensors only: "
@@ -96,13 +98,15 @@ def build(base: Mapping[str, Any], *, trusted: bool, folder: Path | None = None)
     """
     if base["kind"] == "transformers":
         import transformers
+        from transformers.initialization import no_init_weights
 
         # not left open: transformers would ask on the terminal whether to run its code
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         cls = getattr(transformers, base["class"], None)
         if cls is None or not issubclass(cls, transformers.PreTrainedModel):
             raise ValueError(f"transformers has no model class {base['class']!r}")
-        return cls(config)
+        with no_init_weights():  # they come from the folder
+            return cls(config)
     module = str(base["module"])
     keywords = dict(base["keywords"])
     if module in TRUSTED:
@@ -138,6 +142,8 @@ def _plain(model: nn.Module, name: str) -> nn.Module:
         ValueError: there is none.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"{name} gives a scripted model, whose layers cannot be changed; give the function "
@@ -149,7 +155,16 @@ def _plain(model: nn.Module, name: str) -> nn.Module:
                 f"{name}: {n} has no size before the first images are seen (a lazy layer), so the "
                 "model could not be built from its files; give its layers their sizes"
             )
+    try:
+        model.eval()
+    except NotImplementedError as e:
+        raise ValueError(
+            f"{name} gives an exported program, whose layers cannot be changed; give the function "
+            "that makes the module before torch.export sees it"
+        ) from e
     detach_computed(model)
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
+        model.float()  # as Hub models are: images, scores and what is trained are of this precision
     return model
 
 
@@ -190,6 +205,8 @@ def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) ->
     try:
         tensors = read(file) if pickled else load_file(file)
         whole = model.state_dict()
+        if not any(n.startswith(WRAPPED) for n in whole):
+            tensors = {n.removeprefix(WRAPPED): t for n, t in tensors.items()}
         # a name of a tensor that the file has under another: filled together with that one
         again = {n: tensors[first] for n, first in aliases(whole).items() if first in tensors}
         filled = OrderedDict({**again, **tensors})
@@ -228,16 +245,18 @@ def once(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if n not in others}
 
 
-def first_channels(model: nn.Module) -> int:
-    """Channels of the images that a model takes.
+def first_channels(model: nn.Module, size: int) -> int:
+    """Channels of the images that a model takes, by its first layer; 3 where that does not say.
 
-    Raises:
-        ValueError: it has no convolution to tell by.
+    Args:
+        size: of the images, which a linear layer may see whole.
     """
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             return m.in_channels
-    raise ValueError("the model has no convolution over images")
+        if isinstance(m, nn.Linear):
+            return 1 if m.in_features == size * size else 3
+    return 3
 
 
 def example(source: Source, count: int = 2) -> Tensor:
@@ -251,7 +270,7 @@ def example(source: Source, count: int = 2) -> Tensor:
 
 def own_preprocessing(channels: int, own: Mapping[str, Any]) -> Preprocessing:
     given = {k: v for k, v in own.items() if v is not None}
-    return Preprocessing(**{"channels": channels, "size": 32, **given})
+    return Preprocessing(**{"channels": channels, "size": SIZE, **given})
 
 
 def open_transformers(
@@ -297,7 +316,7 @@ def open_transformers(
     if processor is not None:
         return Source(model.eval(), base, processed(processor), None, processor, labels)
     size = own["size"] or getattr(config, "image_size", None) or 224
-    preprocessing = own_preprocessing(first_channels(model), {**own, "size": size})
+    preprocessing = own_preprocessing(first_channels(model, size), {**own, "size": size})
     return Source(model.eval(), base, preprocessing, preprocessing, None, labels)
 
 

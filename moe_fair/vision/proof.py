@@ -9,7 +9,6 @@ which nothing shows stays whole.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_fair.vision.graph import OUTPUTS, ChannelGroup, Graph, candidates
 from moe_fair.vision.surgery import cut, cuts_of
-from moe_fair.vision.trace import one_line
+from moe_fair.vision.trace import copied, one_line
 from moe_fair.vision.trial import Tolerance, Trial
 
 # a group with less than this share of the strongest one's effect is proven without it as well:
@@ -55,7 +54,8 @@ def find_groups(
             groups, why = _proven(trial, groups)
             members = {m.module for g in graph.groups for m in g.members}
             unseen = {n: w for n, w in trial.never_ran.items() if n not in members}
-            whole = {**unseen, **whole, **why}
+            known = {n: w for n, w in whole.items() if n not in unseen}
+            whole = {**unseen, **known, **why}
     finally:
         model.train(training)
     if not groups:
@@ -135,17 +135,18 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
     """What is wrong with cutting these groups by plans with unequal counts; None: it is exact.
 
     There are two: the second removes what the first keeps. Of few units those kept may all be
-    silent, as behind a ReLU, and then a wrong cut of them does not show.
+    silent, as behind a ReLU, and then a wrong cut of them does not show. The smallest images are
+    enough for it.
     """
     kept = uneven_plan(groups)
     changed = False
-    for plan in (kept, opposite(groups, kept)):
-        small = copy.deepcopy(trial.model)
+    for plan, part in ((kept, trial), (opposite(groups, kept), trial.smallest())):
+        small = copied(trial.model)
         try:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say
             return f"cannot be cut: {one_line(e)}"
-        for probe, dense in trial.cheap_first():
+        for probe, dense in part.cheap_first():
             try:
                 with torch.no_grad():
                     pruned = probe.run(small)

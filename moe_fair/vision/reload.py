@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
 from moe_fair.vision.graph import logits
 from moe_fair.vision.load import Source
+from moe_fair.vision.trace import one_line
 
 CLOSE = 1e-4  # of the largest output; another number of threads adds up in another order
 
@@ -29,8 +31,17 @@ def check_reloads(source: Source, images: Tensor) -> None:
     """Save the model, build it again in this process and compare.
 
     Raises:
-        ValueError: it cannot be saved or built, or answers otherwise.
+        ValueError: it cannot be saved or built, or answers otherwise, also to the same image.
     """
+    images = images[:1]
+    try:
+        wanted = _outputs(source.model, images)
+    except Exception as e:  # of the model's own code
+        if out_of_memory(e):
+            raise
+        raise ValueError(f"the model does not run on one image: {one_line(e)}") from e
+    if len(wanted) != 1:
+        raise ValueError(f"the model does not run on one image: it gives {len(wanted)} rows for it")
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_pruned(source.model, source, source.history, Path(folder))
@@ -41,10 +52,17 @@ def check_reloads(source: Source, images: Tensor) -> None:
                 f"{' '.join(str(e).split())[:200]}), so no result could be read"
             ) from e
         found = _outputs(again, images)
-    if not _same(_outputs(source.model, images), found):
+    if not _same(wanted, _outputs(source.model, images)):
+        raise ValueError(
+            "the model gives other outputs each time it sees the same images: it draws random "
+            "numbers in evaluation too (a functional dropout without training=self.training?), so "
+            "nothing could be proven of a cut"
+        )
+    if not _same(wanted, found):
         raise ValueError(
             "the model, saved and built again, gives other outputs: something that it computes "
-            "with is in none of its parameters and persistent buffers, so no result could be read"
+            "with is in none of its parameters and persistent buffers (layers in a plain list, "
+            "say), so no result could be read"
         )
 
 

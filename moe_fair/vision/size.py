@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_fair.vision.graph import NORMS, SPATIAL, TRANSPOSED, ChannelGroup, is_depthwise, logits
+from moe_fair.vision.graph import (
+    BY_CHANNEL,
+    NORMS,
+    SPATIAL,
+    TRANSPOSED,
+    ChannelGroup,
+    is_depthwise,
+    logits,
+)
+from moe_fair.vision.image_axis import given
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class _Layer:
     kind: str
     inputs: int
     outputs: int
-    kernel: int
+    kernel: int  # places; of what has numbers for every channel how many
     groups: int
     bias: bool
     places: int  # where the kernel is applied, over all calls of one forward
@@ -40,7 +50,7 @@ class _Layer:
     def cost(self, removed: Mapping[str, int]) -> Cost:
         out = self.outputs - sum(removed[g] * n for g, n in self.per_out.items())
         if self.kind == "norm":
-            return Cost(2 * out * self.bias, 0)
+            return Cost(self.kernel * out * self.bias, 0)
         if self.kind == "depthwise":
             weights = out * self.kernel
         else:
@@ -59,7 +69,9 @@ class Sizes:
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor) -> None:
         self._groups = {g.name: g.units.size for g in groups}
         layers = {
-            n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, *SPATIAL, *NORMS))
+            n: m
+            for n, m in model.named_modules()
+            if isinstance(m, (nn.Linear, *SPATIAL, *BY_CHANNEL))
         }
         places = _places(model, layers, images[:1])
         sides: dict[tuple[str, str], dict[str, int]] = {}
@@ -104,7 +116,9 @@ class Sizes:
 def _layer(m: nn.Module, places: int, per_in: dict[str, int], per_out: dict[str, int]) -> _Layer:
     if isinstance(m, NORMS):
         channels = m.num_channels if isinstance(m, nn.GroupNorm) else m.num_features
-        return _Layer("norm", 0, channels, 0, 1, bool(m.affine), 0, {}, per_out)
+        return _Layer("norm", 0, channels, 2, 1, bool(m.affine), 0, {}, per_out)
+    if isinstance(m, nn.PReLU):
+        return _Layer("norm", 0, m.num_parameters, 1, 1, True, 0, {}, per_out)
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
         return _Layer("plain", m.in_features, m.out_features, 1, 1, bias, places, per_in, per_out)
@@ -120,16 +134,16 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) ->
     found = dict.fromkeys(layers, 0)
 
     def hook(name: str):  # type: ignore[no-untyped-def]
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        def count(layer: nn.Module, inputs: tuple, named: dict[str, Any], out: Tensor) -> None:
             if isinstance(layer, TRANSPOSED):  # at every place of its input
-                out = inputs[0]
-            if not isinstance(layer, NORMS):
+                out = given(inputs, named)
+            if not isinstance(layer, BY_CHANNEL):
                 width = out.shape[-1 if isinstance(layer, nn.Linear) else 1]
                 found[name] += out.numel() // (width * len(image))
 
         return count
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     training = model.training
     model.eval()
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_fair.vision.checkpoint import PRUNED_FILE, open_pruned
 from moe_fair.vision.load import (
+    SIZE,
     Source,
     build,
     first_channels,
@@ -74,6 +75,6 @@ def open_source(
         if weights is not None:
             load_weights(model, weights, allow_pickle=allow_pickle)
         given = {**published(model, base), **{k: v for k, v in own.items() if v is not None}}
-        preprocessing = own_preprocessing(first_channels(model), given)
+        preprocessing = own_preprocessing(first_channels(model, given.get("size", SIZE)), given)
         return Source(model.eval(), base, preprocessing, preprocessing, None, None)
     return open_transformers(spec, own, revision, trust_remote_code, allow_pickle)

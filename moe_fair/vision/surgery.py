@@ -61,6 +61,10 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
             _cut_channel_norm(layer, _kept(module, layer.num_features, ids))
         elif isinstance(layer, nn.GroupNorm):
             _cut_group_norm(layer, module, _kept(module, layer.num_channels, ids))
+        elif isinstance(layer, nn.PReLU):
+            kept = _kept(module, layer.num_parameters, ids)
+            _take(layer, "weight", kept, 0)
+            layer.num_parameters = len(kept)
         elif isinstance(layer, TRANSPOSED):
             _cut_transposed(layer, module, side, ids)
         elif isinstance(layer, CONVOLUTIONS):

@@ -7,12 +7,15 @@ zero, or follows every path, of which there are exponentially many. Both are hel
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
@@ -23,17 +26,23 @@ MOST_CALLS, MOST_STEPS = 20_000, 5_000
 MOST_PLACES = 2_000_000
 
 
+UNREACHED = (
+    "no gradient leads to it from the outputs (torch.no_grad or detach in the forward?), and "
+    "channels are found along them"
+)
+
+
 class TooLongError(Exception):
     """An operation's channels are not found in reasonable time."""
 
 
 def traced(
-    model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], Tensor]
+    model: nn.Module, images: Tensor, forward: Callable[[nn.Module, Tensor], list[Tensor]]
 ) -> tuple[Any, list[Any], dict[str, str]]:
     """The graph, the slices that belong together, and layer -> why nothing is known of it.
 
     Args:
-        forward: the outputs of a model on images.
+        forward: the outputs of a model on images, of which the first sets what stays whole.
 
     Raises:
         ValueError: Torch-Pruning is not installed, or the model cannot be traced at all.
@@ -47,30 +56,51 @@ def traced(
     trainable = {p: p.requires_grad for p in model.parameters()}
     broken: dict[Any, str] = {}
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), _guarded(broken):
+        with warnings.catch_warnings(), torch.enable_grad(), unchecked(), _guarded(broken):
             warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
             model.requires_grad_(True)  # the trace follows gradients
+            main: list[Any] = []
+
+            def run(model: nn.Module, images: Tensor) -> list[Tensor]:
+                found = [t for t in forward(model, images) if t.grad_fn is not None]
+                if not found:
+                    raise ValueError(
+                        "no gradient leads into the model (torch.no_grad or detach in its "
+                        "forward?), and its channels are found along them"
+                    )
+                main.append(found[0].grad_fn)
+                return found
+
             try:
                 graph = torch_pruning.DependencyGraph().build_dependency(
-                    model, images, forward_fn=forward, verbose=False
+                    model, images, forward_fn=run, verbose=False
                 )
             except ValueError:
                 raise
             except Exception as e:  # of the model's code or of Torch-Pruning's
                 raise ValueError(f"the model cannot be traced: {one_line(e)}") from e
-            return graph, *_groups(graph, model, broken)
+            return graph, *_groups(graph, model, broken, main[0])
     finally:
         for p, flag in trainable.items():
             p.requires_grad_(flag)
         detach_computed(model)
 
 
-def _groups(graph: Any, model: nn.Module, broken: dict[Any, str]) -> tuple[list[Any], dict]:
-    """As Torch-Pruning's `get_all_groups`, which one layer would end."""
+def _groups(
+    graph: Any, model: nn.Module, broken: dict[Any, str], main: Any
+) -> tuple[list[Any], dict[str, str]]:
+    """As Torch-Pruning's `get_all_groups`, which one layer would end.
+
+    Args:
+        main: what made the first output; the others may lose channels.
+    """
     from torch_pruning import ops
 
     names = {module: name for name, module in model.named_modules()}
     found, whole, seen = [], {}, set()
+    for layer, name in names.items():
+        if isinstance(layer, (ops.TORCH_CONV, ops.TORCH_LINEAR)) and layer not in graph.module2node:
+            whole[name] = UNREACHED
     for layer in list(graph.module2node):
         if not isinstance(layer, (ops.TORCH_CONV, ops.TORCH_LINEAR)) or layer in seen:
             continue
@@ -87,10 +117,21 @@ def _groups(graph: Any, model: nn.Module, broken: dict[Any, str]) -> tuple[list[
                 seen.add(dependency.target.module)
         why = next((broken[d.target] for d, _ in items if d.target in broken), None)
         if why is None:
-            found.append(items)
+            found.append([i for i in items if not _ends(i.dep.target, main)])
         else:
             whole[names[layer]] = f"its channels cannot be followed: {why}"
     return found, whole
+
+
+def _ends(node: Any, main: Any) -> bool:
+    """It is an output, and not the first."""
+    return type(node.module).__name__ == "_OutputOp" and node.grad_fn is not main
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever the model keeps of its last call."""
+    detach_computed(model)
+    return copy.deepcopy(model)
 
 
 def detach_computed(model: nn.Module) -> None:
@@ -99,23 +140,42 @@ def detach_computed(model: nn.Module) -> None:
     Weights that a hook computes (`weight_norm`), and what is kept from one call to the next, as
     LeViT's attention biases in a dict.
     """
+    seen: set[int] = set()
     for m in model.modules():
         for name, value in vars(m).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                vars(m)[name] = _plain(value)
+                vars(m)[name] = _plain(value, seen)
 
 
-def _plain(value: Any) -> Any:
-    """The value with its computed tensors detached: itself, or what a dict or list of it holds."""
+def _plain(value: Any, seen: set[int]) -> Any:
+    """The value with its computed tensors detached: itself, or what its dicts and lists hold."""
     if isinstance(value, Tensor):
         return value if value.is_leaf else value.detach()
-    if type(value) is dict:
-        value.update({k: _plain(v) for k, v in value.items() if isinstance(v, Tensor)})
-    elif type(value) is list:  # in place: others may hold the same one
-        value[:] = (_plain(v) if isinstance(v, Tensor) else v for v in value)
-    elif type(value) is tuple:
-        return tuple(_plain(v) if isinstance(v, Tensor) else v for v in value)
+    if type(value) is tuple:
+        return tuple(_plain(v, seen) for v in value)
+    if type(value) in (dict, OrderedDict, list) and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, list):  # in place: others may hold the same one
+            value[:] = [_plain(v, seen) for v in value]
+        else:
+            value.update({k: _plain(v, seen) for k, v in value.items()})
     return value
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Reentrant activation checkpoints run as plain calls: through one no graph can be followed,
+    and without parameters or inputs to train it gives no gradients."""
+
+    def plain(run: Callable[..., Any], _: bool, *arguments: Any) -> Any:
+        return run(*arguments)
+
+    function: Any = torch.utils.checkpoint.CheckpointFunction
+    function.apply = plain
+    try:
+        yield
+    finally:
+        del function.apply  # the class's own
 
 
 @contextmanager

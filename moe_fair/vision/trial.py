@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
-from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits
+from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits, outputs_of, tensors
+from moe_fair.vision.trace import copied, one_line, unchecked
 
 TINY = 1e-3  # a tensor without a larger number is filled
 LAYERS = (nn.Linear, *SPATIAL, *NORMS)
@@ -85,11 +87,11 @@ class Probe:
             with _mode(model, self.training), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
-                out = logits(model, self.images)
+                out = _seen(model, self.images)
         finally:
             for h in handles:
                 h.remove()
-        return [out, *(found[n] for n in self.heads if n in found)]
+        return [*out, *(found[n] for n in self.heads if n in found)]
 
 
 class Trial:
@@ -106,7 +108,7 @@ class Trial:
         """Find the precision and the inputs that the model takes.
 
         Raises:
-            Exception: whatever the model raises on the example images.
+            ValueError: it takes none, or not one image by itself.
         """
         self.heads = tuple(heads)
         for self.dtype in TOLERANCES:
@@ -114,9 +116,11 @@ class Trial:
             try:
                 self._look(noise.to(self.dtype), real.to(self.dtype))
                 break
-            except (RuntimeError, TypeError):
-                if self.dtype == torch.float32:
+            except Exception as e:  # whatever the model's own code raises
+                if out_of_memory(e):
                     raise
+                if self.dtype == torch.float32:
+                    raise ValueError(f"the model does not run on one image: {one_line(e)}") from e
         self.tolerance = TOLERANCES[self.dtype]
 
     def _look(self, noise: Tensor, real: Tensor) -> None:
@@ -124,9 +128,7 @@ class Trial:
         self.random: list[Probe] = []
         self.never_ran: dict[str, str] = {}
         with _called(self.model) as ran:
-            self._add(real[:1])
-            self._add(noise[:1])
-            if not self.probes:
+            if not self._add(real[:1]) and not self._add(noise[:1]):
                 return
             shape = real.shape[-2:]
             for part in (0.5, 0.75, 1.5):
@@ -134,6 +136,7 @@ class Trial:
                 if self._try(small[:1], f"at {small.shape[-2]} × {small.shape[-1]}"):
                     shape = min(shape, small.shape[-2:])
                     break
+            self._try(noise[:1, :, : shape[0], : shape[1]], "on noise")
         with _called(self.model) as trained:
             for size in dict.fromkeys((shape, real.shape[-2:])):  # the smaller one is cheaper
                 if self._try(nn.functional.interpolate(real, size), "in training", training=True):
@@ -202,7 +205,7 @@ class Trial:
         with Gates(self.model, groups) as gates:
             gates.values = torch.ones(1, gates.total + 1, dtype=self.dtype, requires_grad=True)
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), unchecked():
                     total = sum(
                         (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
                         / t.detach().abs().max().clamp(min=1e-30)
@@ -215,6 +218,18 @@ class Trial:
                 at = gates.offsets[g.name]
                 slopes[g.name] = float(found[0, at : at + g.units.size].abs().sum())
         return slopes
+
+
+def _seen(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The logits; everything that the model gives where it does not say which they are, as one that
+    gives more in training than otherwise."""
+    if not model.training:
+        return [logits(model, images)]
+    out = model(images)
+    try:
+        return outputs_of(model, out)[:1]
+    except ValueError:
+        return list(tensors(out))
 
 
 @contextmanager
@@ -260,7 +275,7 @@ def _called(model: nn.Module) -> Iterator[set[str]]:
 
 def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode whose parameters hide nothing."""
-    trial = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    trial = copied(model).to(dtype).requires_grad_(False)
     trial.train().eval()  # modules that keep what they have computed in evaluation forget it
     generator = torch.Generator().manual_seed(0)
 

@@ -5,12 +5,12 @@ batches pass, and the projections of as many layers as the memory limit allows a
 last batch; more layers mean more forward passes.
 
 Shape legend: S images, N units of a group, C channels, P positions of a unit's output in one
-consumer, D directions.
+consumer in one call, D directions, k rows of an image (see `image_axis`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_fair.core.distances import directions, largest_class_distance
 from moe_fair.vision.graph import SPATIAL, Graph, Member, logits
+from moe_fair.vision.image_axis import USUAL, ImageAxis, given
 from moe_fair.vision.portions import portion
 
 
@@ -47,23 +48,29 @@ def u_scores(
     labels: Tensor,
     watch: MeasureConfig,
     *,
+    axes: Mapping[str, ImageAxis] | None = None,
     run: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """FAIR-Pruner's U-Score of every unit, summed over the places where it is read.
+
+    Every call of a layer that runs more than once is such a place.
 
     At each consumer: the largest sliced Wasserstein distance between two classes of the unit's
     output, which there stands after normalisation, activation, pooling and residual addition.
     Directions depend on the seed and the number of positions only: all units share them.
 
     Args:
+        axes: as for `Gates`.
         run: runs all images in their order once, for a reason of its own; the first pass is this.
     """
     scores = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in graph.groups}
     classes = labels.cpu().numpy()
-    for taps in _passes(model, graph, images, watch):
-        stores = _project(model, taps, images, watch, run)
+    axes = axes or {}
+    for taps in _passes(model, graph, images, watch, axes):
+        stores = _project(model, taps, images, watch, axes, run)
         run = None
-        for tap, store in zip(taps, stores, strict=True):
+        for (place, _), store in sorted(stores.items()):
+            tap = taps[place]
             units = slice(tap.first, tap.first + len(tap.index))
             found = largest_class_distance(store, classes)
             scores[tap.group][units] += torch.from_numpy(found)
@@ -72,21 +79,25 @@ def u_scores(
 
 
 def feature_ranks(
-    model: nn.Module, graph: Graph, images: Tensor, watch: MeasureConfig
+    model: nn.Module,
+    graph: Graph,
+    images: Tensor,
+    watch: MeasureConfig,
+    axes: Mapping[str, ImageAxis] | None = None,
 ) -> dict[str, Tensor]:
     """Mean rank of each unit's feature map over the images, summed over the places it is read."""
     scores = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in graph.groups}
     taps = [Tap(g.name, m.module, 0, index_of(m)) for g in graph.groups for m in g.consumers]
 
-    def rank(tap: Tap, x: Tensor, layer: nn.Module) -> None:
+    def rank(tap: Tap, _: int, x: Tensor, layer: nn.Module) -> None:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            maps = x[:, tap.index[:, 0].to(x.device)]
-            ranks = torch.linalg.matrix_rank(maps.float())
+            maps = x[:, :, tap.index[:, 0].to(x.device)]
+            ranks = torch.linalg.matrix_rank(maps.float()).sum(1)
         else:  # no map is left: 1 where the unit is on
             ranks = (unit_outputs(x, tap, layer).abs().amax(-1) > 0).float()
         scores[tap.group] += ranks.sum(0).double().cpu() / len(images)
 
-    _watch(model, taps, images, watch.batch_size, rank)
+    _watch(model, taps, images, watch.batch_size, axes or {}, rank)
     return scores
 
 
@@ -101,8 +112,8 @@ class Tap:
 
 
 def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
-    """[S, n, P]: every unit's output in a consumer's input."""
-    x = x if isinstance(layer, SPATIAL) else x.movedim(-1, 1)
+    """[S, n, P]: every unit's output in a consumer's input, [S, k, ...]."""
+    x = x.movedim(2 if isinstance(layer, SPATIAL) else -1, 1)
     flat = x.reshape(*x.shape[:2], -1)
     index = tap.index.to(x.device)
     if index.shape[1] == 1 and torch.equal(
@@ -113,17 +124,22 @@ def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
 
 
 def _passes(
-    model: nn.Module, graph: Graph, images: Tensor, watch: MeasureConfig
+    model: nn.Module,
+    graph: Graph,
+    images: Tensor,
+    watch: MeasureConfig,
+    axes: Mapping[str, ImageAxis],
 ) -> Iterator[list[Tap]]:
     """Taps in portions whose projections fit in the memory limit; large ones are split."""
-    positions = _positions(model, graph, images[:1])
+    positions = _positions(model, graph, images[:1], axes)
     portion: list[Tap] = []
     used = 0
     for g in graph.groups:
         for m in g.consumers:
             index = index_of(m)
-            wide = positions[m.module] * index.shape[1] > 1
-            unit_bytes = 4 * len(images) * (watch.directions if wide else 1)
+            wide = (p * index.shape[1] > 1 for p in positions[m.module])
+            numbers = sum(watch.directions if w else 1 for w in wide)
+            unit_bytes = 4 * len(images) * max(1, numbers)
             step = max(1, watch.memory // unit_bytes)
             for first in range(0, len(index), step):
                 tap = Tap(g.name, m.module, first, index[first : first + step])
@@ -137,15 +153,18 @@ def _passes(
         yield portion
 
 
-def _positions(model: nn.Module, graph: Graph, image: Tensor) -> dict[str, int]:
-    """Consumer -> positions per channel of its input."""
-    found: dict[str, int] = {}
-    taps = [Tap(g.name, m.module, 0, index_of(m)[:1]) for g in graph.groups for m in g.consumers]
+def _positions(
+    model: nn.Module, graph: Graph, image: Tensor, axes: Mapping[str, ImageAxis]
+) -> dict[str, list[int]]:
+    """Consumer -> positions per channel of its input, in each of its calls."""
+    members = {m.module: m for g in graph.groups for m in g.consumers}
+    taps = [Tap("", n, 0, index_of(m)[:1]) for n, m in members.items()]
+    found: dict[str, list[int]] = {n: [] for n in members}
 
-    def look(tap: Tap, x: Tensor, layer: nn.Module) -> None:
-        found[tap.module] = unit_outputs(x, tap, layer).shape[-1] // tap.index.shape[1]
+    def look(tap: Tap, _: int, x: Tensor, layer: nn.Module) -> None:
+        found[tap.module].append(unit_outputs(x, tap, layer).shape[-1] // tap.index.shape[1])
 
-    _watch(model, taps, image, 1, look)
+    _watch(model, taps, image, 1, axes, look)
     return found
 
 
@@ -154,16 +173,17 @@ def _project(
     taps: Sequence[Tap],
     images: Tensor,
     watch: MeasureConfig,
+    axes: Mapping[str, ImageAxis],
     run: Callable[[], None] | None,
-) -> list[np.ndarray]:
-    """[n, D, S] float32 projections for each tap."""
-    stores: dict[int, np.ndarray] = {}
-    seen = dict.fromkeys(range(len(taps)), 0)
+) -> dict[tuple[int, int], np.ndarray]:
+    """[n, D, S] float32 projections for each (place of a tap, call of its layer)."""
+    stores: dict[tuple[int, int], np.ndarray] = {}
+    seen: dict[tuple[int, int], int] = {}
     places = {id(t): i for i, t in enumerate(taps)}
     drawn: dict[int, Tensor] = {}
 
-    def project(tap: Tap, x: Tensor, layer: nn.Module) -> None:
-        i = places[id(tap)]
+    def project(tap: Tap, call: int, x: Tensor, layer: nn.Module) -> None:
+        i = places[id(tap)], call
         out = unit_outputs(x, tap, layer)
         p = out.shape[-1]
         if p not in drawn:
@@ -171,12 +191,12 @@ def _project(
         projected = torch.matmul(out.float(), drawn[p])  # [S, n, D]
         if i not in stores:
             stores[i] = np.empty((*projected.shape[1:], len(images)), dtype=np.float32)
-        at = seen[i]
+        at = seen.get(i, 0)
         stores[i][:, :, at : at + len(x)] = projected.permute(1, 2, 0).cpu().numpy()
-        seen[i] += len(x)
+        seen[i] = at + len(x)
 
-    _watch(model, taps, images, watch.batch_size, project, run)
-    return [stores[i] for i in range(len(taps))]
+    _watch(model, taps, images, watch.batch_size, axes, project, run)
+    return stores
 
 
 def _watch(
@@ -184,24 +204,39 @@ def _watch(
     taps: Sequence[Tap],
     images: Tensor,
     batch_size: int,
-    see: Any,
+    axes: Mapping[str, ImageAxis],
+    see: Callable[[Tap, int, Tensor, nn.Module], None],
     run: Callable[[], None] | None = None,
 ) -> None:
-    """Run the images forward and show each tap the input of its layer."""
+    """Run the images forward and show each tap the input of its layer, [S, k, ...], and which
+    call of the layer in this forward it is."""
     by_layer: dict[str, list[Tap]] = {}
     for t in taps:
         by_layer.setdefault(t.module, []).append(t)
+    calls: dict[str, int] = {}
+    count = 0
 
-    def hook(here: list[Tap]) -> Any:
+    def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        calls.clear()
+        count = len(inputs[0])
+
+    def hook(name: str, here: list[Tap]) -> Any:
         @torch.no_grad()
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def look(layer: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+            if in_backward():  # a checkpointed block runs once more there
+                return
+            x = axes.get(name, USUAL).first(given(inputs, named), count)
             for t in here:
-                see(t, inputs[0], layer)
+                see(t, calls.get(name, 0), x, layer)
+            calls[name] = calls.get(name, 0) + 1
 
         return look
 
-    handles = [
-        model.get_submodule(n).register_forward_pre_hook(hook(here)) for n, here in by_layer.items()
+    handles = [model.register_forward_pre_hook(begin)]
+    handles += [
+        model.get_submodule(n).register_forward_pre_hook(hook(n, here), with_kwargs=True)
+        for n, here in by_layer.items()
     ]
     try:
         if run is not None:
@@ -213,6 +248,11 @@ def _watch(
     finally:
         for h in handles:
             h.remove()
+
+
+def in_backward() -> bool:
+    """Whether this is called from autograd's engine."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def batches(

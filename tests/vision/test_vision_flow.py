@@ -77,7 +77,7 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     source = open_pruned(out, trust_remote_code=True)
     test = open_data(str(pictures), source.transform).test
     assert top1(model, test, 4) == result["top1"]["final"]
-    assert [r["batch"] for r in result["latency_ms"]] in ([1, 8], [1, 4], [1, 2])
+    assert [r["batch"] for r in result["latency_ms"]] == [1]
     page = (out / "moe_fair" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert f"{operations['parameters']:,}" in page
