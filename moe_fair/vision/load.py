@@ -252,8 +252,8 @@ def first_channels(model: nn.Module, size: int) -> int:
         size: of the images, which a linear layer may see whole.
     """
     for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            return m.in_channels
+        if isinstance(m, nn.Conv2d):  # of more channels it sees what was made of an image
+            return m.in_channels if m.in_channels in (1, 3) else 3
         if isinstance(m, nn.Linear):
             return 1 if m.in_features == size * size else 3
     return 3
@@ -310,7 +310,8 @@ def open_transformers(
         )
     config = model.config
     base = {"kind": "transformers", "class": type(model).__name__}
-    labels = tuple(config.id2label[i] for i in sorted(config.id2label))
+    named = config.id2label or {}  # some types have none before their classes are named
+    labels = tuple(named[i] for i in sorted(named)) or None
     given = any(v is not None for v in own.values())
     processor = None if given else find_processor(spec, revision, trust_remote_code)
     if processor is not None:

@@ -19,6 +19,7 @@ from moe_fair.vision.graph import CHOSEN, logits
 from moe_fair.vision.inputs import classes_of
 from moe_fair.vision.load import build, first_channels, load_weights
 from moe_fair.vision.proof import find_groups, uneven_plan
+from moe_fair.vision.source import open_source
 from moe_fair.vision.surgery import cut, cuts_of
 from moe_fair.vision.trace import copied
 
@@ -208,6 +209,24 @@ def test_channels_of_a_net_without_convolutions(channels: int) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, 12), nn.ReLU(), nn.Linear(12, 3))
     assert first_channels(net, 8) == channels
     assert classes_of(net, torch.rand(2, channels, 8, 8)) == 3
+
+
+def test_a_first_convolution_that_sees_no_image() -> None:
+    """As of a net on a picture's discrete cosine transform."""
+    assert first_channels(nn.Sequential(nn.PixelUnshuffle(8), nn.Conv2d(192, 8, 1)), 32) == 3
+
+
+def test_a_hub_model_that_names_no_classes(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.PvtConfig(
+        hidden_sizes=[8, 16], depths=[1, 1], num_attention_heads=[1, 2], num_encoder_blocks=2,
+        sequence_reduction_ratios=[2, 1], mlp_ratios=[2, 2], patch_sizes=[4, 2], strides=[4, 2],
+        image_size=32,
+    )  # fmt: skip
+    config.num_labels, config.id2label = 4, None
+    transformers.PvtForImageClassification(config).save_pretrained(tmp_path)
+    assert open_source(str(tmp_path), image_size=32).labels is None
 
 
 def test_nothing_to_train_is_said() -> None:
