@@ -89,6 +89,19 @@ def test_what_feeds_a_head_for_training_stays_whole() -> None:
     assert "does not run in training" in graph.whole["b"]
 
 
+def test_a_size_that_changes_the_model_is_not_looked_at() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        embed_dim=16, depths=[2, 1, 1], num_heads=[1, 2, 4], image_size=64, window_size=4
+    )
+    net = transformers.SwinForImageClassification(config).eval()
+    found = [g.name for g in find_groups(net, torch.rand(2, 3, 64, 64)).groups]
+    assert len(found) == 4
+    assert all(name.endswith("mlp.fc1") for name in found)
+
+
 class NoGradients(Net):
     def features(self, x: Tensor) -> Tensor:
         with torch.no_grad():
