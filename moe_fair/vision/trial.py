@@ -133,7 +133,7 @@ class Trial:
             shape = real.shape[-2:]
             for part in (0.5, 0.75, 1.5):
                 small = nn.functional.interpolate(real, scale_factor=part)
-                if self._try(small[:1], f"at {small.shape[-2]} × {small.shape[-1]}"):
+                if self._takes(small[:1], f"at {small.shape[-2]} × {small.shape[-1]}"):
                     shape = min(shape, small.shape[-2:])
                     break
             self._try(noise[:1, :, : shape[0], : shape[1]], "on noise")
@@ -179,6 +179,20 @@ class Trial:
             return self._add(images, said, training)
         except Exception:  # whatever a model's own code raises on what it does not take
             return False
+
+    def _takes(self, images: Tensor, said: str) -> bool:
+        """Whether the model takes images of another size and is the same afterwards.
+
+        transformers' Swin makes its windows smaller for good when it meets a small image.
+        """
+        before, count = _numbers(self.model), (len(self.probes), len(self.random))
+        took = self._try(images, said)
+        changed = [(m, k, v) for (m, k), v in before.items() if vars(m).get(k) != v]
+        for m, name, value in changed:
+            setattr(m, name, value)
+        if changed:
+            del self.probes[count[0] :], self.random[count[1] :]
+        return took and not changed
 
     def smallest(self) -> Trial:
         """The trial with its smallest images alone."""
@@ -251,6 +265,17 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             for n, b in model.named_buffers():
                 if n in buffers and b.shape == buffers[n].shape:
                     b.copy_(buffers[n])
+
+
+def _numbers(model: nn.Module) -> dict[tuple[nn.Module, str], object]:
+    """What modules keep in plain attributes."""
+    return {
+        (m, name): value
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, (int, float, str))
+        or (isinstance(value, tuple) and all(isinstance(v, (int, float, str)) for v in value))
+    }
 
 
 @contextmanager

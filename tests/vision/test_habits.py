@@ -90,6 +90,19 @@ def test_what_feeds_a_head_for_training_stays_whole() -> None:
     assert "does not run in training" in graph.whole["b"]
 
 
+def test_a_size_that_changes_the_model_is_not_looked_at() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        embed_dim=16, depths=[2, 1, 1], num_heads=[1, 2, 4], image_size=64, window_size=4
+    )
+    net = transformers.SwinForImageClassification(config).eval()
+    found = [g.name for g in find_groups(net, torch.rand(2, 3, 64, 64)).groups]
+    assert len(found) == 4
+    assert all(name.endswith("mlp.fc1") for name in found)
+
+
 class NoGradients(Net):
     def features(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -220,12 +233,13 @@ def test_a_first_convolution_that_sees_no_image() -> None:
 def test_a_hub_model_that_names_no_classes(tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=4
-    )
-    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": None}))
+    config = transformers.PvtConfig(
+        hidden_sizes=[8, 16], depths=[1, 1], num_attention_heads=[1, 2], num_encoder_blocks=2,
+        sequence_reduction_ratios=[2, 1], mlp_ratios=[2, 2], patch_sizes=[4, 2], strides=[4, 2],
+        image_size=32,
+    )  # fmt: skip
+    config.num_labels, config.id2label = 4, None
+    transformers.PvtForImageClassification(config).save_pretrained(tmp_path)
     assert open_source(str(tmp_path), image_size=32).labels is None
 
 
