@@ -29,7 +29,8 @@ SMALL = [
     "--length", "64", "--batch-size", "2", "--save-every", "3",
     "--heldout", str(HELDOUT), "--heldout-samples", "6", "--repair", "scale",
 ]  # fmt: skip
-LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none"]
+LONG = [*SMALL[:7], "96", *SMALL[8:11], "1", "--save-every", "4", "--repair", "none",
+        "--self-share", "0"]  # fmt: skip
 RESULT = (
     "model.safetensors", "moe_fair/statistics.tensors", "moe_fair/plan.json",
     "moe_fair/heldout.json", "moe_fair/repair.json",

@@ -152,6 +152,8 @@ def own_file(
     others = [s for s in parse_sources(recipe.calibration, recipe.map) if not is_own(s)]
     if team.first and others:  # before it takes long
         expand(others)
+    if team.first and own_beside(recipe):
+        calibration_set(recipe, source, lambda _: None)  # what is wrong with it is said now
     if folder is not None:
         write_own_text(text, folder / FILE, say, team)
         yield folder / FILE
