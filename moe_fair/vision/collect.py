@@ -123,7 +123,7 @@ def collect(
 
 
 @contextmanager
-def differentiated() -> Iterator[None]:
+def with_gradients() -> Iterator[None]:
     """Gradients on; what the model's own code cannot differentiate is told.
 
     Raises:
@@ -173,7 +173,7 @@ def taylor(
         if weights:
             for p in filters.values():
                 p.requires_grad_(True)
-        with Gates(model, graph.groups, axes) as gates, differentiated():
+        with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
                 gates.values = torch.ones(
                     len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
@@ -224,7 +224,7 @@ def logit_changes(
     parts = []
     try:
         model.requires_grad_(False)
-        with Gates(model, graph.groups, axes) as gates, differentiated():
+        with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
                 gates.values = torch.ones(
                     len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
