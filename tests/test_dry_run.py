@@ -127,7 +127,16 @@ def test_an_existing_result_and_a_full_disk(fails: Fails, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "qwen3_vl_moe", "hy_v4", "llama4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gpt_oss",
+        "hy_v4",
+        pytest.param("deepseek_v3", marks=pytest.mark.nightly),
+        pytest.param("qwen3_vl_moe", marks=pytest.mark.nightly),
+        pytest.param("llama4", marks=pytest.mark.nightly),
+    ],
+)
 def test_other_families(kind: str, dry: Callable[..., Any], tmp_path: Path) -> None:
     """Dense first layers, groups of experts, biases, other towers, more than hidden states."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -407,6 +407,7 @@ def test_a_head_stays_whole_only_where_counts_differ(
     )
 
 
+@pytest.mark.nightly
 def test_with_unequal_counts_a_head_keeps_the_mean(
     published: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -521,6 +522,7 @@ def packed_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.nightly
 def test_a_packed_head_of_a_packed_model(
     packed_with_head: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:

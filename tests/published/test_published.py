@@ -305,6 +305,7 @@ def test_qwen3_omni_is_refused_in_words(tmp_path: Path, fails: Any) -> None:
     assert "qwen3_omni_moe" in line or "Qwen3Omni" in line
 
 
+@pytest.mark.nightly
 def test_lm_eval_asks_a_model_of_another_name_with_a_tokenizer_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
