@@ -71,6 +71,7 @@ def test_a_run_in_one_go(dry: Callable[..., Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_there_is_not_done_again(
     dry: Callable[..., Any], tmp_path: Path, statistics_folder: Path
 ) -> None:

@@ -52,7 +52,7 @@ def healed(
     folder: Path, count: int, change: Callable[[CalibrationSet], CalibrationSet]
 ) -> Healing | None:
     """The same trained on a text."""
-    its = recipe(8000)
+    its = recipe(4000)
     source = cut(folder, count)
     text = change(calibration_set(its, source, LINES.append))
     return heal_model(its, source, folder, text, folder.with_name("work"), LINES.append, ALONE)

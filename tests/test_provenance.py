@@ -61,9 +61,8 @@ def test_a_result_made_in_one_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "repair", [["--repair", "scale"], pytest.param([], id="default", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("repair", [["--repair", "scale"], pytest.param([], id="default")])
+@pytest.mark.nightly
 def test_a_result_from_statistics(repair: list[str], tmp_path: Path) -> None:
     """They were made with another batch size and seed than this run's; the text is theirs."""
     stats = tmp_path / "stats"
@@ -124,6 +123,7 @@ def test_measured_costs_are_in_the_statistics(tmp_path: Path, statistics_folder:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_statistics_again(tmp_path: Path) -> None:
     run("calibrate", MODEL, *SMALL, "-o", tmp_path / "a")
     run("calibrate", "--recipe", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b")

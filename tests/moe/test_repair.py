@@ -113,7 +113,7 @@ def design(block: MoeBlock, watch: BlockRecorder) -> Tensor:
     return rows.flatten(1)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", pytest.param("gpt_oss", marks=pytest.mark.nightly)])
 def test_fits_equal_their_closed_forms(kind: str) -> None:
     block, watch = one_layer(kind)
     routed = RoutedOutput(block.experts, watch.x, watch.index, watch.weights)
@@ -283,6 +283,7 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.nightly
 def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path) -> None:
     """The reference model: on random weights and tokens nothing learned carries over."""
     checkpoint = Checkpoint(str(MODEL))

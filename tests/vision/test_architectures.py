@@ -146,6 +146,7 @@ assert "torch_pruning" not in sys.modules
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_loads_in_a_fresh_process_bitwise_equal(saved: dict[str, Path]) -> None:
     tests = Path(__file__).parent.parent
     path = os.pathsep.join([str(tests), str(tests.parent)])

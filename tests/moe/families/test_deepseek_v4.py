@@ -298,6 +298,7 @@ def run(*arguments: object) -> None:
     assert stop.value.code == 0
 
 
+@pytest.mark.nightly
 def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, fails: Any) -> None:
     stats, plan, out = tmp_path / "stats", tmp_path / "plan.json", tmp_path / "out"
     run("calibrate", readable, "-o", stats, "--hash-layers", "cut", "--no-taylor",
