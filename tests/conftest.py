@@ -18,6 +18,10 @@ import pytest
 import torch
 from places import CALIBRATION, MODEL
 
+from moe_fair.report import figures
+
+SMALL_PICTURES = 50
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests say why they do not run; nightly ones are left out unless `-m` speaks of them."""
@@ -66,6 +70,12 @@ def _few_threads() -> None:
     # beside other workers one each: threads that wait for one another make such runs crawl
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> None:
+    """Every run draws its report: half of that time goes into pixels, which few tests look at."""
+    figures.DPI = SMALL_PICTURES
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -132,7 +132,11 @@ def kept(plan: Plan | None) -> dict[str, list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", [torch.inference_mode, pytest.param(torch.no_grad, marks=pytest.mark.nightly)]
+    "mode",
+    [
+        pytest.param(torch.inference_mode, marks=pytest.mark.nightly),
+        pytest.param(torch.no_grad, marks=pytest.mark.nightly),
+    ],
 )
 def test_within_torchs_modes(
     tmp_path: Path, settings: dict[str, Any], statistics_folder: Path, mode: Callable[[], Any]

@@ -71,6 +71,7 @@ def test_a_run_in_one_go(dry: Callable[..., Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_there_is_not_done_again(
     dry: Callable[..., Any], tmp_path: Path, statistics_folder: Path
 ) -> None:
@@ -127,7 +128,16 @@ def test_an_existing_result_and_a_full_disk(fails: Fails, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "qwen3_vl_moe", "hy_v4", "llama4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gpt_oss",
+        "hy_v4",
+        pytest.param("deepseek_v3", marks=pytest.mark.nightly),
+        pytest.param("qwen3_vl_moe", marks=pytest.mark.nightly),
+        pytest.param("llama4", marks=pytest.mark.nightly),
+    ],
+)
 def test_other_families(kind: str, dry: Callable[..., Any], tmp_path: Path) -> None:
     """Dense first layers, groups of experts, biases, other towers, more than hidden states."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -53,6 +53,7 @@ def test_self_alone_to_a_pruned_model_and_its_recipe_again(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_statistics_bring_their_own_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,9 +61,8 @@ def test_a_result_made_in_one_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "repair", [["--repair", "scale"], pytest.param([], id="default", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("repair", [["--repair", "scale"], pytest.param([], id="default")])
+@pytest.mark.nightly
 def test_a_result_from_statistics(repair: list[str], tmp_path: Path) -> None:
     """They were made with another batch size and seed than this run's; the text is theirs."""
     stats = tmp_path / "stats"
@@ -124,6 +123,7 @@ def test_measured_costs_are_in_the_statistics(tmp_path: Path, statistics_folder:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_statistics_again(tmp_path: Path) -> None:
     run("calibrate", MODEL, *SMALL, "-o", tmp_path / "a")
     run("calibrate", "--recipe", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b")
@@ -160,11 +160,23 @@ def test_text_that_has_changed_is_refused(tmp_path: Path, fails: Fails) -> None:
     lines = recipe.read_text().splitlines(keepends=True)
     (tmp_path / "edited.yaml").write_text("".join(x for x in lines if "_digest" not in x))
     run("prune", "--recipe", tmp_path / "edited.yaml", "-o", tmp_path / "two")
-    run("prune", "--recipe", recipe, "--seed", 1, "-o", tmp_path / "three")  # other text, asked for
     stats = ["prune", MODEL, "--stats", tmp_path / "stats", "--experts", 40]
     said = fails(*stats, "-o", tmp_path / "four")
     assert "is not that which the statistics were made from" in said
     run(*stats, "--repair", "none", "-o", tmp_path / "four")  # no text is needed
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_other_text_that_is_asked_for(tmp_path: Path) -> None:
+    given = ["-c", CALIBRATION, "--samples", 4, "--length", 64]
+    run("prune", MODEL, "--experts", 40, *given, "--repair", "none", "-o", tmp_path / "out")
+    run("calibrate", MODEL, *given, "-o", tmp_path / "stats")
+    text = tmp_path / "text.txt"
+    text.write_text("Other words. " + (CALIBRATION / "python.jsonl").read_text()[:60_000])
+    recipe = tmp_path / "out" / "moe_fair" / "recipe.yaml"
+    run("prune", "--recipe", recipe, "--seed", 1, "-o", tmp_path / "three")
+    stats = ["prune", MODEL, "--stats", tmp_path / "stats", "--experts", 40]
     run(*stats, "--repair", "scale", "-c", text, "--samples", 5, "-o", tmp_path / "five")
 
 

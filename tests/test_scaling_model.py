@@ -38,6 +38,7 @@ def test_the_tables_are_those_of_the_script() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_a_default_prune_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of every stage are those that torch counts, the optimizer's bytes those it touches;
     and at the full shape they are within what was aimed at."""

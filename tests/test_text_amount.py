@@ -35,7 +35,8 @@ def test_more_text_is_set_beside_what_halves_say() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heat", [None, pytest.param(0.7, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("heat", [None, 0.7])
+@pytest.mark.nightly
 def test_the_reference_model(monkeypatch: pytest.MonkeyPatch, heat: float | None) -> None:
     monkeypatch.chdir(ROOT)
     args = argparse.Namespace(

@@ -67,6 +67,7 @@ from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable
 from moe_fair.core.recipe import Recipe, check_taken
 from moe_fair.engines import processes
+from moe_fair.pipelines.choices import check_spelling
 from moe_fair.pipelines.early_checks import (
     check_local,
     check_made,
@@ -424,7 +425,9 @@ def _settings(given: dict[str, Any], file: Path | None, command: str) -> Recipe:
 
     check_taken(given, command)
     base = load_recipe(recipe_path(file, EXPERTS)) if file else Recipe()
-    return base.with_settings(given)
+    recipe = base.with_settings(given)
+    check_spelling(recipe)
+    return recipe
 
 
 def _statistics(path: Path) -> Statistics:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_fair.core.quote import MOST, quote
@@ -19,6 +22,59 @@ def discover(package: str, path: Iterable[str], group: str) -> list[Any]:
     names = sorted(m.name for m in pkgutil.iter_modules(path))
     own = [importlib.import_module(f"{package}.{n}") for n in names]
     return own + [e.load() for e in sorted(entry_points(group=group), key=lambda e: e.name)]
+
+
+def declared(package: str, group: str, made: str | None = None) -> list[str] | None:
+    """The names of a folder's rules as its files write them, none of which is imported.
+
+    Most rules import torch, which takes longer than to say that there is none of such a name.
+
+    Args:
+        group: of entry points.
+        made: the class of the rules, whose first argument is the name; else a file is one rule, and
+            assigns `name`.
+
+    Returns:
+        None where only importing them tells: another package has rules, or a name is not written
+        out.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or entry_points(group=group):
+        return None
+    found = []
+    for module in sorted(pkgutil.iter_modules(spec.submodule_search_locations)):
+        file = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
+        if not file.is_file():  # a package, or byte code alone
+            return None
+        names = _called(file, made) if made else _assigned(file)
+        if None in names:
+            return None
+        found += names
+    return found
+
+
+def _called(file: Path, made: str) -> list[Any]:
+    """The name in each `made("NAME", ...)`, None for one that is not written out."""
+    nodes = ast.walk(ast.parse(file.read_bytes()))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", None) == made]
+    return [n.args[0].value if n.args and _is_text(n.args[0]) else None for n in calls] or [None]
+
+
+def _assigned(file: Path) -> list[Any]:
+    """What `name = "NAME"` says, None where `name` comes otherwise, nothing where it does not."""
+    tree = ast.parse(file.read_bytes())
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and _is_name(n.targets[0])]
+    if not values and any(_is_name(n) for n in ast.walk(tree)):
+        return [None]
+    return [v.value if _is_text(v) else None for v in values]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _is_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "name"
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:

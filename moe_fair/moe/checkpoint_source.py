@@ -318,11 +318,15 @@ class Checkpoint:
         return {"model": model, "tokenizer": tokenizer_digest(self.path), **chosen}
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer.
+        """The model's tokenizer, loaded once.
 
         Raises:
             ValueError: it has none that loads and reads text.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         code = needs_code(self.home)
         try:
             found = AutoTokenizer.from_pretrained(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moe_fair.core.recipe import Recipe
+from moe_fair.core.registry import declared, pick
 from moe_fair.core.settings import About
 
 METHODS = {
@@ -35,6 +37,34 @@ def choices(about: About) -> dict[str, str] | None:
         "repairs": {"none": "", **{n: _line(m) for n, m in repairs().items()}},
     }
     return dict(registries[about.choices])
+
+
+RULES = {  # the folder, the entry points of other packages, and what each file makes
+    "criterion": ("moe_fair.moe.criteria", "moe_fair.criteria", "Criterion"),
+    "allocator": ("moe_fair.core.allocate", "moe_fair.allocators", None),
+    "repair": ("moe_fair.moe.repairs", "moe_fair.repairs", None),
+}
+
+
+def check_spelling(recipe: Recipe) -> None:
+    """The rules that a recipe names are among those here: said before torch is imported.
+
+    Where other packages bring rules `methods.check_names` is the first to know.
+
+    Raises:
+        ValueError: one is not; names the nearest.
+    """
+    parts = recipe.parts
+    _check("criterion", "method", parts["method"], METHODS)
+    for name in (parts["removal"], parts["protection"], recipe.curves):
+        _check("criterion", "criterion", name)
+    _check("allocator", "allocator", parts["allocate"])
+    _check("repair", "repair", parts["repair"], ("none",))
+
+
+def _check(kind: str, what: str, name: str | None, besides: Iterable[str] = ()) -> None:
+    if name is not None and (names := declared(*RULES[kind])) is not None:
+        pick(dict.fromkeys([*besides, *names]), name, what)
 
 
 def _line(rule: Any) -> str:

@@ -59,18 +59,23 @@ def own_beside(recipe: Recipe) -> int:
 
 
 def calibration_set(
-    recipe: Recipe, source: Checkpoint, say: Say, own: Path | None = None
+    recipe: Recipe,
+    source: Checkpoint,
+    say: Say,
+    own: Path | None = None,
+    given: CalibrationSet | None = None,
 ) -> CalibrationSet:
     """The calibration sequences of a recipe.
 
     Args:
         own: the file that `self` stands for.
+        given: the sequences without own text beside them, where they were drawn before.
     """
     sources = parse_sources(recipe.calibration, recipe.map)
     if own is not None:
         sources = [replace(s, where=str(own)) if is_own(s) else s for s in sources]
     draw = partial(sample, tokenizer=source.tokenizer(), length=recipe.length, seed=recipe.seed)
-    text = draw(sources, samples=recipe.samples)
+    text = draw(sources, samples=recipe.samples) if given is None else replace(given, notes=())
     if own is not None and (count := own_beside(recipe)):
         text = beside(text, draw([Source(str(own), domain=OWN)], samples=count))
     for note in text.notes:

@@ -152,8 +152,6 @@ def own_file(
     others = [s for s in parse_sources(recipe.calibration, recipe.map) if not is_own(s)]
     if team.first and others:  # before it takes long
         expand(others)
-    if team.first and own_beside(recipe):
-        calibration_set(recipe, source, lambda _: None)  # what is wrong with it is said now
     if folder is not None:
         write_own_text(text, folder / FILE, say, team)
         yield folder / FILE
@@ -182,17 +180,21 @@ def calibration_text(
     Returns:
         the text, the same in every process; and the files of own text by name, to be kept.
     """
-    kept = {}
+    kept, given = {}, None
+    if own_beside(
+        recipe
+    ):  # what is wrong with the text that is given is said before any is sampled
+        given = team.broadcast(lambda: calibration_set(recipe, source, say))
     try:
         with own_file(recipe, source, folder, say, team) as file:
-            text = team.broadcast(lambda: calibration_set(recipe, source, say, file))
+            text = team.broadcast(lambda: calibration_set(recipe, source, say, file, given))
             if file is not None and team.first:
                 kept = {f.name: f.read_bytes() for f in (file, facts_of(file))}
     except Unwritten as e:
-        if not own_beside(recipe):
+        if given is None:
             raise
         say(f"note: the text that is given is read alone: {e}")
-        text = team.broadcast(lambda: calibration_set(recipe, source, say))
+        text = given
     return text, kept
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from moe_fair.core import allocate, registry
-from moe_fair.core.allocate import allocator, needs
+from moe_fair.core.allocate import allocator, allocators, needs
+from moe_fair.moe.criteria import criteria
+from moe_fair.moe.repairs import repairs
+from moe_fair.pipelines.choices import RULES
 
 
 def test_modules_come_by_name_then_what_others_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +34,44 @@ def test_modules_come_by_name_then_what_others_registered(monkeypatch: pytest.Mo
     assert "tod" in own
     assert [m.name for m in found[-2:]] == ["b", "z"]
     assert asked == ["some.group"]
+
+
+@pytest.mark.parametrize(("kind", "table"), [
+    ("criterion", criteria), ("allocator", allocators), ("repair", repairs),
+])  # fmt: skip
+def test_names_are_known_without_importing_rules(
+    kind: str, table: Callable[[], dict[str, object]]
+) -> None:
+    assert registry.declared(*RULES[kind]) == list(table())
+
+
+@pytest.mark.parametrize(
+    ("text", "made", "wanted"),
+    [
+        ('rules = (Rule("a", 1), Rule("b", 2))', "Rule", ["a", "b"]),
+        ('rules = tuple(Rule(n, 1) for n in "ab")', "Rule", None),
+        ("from elsewhere import rules", "Rule", None),
+        ('name = "a"', None, ["a"]),
+        ('name = "a" + suffix', None, None),
+        ('name: str = "a"', None, None),
+        ("def climb(): ...", None, []),
+    ],
+)
+def test_names_that_are_not_written_out_are_asked_of_the_rules(
+    text: str, made: str | None, wanted: list[str] | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "rules_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "one.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.declared(folder.name, "no.group", made) == wanted
+    registered = SimpleNamespace(name="x")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [registered])
+    assert registry.declared(folder.name, "no.group", made) is None
+    monkeypatch.delitem(sys.modules, folder.name, raising=False)
+    importlib.invalidate_caches()
 
 
 def test_a_name_that_is_nearly_right() -> None:

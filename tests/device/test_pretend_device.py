@@ -116,7 +116,11 @@ def test_the_rest_of_the_stages(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["said", pytest.param("said by default", marks=pytest.mark.nightly)]
+    "name",
+    [
+        pytest.param("said", marks=pytest.mark.nightly),
+        pytest.param("said by default", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_device_that_is_too_small(model: Path, tmp_path: Path, name: str) -> None:
     """Weights take 1.2 MB, logits of a batch 2: stages make do, in words, and end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import transformers
 from transformers import CONFIG_MAPPING
 
@@ -23,6 +24,7 @@ def names() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_ending_says_the_class() -> None:
     """Of every class of transformers with that ending."""
     ours = [(k, n) for k, n in names() if n.endswith(auto.LANGUAGE)]

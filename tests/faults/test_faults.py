@@ -98,6 +98,7 @@ def test_room_is_asked_for_what_lies_beside_the_result(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_disk_that_is_full_while_statistics_are_saved(
     fails: Callable[..., str], small_disk: Path
 ) -> None:

@@ -144,7 +144,14 @@ def test_a_screen_that_is_a_full_disk() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["| head -1; exit ${PIPESTATUS[0]}", ">&-", "2>&1 >&- | true"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "| head -1; exit ${PIPESTATUS[0]}",
+        pytest.param(">&-", marks=pytest.mark.nightly),
+        pytest.param("2>&1 >&- | true", marks=pytest.mark.nightly),
+    ],
+)
 def test_nobody_reads_a_plan(statistics_folder: Path, end: str) -> None:
     done = shell(f'run plan "{statistics_folder}" --experts 40 {end}')
     assert done.returncode == 0

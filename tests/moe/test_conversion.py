@@ -107,7 +107,9 @@ def _packed_by_hand(name: str, source: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
+@pytest.mark.parametrize(
+    "uniform", [pytest.param(True, marks=pytest.mark.nightly), False], ids=["uniform", "unequal"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["fp8", "w4a16"])
 def test_packed_on_the_way_out(name: str, kind: str, uniform: bool, tmp_path: Path) -> None:
@@ -197,7 +199,12 @@ def test_compressed_tensors_unpacks_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("made", "name"),
-    [("qwen3_moe", "fp8"), ("qwen2_moe", "w4a16"), ("packed", "bf16"), ("mxfp4", "bf16")],
+    [
+        ("qwen3_moe", "fp8"),
+        pytest.param("qwen2_moe", "w4a16", marks=pytest.mark.nightly),
+        pytest.param("packed", "bf16", marks=pytest.mark.nightly),
+        ("mxfp4", "bf16"),
+    ],
 )
 def test_a_repair_is_written_as_it_was_judged(made: str, name: str, tmp_path: Path) -> None:
     if name == "w4a16":

@@ -134,6 +134,7 @@ def test_the_sketch_is_within_a_percent_on_the_reference_model(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_prune_collects_what_fair_u_needs(
     tmp_path: Path, statistics_folder: Path, settings: dict[str, object]
 ) -> None:

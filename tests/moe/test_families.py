@@ -85,7 +85,7 @@ def test_statistics_equal_a_naive_loop(checkpoint: Checkpoint, implementation: s
     check_naive(checkpoint, implementation)
 
 
-@pytest.mark.parametrize("checkpoint", ONE_A_STRUCTURE, indirect=True)
+@pytest.mark.parametrize("checkpoint", ONE_A_KIND_OF_EXPERTS, indirect=True)
 @pytest.mark.slow
 def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)

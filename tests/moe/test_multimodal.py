@@ -67,7 +67,9 @@ def test_without_each_expert(checkpoint: Checkpoint) -> None:
     check_counterfactual(checkpoint)
 
 
-@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "unequal"])
+@pytest.mark.parametrize(
+    "uniform", [pytest.param(True, marks=pytest.mark.nightly), False], ids=["uniform", "unequal"]
+)
 def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: bool) -> None:
     loaded = check_cut(checkpoint, tmp_path / "out", uniform)
     stock = type(checkpoint.skeleton)

@@ -258,6 +258,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_preset_from_a_hub(tmp_path: Path) -> None:
     hub = Hub()
     sets = {s.id: s for name in NAMES for s in preset(name)}

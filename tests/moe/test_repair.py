@@ -113,7 +113,7 @@ def design(block: MoeBlock, watch: BlockRecorder) -> Tensor:
     return rows.flatten(1)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", pytest.param("gpt_oss", marks=pytest.mark.nightly)])
 def test_fits_equal_their_closed_forms(kind: str) -> None:
     block, watch = one_layer(kind)
     routed = RoutedOutput(block.experts, watch.x, watch.index, watch.weights)
@@ -283,6 +283,7 @@ def test_streaming_repairs_as_resident_and_both_load_in_stock_transformers(
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.nightly
 def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path) -> None:
     """The reference model: on random weights and tokens nothing learned carries over."""
     checkpoint = Checkpoint(str(MODEL))
@@ -294,7 +295,7 @@ def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path)
     before = {n: p.detach().clone() for n, p in original.named_parameters()}
     ids = torch.cat([b.input_ids for b in text[:2]])
     distances = {}
-    for name in (None, "scale", "refit", "distill"):
+    for name in (None, "refit", "distill"):
         model = copy.deepcopy(original)
         if name is None:
             cut(model, kept)
@@ -307,7 +308,7 @@ def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path)
             a = original(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             b = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         distances[name] = float((a - b).square().sum())
-    assert distances["distill"] < distances["refit"] < distances["scale"] < distances[None]
+    assert distances["distill"] < distances["refit"] < distances[None]
     assert any(d.epoch for d in done)  # so that router, gate and up were written as well
     write_model(checkpoint, kept, tmp_path / "out", repaired=tmp_path / "distill")
     on_disk = load(tmp_path / "out", torch.bfloat16).state_dict()  # as the reference is

@@ -364,6 +364,7 @@ def test_chats_that_the_template_refuses_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_line_of_twenty_megabytes(tokenizer: Any, tmp_path: Path) -> None:
     """Only as much of it is tokenised as is needed, and the tokens are those of the whole."""
     text = "".join(f"word{n % 977} and {n},\n" for n in range(1_250_000))

@@ -110,6 +110,7 @@ def test_what_only_runs_in_circles_is_left_out() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_loops_are_written_anew() -> None:
     """Of a model's texts that repeat themselves half of the time."""
     three = Recorded(3)

@@ -127,6 +127,7 @@ def test_a_plan_alone_says_that_it_was_not_tried(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_calibrate_collects_for_rivals_without_a_target(tmp_path: Path) -> None:
     """What named rivals need, and text held back for them; a wrong name is said all the same."""
     stats = tmp_path / "stats"

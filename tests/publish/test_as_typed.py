@@ -62,6 +62,7 @@ def typed(hub: Hub, model: Path, home: Path, *more: str) -> tuple[str, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_reference_model(hub: Hub, tmp_path: Path) -> None:
     said, out = typed(hub, MODEL, tmp_path, "--samples", "16", "--length", "64")
     assert "240 of 360 experts kept (40 per layer)" in said
@@ -72,19 +73,34 @@ def test_the_reference_model(hub: Hub, tmp_path: Path) -> None:
     assert (recipe["model"], recipe["calibration"]) == (NAME, ["self"])
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_nothing_else_is_said(hub: Hub, tmp_path: Path) -> None:
-    """All defaults, on a model so narrow that they take a minute."""
+def narrow(folder: Path) -> Path:
+    """A model so narrow that all defaults take a minute."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = tiny_model(
         "qwen2_moe", vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_experts=44,
         num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
         intermediate_size=16, num_attention_heads=2, head_dim=8, max_position_embeddings=512,
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    _, out = typed(hub, tmp_path / "model", tmp_path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (("--samples", "32", "--length", "64"), (32, 64)),
+        pytest.param((), (512, 512), marks=pytest.mark.nightly),
+    ],
+    ids=["little text", "all defaults"],
+)
+def test_a_narrow_model(
+    hub: Hub, tmp_path: Path, more: tuple[str, ...], text: tuple[int, int]
+) -> None:
+    said, out = typed(hub, narrow(tmp_path / "model"), tmp_path, *more)
+    assert "40 of 44 experts kept (40 per layer)" in said
     plan = Plan.load(out / "moe_fair" / "plan.json")
-    assert (plan.recipe["samples"], plan.recipe["length"]) == (512, 512)
+    assert (plan.recipe["model"], plan.recipe["calibration"]) == (NAME, ["self"])
+    assert (plan.recipe["samples"], plan.recipe["length"]) == text
     assert sum(len(g.kept) for g in plan.groups) == 40

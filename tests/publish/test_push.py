@@ -222,6 +222,7 @@ def test_interrupted_in_the_middle(hub: Hub, out: Path, kind: str, how: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unequal"], indirect=True)
+@pytest.mark.nightly
 def test_private_on_a_branch_in_parts(hub: Hub, out: Path, kind: str, tmp_path: Path) -> None:
     hub.part = 700_000
     done = push(hub, out, "--private", "--revision", "forty")

@@ -149,7 +149,8 @@ def collected(source: Checkpoint, model: Any, engine: Any) -> Statistics:
         QWEN3_NEXT.kind,
         QWEN3_5.kind,
         NEMOTRON.kind,
-        *(pytest.param(k, marks=pytest.mark.slow) for k in STOCK_HEADS),
+        GLM.kind,
+        pytest.param(DEEPSEEK.kind, marks=pytest.mark.nightly),
     ],
 )
 def test_streamed_statistics_are_those_of_the_model_in_memory(
@@ -250,7 +251,9 @@ def test_statistics_are_those_of_a_plain_loop(
     assert want["taylor"].abs().max() > 0
 
 
-@pytest.mark.parametrize("replica", [QWEN3_NEXT, GLM], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "replica", [QWEN3_NEXT, pytest.param(GLM, marks=pytest.mark.nightly)], ids=lambda r: r.kind
+)
 def test_drafted_tokens_are_accepted_as_a_plain_loop_counts_them(
     replica: Replica, tmp_path: Path
 ) -> None:
@@ -314,7 +317,10 @@ def test_a_head_gives_what_stock_transformers_gives(
     assert (got - want).abs().max() <= 2e-6 * want.abs().max()
 
 
-@pytest.mark.parametrize("kind", list(REPLICAS))
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.nightly if k == DEEPSEEK.kind else ()) for k in REPLICAS],
+)
 def test_a_uniform_result_has_as_many_experts_in_its_head(
     kind: str, published: Callable[[str], Path], uniform: Callable[[str], Path]
 ) -> None:
@@ -345,7 +351,7 @@ def _bytes(t: Any) -> bytes:
     return piece.file.read_bytes()[piece.start : piece.start + piece.length]
 
 
-@pytest.mark.parametrize("kind", STOCK_HEADS)
+@pytest.mark.parametrize("kind", [GLM.kind, pytest.param(DEEPSEEK.kind, marks=pytest.mark.nightly)])
 def test_stock_generation_with_the_head_is_that_without(
     kind: str, uniform: Callable[[str], Path]
 ) -> None:
@@ -407,6 +413,7 @@ def test_a_head_stays_whole_only_where_counts_differ(
     )
 
 
+@pytest.mark.nightly
 def test_with_unequal_counts_a_head_keeps_the_mean(
     published: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -521,6 +528,7 @@ def packed_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.nightly
 def test_a_packed_head_of_a_packed_model(
     packed_with_head: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
@@ -568,10 +576,10 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "fair"},
+        pytest.param({"method": "fair"}, marks=pytest.mark.nightly),
         pytest.param({"method": "counterfactual-measured"}, marks=pytest.mark.nightly),
         pytest.param({"method": "naee"}, marks=pytest.mark.nightly),
-        {"allocate": "curves", "curve_samples": 2},
+        pytest.param({"allocate": "curves", "curve_samples": 2}, marks=pytest.mark.nightly),
         pytest.param({"reduce": "merge"}, marks=pytest.mark.nightly),
         pytest.param(
             {"repair": "scale", "heldout": str(HELDOUT), "heldout_samples": 4},

@@ -30,7 +30,15 @@ from moe_fair.vision.trial import Trial
 
 PREPROCESSING = Preprocessing(channels=3, size=32)
 QUICK = ("vgg16_bn", "resnet20", "densenet40", "resnet50", "convnext", "vit", "regnet_y")
-PARAMS = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
+ALIKE = ("resnet18", "resnet56", "regnet_x")  # to resnet50, resnet20 and regnet_y
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    slow = [] if name in QUICK else [pytest.mark.slow]
+    return [*slow, pytest.mark.nightly] if name in ALIKE else slow
+
+
+PARAMS = [pytest.param(n, marks=_marks(n)) for n in ARCHITECTURES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -138,6 +146,7 @@ assert "torch_pruning" not in sys.modules
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_loads_in_a_fresh_process_bitwise_equal(saved: dict[str, Path]) -> None:
     tests = Path(__file__).parent.parent
     path = os.pathsep.join([str(tests), str(tests.parent)])

@@ -218,7 +218,11 @@ def test_minibatches_go_on_anywhere_and_every_epoch_shows_each_image_once() -> N
 
 @pytest.mark.parametrize(
     ("name", "method", "align"),
-    [("resnet20", "taylor-so", 1), ("regnet_x", "taylor-fo", 1), ("resnet20", "taylor-bn", 4)],
+    [
+        ("resnet20", "taylor-so", 1),
+        pytest.param("regnet_x", "taylor-fo", 1, marks=pytest.mark.nightly),
+        ("resnet20", "taylor-bn", 4),
+    ],
 )
 def test_the_cut_model_is_the_masked_one_and_the_target_is_met(
     name: str, method: str, align: int

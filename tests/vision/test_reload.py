@@ -75,7 +75,15 @@ def aliased() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["versioned", "aliased", "weight_normed", "compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aliased",
+        "weight_normed",
+        pytest.param("versioned", marks=pytest.mark.nightly),
+        pytest.param("compiled", marks=pytest.mark.nightly),
+    ],
+)
 def test_models_whose_states_are_peculiar(pictures: Path, tmp_path: Path, name: str) -> None:
     wanted = settings(pictures, model=f"{HERE}:{name}", removal="l1", allocate="uniform")
     done = pipeline.prune(wanted, tmp_path / "out")

@@ -101,8 +101,8 @@ def code(folder: Path) -> None:
     ("change", "named"),
     [
         (weights, "weights"),
-        (labels, "images"),
-        (code, "code"),
+        pytest.param(labels, "images", marks=pytest.mark.nightly),
+        pytest.param(code, "code", marks=pytest.mark.nightly),
         pytest.param(images, "images", marks=pytest.mark.nightly),
     ],
 )

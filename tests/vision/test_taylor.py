@@ -22,7 +22,10 @@ from moe_fair.vision.unit_outputs import MeasureConfig
 LABELS = torch.tensor([0, 3, 1, 7, 3, 9])
 
 
-@pytest.fixture(scope="module", params=["resnet20", "densenet40", "vit"])
+@pytest.fixture(
+    scope="module",
+    params=["resnet20", pytest.param("densenet40", marks=pytest.mark.nightly), "vit"],
+)
 def problem(request: pytest.FixtureRequest) -> tuple[nn.Module, Graph]:
     model = lively(request.param).double()
     return model, find_groups(model, images(2).double())

@@ -251,7 +251,7 @@ def test_steps_score_again_and_remove_evenly(pictures: Path, tmp_path: Path) -> 
     ("module", "place"),
     [
         pytest.param(pipeline, "cut", marks=pytest.mark.nightly),
-        (pipeline, "finetune"),
+        pytest.param(pipeline, "finetune", marks=pytest.mark.nightly),
         pytest.param(step_folder, "save_pruned", marks=pytest.mark.nightly),
         (pipeline, "write_document"),
     ],

@@ -119,6 +119,7 @@ def test_of_equally_near_experts_the_first_is_taken() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_vocabulary_as_published_takes_seconds() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.rand(129280, 256, generator=g).argsort(1)[:, :6].contiguous()
@@ -151,7 +152,7 @@ def cut_for_real(model: Any, kept: Mapping[str, Sequence[int]]) -> Iterator[None
             setattr(model.get_submodule(parent), last, whole[name])
 
 
-@pytest.mark.parametrize("without", [masked, cut_for_real])
+@pytest.mark.parametrize("without", [masked, pytest.param(cut_for_real, marks=pytest.mark.nightly)])
 def test_without_each_expert(tmp_path: Path, without: Any) -> None:
     kinds = {"mlp_layer_types": ["moe", "hash_moe"], "num_hidden_layers": 2}
     with_tables(tiny_model("deepseek_v4", **kinds)).save_pretrained(tmp_path)
@@ -202,7 +203,9 @@ def test_cut_saved_and_loaded(checkpoint: Checkpoint, tmp_path: Path, uniform: b
     check_generation(loaded)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, pytest.param(torch.int64, marks=pytest.mark.nightly)]
+)
 def test_a_uniform_result_is_stock(checkpoint: Checkpoint, tmp_path: Path, dtype: Any) -> None:
     """In the published data type of the table too; the count in the config is the new one."""
     source = checkpoint
@@ -295,6 +298,7 @@ def run(*arguments: object) -> None:
     assert stop.value.code == 0
 
 
+@pytest.mark.nightly
 def test_statistics_and_plans_are_of_one_choice(readable: Path, tmp_path: Path, fails: Any) -> None:
     stats, plan, out = tmp_path / "stats", tmp_path / "plan.json", tmp_path / "out"
     run("calibrate", readable, "-o", stats, "--hash-layers", "cut", "--no-taylor",
