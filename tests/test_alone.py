@@ -92,6 +92,7 @@ def test_changes_are_those_of_masked_models(
         assert float(found.abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_share_brings_its_own_first_and_second_order(
     measured: tuple[Statistics, Path], recipe: Recipe, opened: Opened
 ) -> None:

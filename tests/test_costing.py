@@ -104,6 +104,7 @@ def test_the_share_takes_every_domain(recipe: Recipe) -> None:
     assert share(text, 8) == share(text, 99) == text
 
 
+@pytest.mark.slow
 def test_plans_use_saved_curves(
     measured: tuple[Statistics, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_libraries_that_find_no_memory_for_themselves(text: str) -> None:
     assert not out_of_memory(RuntimeError(text.replace("ALLOC_FAILED", "INVALID_VALUE")))
 
 
+@pytest.mark.slow
 def test_what_was_saved_on_a_device_loads_without_it() -> None:
     """torch.load puts tensors back where they were unless it is told where to."""
     calls = [

@@ -29,6 +29,7 @@ Fails = Callable[..., str]
 SMALL = ["--length", "32", "--set", "tokens=3000"]
 
 
+@pytest.mark.slow
 def test_it_is_the_models_own_distribution() -> None:
     """-log p of what was drawn is the entropy of what it was drawn from, but for chance; and what
     the maker would have cut off (top_k, a penalty) is not."""

@@ -59,6 +59,7 @@ def test_engines_give_the_same_bytes(tmp_path: Path) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_text(statistics_folder: Path, settings: dict[str, Any]) -> None:
     other = moe_fair.calibrate(str(MODEL), seed=1, **settings)
     first = moe_fair.plan(statistics_folder, experts=40)

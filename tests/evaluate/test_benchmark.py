@@ -160,6 +160,7 @@ def test_nothing_is_written_into_other_models(tmp_path: Path, run: Callable[...,
     assert {p.name for p in (tmp_path / "results").iterdir()} == {"benchmarks.json", "lm-eval"}
 
 
+@pytest.mark.slow
 def test_only_our_own_code_runs_unasked(out: Path, fails: Callable[..., str]) -> None:
     """One changed letter in the modeling file, and nothing of it is run."""
     file = out / MODELING_FILE

@@ -95,6 +95,7 @@ settings_lines = st.lists(
 
 @fuzz
 @given(text=settings_lines | st.text(max_size=60))
+@pytest.mark.slow
 def test_recipes(folder: Path, text: str) -> None:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -319,6 +320,7 @@ def test_calibration_rows(folder: Path, data: st.DataObject, found: list[Any], s
 
 @fuzz
 @given(data=st.data(), found=st.lists(rows, min_size=1, max_size=4))
+@pytest.mark.slow
 def test_parquet_rows(folder: Path, data: st.DataObject, found: list[Any]) -> None:
     texts = [r.get("text") if isinstance(r, dict) else r for r in found]
     table = pyarrow.table({"text": [t if isinstance(t, str) and safe(t) else None for t in texts]})

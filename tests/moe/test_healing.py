@@ -163,6 +163,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bitwise(
     pair: tuple[Any, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_killed_training_goes_on_bitwise(
     assert not other._resume()
 
 
+@pytest.mark.slow
 def test_less_memory_gives_the_same_gradient(pair: tuple[Any, Checkpoint]) -> None:
     """Single sequences, and layers that run again in the backward."""
     original, pruned = pair
@@ -246,6 +248,7 @@ def test_memory_that_runs_out_is_made_do_with(
 
 
 @pytest.mark.parametrize("where", ["original", "training"])
+@pytest.mark.slow
 def test_a_run_without_memory_ends_with_what_was_repaired(
     where: str, pair: tuple[Any, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

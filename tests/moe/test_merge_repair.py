@@ -63,6 +63,7 @@ def walk(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_repair_goes_on_from_merged_experts_and_is_written_as_it_ran(
     kind: str, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_bfloat16_experts_that_stay_alone_keep_their_bytes(tmp_path: Path) -> No
     assert seen
 
 
+@pytest.mark.slow
 def test_packed_weights_are_judged_as_they_are_written(tmp_path: Path) -> None:
     fp8(tmp_path / "model")
     source = Checkpoint(str(tmp_path / "model"))
