@@ -171,7 +171,7 @@ def test_tables_are_those_of_the_registries() -> None:
 def test_the_readme_fits_a_screen_or_two_and_says_how_to_begin() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.encode()) < 7_000
-    assert "\npython -m pytest -n 4\n" in text
+    assert "\npython -m pytest -n 3\n" in text
     version = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert version
     assert f"pip install -c constraints.txt torch=={version[1]} &&" in text
