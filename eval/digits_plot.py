@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "u-score": "#1f5fa8", "l1": "#d95f0e", "taylor": "#2a9d5c", "random": "#8a8a8a",
-    "torch-pruning": "#b0307a",
+    "torch-pruning": "#b0307a", "network-pruner": "#6a4c93",
 }  # fmt: skip
 NAMES = {
     "u-score": "U (Wasserstein)", "l1": "L1", "taylor": "Taylor", "random": "random",
-    "torch-pruning": "Torch-Pruning's GroupTaylor",
+    "torch-pruning": "Torch-Pruning's GroupTaylor", "network-pruner": "network-pruner",
 }  # fmt: skip
-STYLES = {"uniform": "--", "tod": "-", "global": ":"}
+STYLES = {"uniform": "--", "tod": "-", "global": ":", "": "-."}
 APART = 0.008
 Row = dict[str, Any]
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, help="start of the files' names")
     args = parser.parse_args()
     rows = [json.loads(line) for file in args.rows for line in file.read_text().splitlines()]
+    rows = [r for r in rows if "failed" not in r]
     for net in sorted({r["net"] for r in rows}):
         mine = [r for r in rows if r["net"] == net]
         figure = picture(mine, f"{net}, {args.title}" if args.title else net)
@@ -70,7 +71,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
     )
     one = len({r["ratio"] for r in rows}) == 1  # then methods stand side by side by their names
     for i, method in enumerate(methods):
-        score, allocator = method.split("/")
+        score, _, allocator = method.partition("/")
         shares = sorted({r["ratio"] for r in rows if r["method"] == method})
         found = [
             # a cut is measured once with each number of epochs
@@ -89,7 +90,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             ms=3,
             lw=1.2,
             elinewidth=0.7,
-            label=f"{NAMES[score]}, {allocator}",
+            label=", ".join(filter(None, (NAMES[score], allocator))),
         )
         if one:  # every net
             axes.plot([i] * len(found[0]), found[0], "_", color=COLOURS[score], ms=7)

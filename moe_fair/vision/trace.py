@@ -18,6 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from moe_fair.vision.response_norm import response_norms
+
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
 # takes some hundreds of either
 MOST_CALLS, MOST_STEPS = 20_000, 5_000
@@ -72,9 +74,10 @@ def traced(
                 return found
 
             try:
-                graph = torch_pruning.DependencyGraph().build_dependency(
-                    model, images, forward_fn=run, verbose=False
-                )
+                with _passed(model) as pruners:
+                    graph = torch_pruning.DependencyGraph().build_dependency(
+                        model, images, forward_fn=run, verbose=False, customized_pruners=pruners
+                    )
             except ValueError:
                 raise
             except Exception as e:  # of the model's code or of Torch-Pruning's
@@ -176,6 +179,38 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         del function.apply  # the class's own
+
+
+@contextmanager
+def _passed(model: nn.Module) -> Iterator[dict[type, Any]]:
+    """Response normalisations hand on what they get: a channel of their input is one of theirs.
+
+    Yields what Torch-Pruning must be told of their classes.
+    """
+    from torch_pruning.pruner.function import BasePruningFunc
+
+    class Channels(BasePruningFunc):  # asked only how many there are
+        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            raise AssertionError("the graph is not what cuts")
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return next(layer.parameters()).numel()
+
+        get_in_channels = get_out_channels
+
+    def hand_on(*inputs: Tensor, **named: Tensor) -> Tensor:
+        return (inputs[0] if inputs else next(iter(named.values()))).clone()
+
+    layers = [layer for _, layer, _ in response_norms(model)]
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        yield {type(layer): Channels() for layer in layers}
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager
