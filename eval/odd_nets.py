@@ -405,6 +405,20 @@ class WithImage(Around):
         return self.head(self.behind(y).mean((2, 3)))
 
 
+class Coordinates(Around):
+    """CoordConv: the places' coordinates before and behind the features, read by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__(out=17)
+        self.norm, self.more = nn.BatchNorm2d(18), conv(18, 16)
+
+    def middle(self, x: Tensor) -> Tensor:
+        line = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+        line = line.expand(len(x), 1, *x.shape[2:])
+        y = self.more(self.norm(torch.cat([line.mT, x, line], 1)))
+        return torch.cat((line, y), dim=-3)
+
+
 class TopChannels(Around):
     """Of each image the eight channels with the largest means stay."""
 

@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from moe_fair.vision.concatenation import Parts
 from moe_fair.vision.response_norm import response_norms
 
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
@@ -58,13 +59,14 @@ def traced(
     trainable = {p: p.requires_grad for p in model.parameters()}
     broken: dict[Any, str] = {}
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), unchecked(), _guarded(broken):
+        with warnings.catch_warnings(), torch.enable_grad(), unchecked(), _guarded(broken) as parts:
             warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
             model.requires_grad_(True)  # the trace follows gradients
             main: list[Any] = []
 
             def run(model: nn.Module, images: Tensor) -> list[Tensor]:
-                found = [t for t in forward(model, images) if t.grad_fn is not None]
+                with parts:
+                    found = [t for t in forward(model, images) if t.grad_fn is not None]
                 if not found:
                     raise ValueError(
                         "no gradient leads into the model (torch.no_grad or detach in its "
@@ -214,16 +216,19 @@ def _passed(model: nn.Module) -> Iterator[dict[type, Any]]:
 
 
 @contextmanager
-def _guarded(broken: dict[Any, str]) -> Iterator[None]:
+def _guarded(broken: dict[Any, str]) -> Iterator[Parts]:
     """Torch-Pruning's steps with limits.
 
     Args:
         broken: filled with the nodes whose channels could not be mapped -> why.
+
+    Yields what is to be open while the model runs.
     """
     from torch_pruning.dependency import graph, index_mapping, shape_infer
 
     calls = [0]
     done: list[Any] = []
+    parts = Parts()
 
     def counted(function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -260,6 +265,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
             calls[0] = 0
             try:
                 stock(_One(whole, node))
+                parts.place(node)
             except Exception as e:
                 broken[node] = one_line(e)
 
@@ -272,7 +278,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
     for place, n, ours in changes:
         setattr(place, n, ours)
     try:
-        yield
+        yield parts
     finally:
         for place, n, theirs in before:
             setattr(place, n, theirs)
