@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.checkpoint import load_pruned, save_pruned
-from moe_fair.vision.collect import collect
+from moe_fair.vision.collect import collect, taylor
 from moe_fair.vision.load import Source
 from moe_fair.vision.oracle import loss_changes
 from moe_fair.vision.preprocessing import Preprocessing
@@ -173,6 +173,20 @@ def test_oracle_and_scores_see_the_unit_out_of_the_mean(name: str) -> None:
     )
     [l1] = [c["l1_norm"] for c in found.constants.values()]
     assert torch.allclose(l1, net.wide.weight.detach().flatten(1).abs().sum(1).double())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gradient_foresees_what_the_loss_becomes(name: str) -> None:
+    net, _ = made(name)
+    torch.manual_seed(1)
+    x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 5
+    graph = find_groups(net, x[:2])
+    [changes] = loss_changes(net, graph.groups, x, y).values()
+    [rows] = taylor(net, graph, x, y, MeasureConfig())[0].values()
+    both = torch.stack([-rows.flatten(), changes.flatten()])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.85
+    slope = float((both[0] * both[1]).sum() / both[0].square().sum())
+    assert 0.7 < slope < 1.4  # 0.4 for one of them, were the gate before the norm scored too
 
 
 def test_what_is_known_of_it() -> None:
