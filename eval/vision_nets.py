@@ -82,6 +82,8 @@ test_efficientnet_ln test_efficientnet_evos test_byobnet test_nfnet test_mambaou
 hgnetv2_b0 ghostnetv3_050 convformer_s18 mambaout_femto shvit_s1 cs3darknet_focus_s swiftformer_xs
 legacy_seresnet18 resnetblur18 gmixer_12_224 mvitv2_tiny swinv2_cr_tiny_ns_224 nest_tiny rdnet_tiny
 coatnet_nano_rw_224 csatv2 fastvit_mci0 densenetblur121d
+resnet10t convnext_zepto_rms starnet_s050 dla46_c vit_pwee_patch16_reg1_gap_256
+vit_tiny_r_s16_p8_224 mobilenet_edgetpu_v2_xs coat_lite_tiny gcresnext26ts nf_regnet_b0
 """
 # parts of own nets that are none by themselves
 PARTS = (
