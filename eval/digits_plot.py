@@ -29,7 +29,7 @@ NAMES = {
     "torch-pruning": "Torch-Pruning's GroupTaylor", "network-pruner": "network-pruner",
 }  # fmt: skip
 STYLES = {"uniform": "--", "tod": "-", "global": ":", "": "-."}
-APART = 0.008
+APART = 0.03  # from the first method to the last
 Row = dict[str, Any]
 
 
@@ -61,7 +61,7 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
     if len({r["ratio"] for r in rows}) > 1:
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{title} (black: dense, {len(dense)} nets)")
+    figure.suptitle(f"{title} (black: dense, {len(dense)} net{'s' * (len(dense) > 1)})")
     return figure
 
 
@@ -81,7 +81,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             for s in shares
         ]  # fmt: skip
         axes.errorbar(
-            [i if one else 100 * (s + APART * (i - (len(methods) - 1) / 2)) for s in shares],
+            [i if one else 100 * (s + APART * (i / len(methods) - 0.5)) for s in shares],
             [statistics.mean(f) for f in found],
             [statistics.stdev(f) if len(f) > 1 else 0.0 for f in found],
             color=COLOURS[score],
