@@ -57,7 +57,7 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
         _panel(axes, [r for r in rows if panel in r], panel)
         axes.axhline(100 * statistics.mean(dense.values()), color="black", lw=0.8)
         axes.set_title("right after the cut" if panel == "cut" else "after fine-tuning")
-        axes.set(ylabel="top-1, %", ylim=(0, None))
+        axes.set(ylabel="top-1, %", ylim=(0, 1.05 * axes.get_ylim()[1]))
     if len({r["ratio"] for r in rows}) > 1:
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
