@@ -22,14 +22,14 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "u-score": "#1f5fa8", "l1": "#d95f0e", "taylor": "#2a9d5c", "random": "#8a8a8a",
-    "torch-pruning": "#b0307a",
+    "torch-pruning": "#b0307a", "network-pruner": "#6a4c93",
 }  # fmt: skip
 NAMES = {
     "u-score": "U (Wasserstein)", "l1": "L1", "taylor": "Taylor", "random": "random",
-    "torch-pruning": "Torch-Pruning's GroupTaylor",
+    "torch-pruning": "Torch-Pruning's GroupTaylor", "network-pruner": "network-pruner",
 }  # fmt: skip
-STYLES = {"uniform": "--", "tod": "-", "global": ":"}
-APART = 0.008
+STYLES = {"uniform": "--", "tod": "-", "global": ":", "": "-."}
+APART = 0.03  # from the first method to the last
 Row = dict[str, Any]
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, help="start of the files' names")
     args = parser.parse_args()
     rows = [json.loads(line) for file in args.rows for line in file.read_text().splitlines()]
+    rows = [r for r in rows if "failed" not in r]
     for net in sorted({r["net"] for r in rows}):
         mine = [r for r in rows if r["net"] == net]
         figure = picture(mine, f"{net}, {args.title}" if args.title else net)
@@ -56,11 +57,11 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
         _panel(axes, [r for r in rows if panel in r], panel)
         axes.axhline(100 * statistics.mean(dense.values()), color="black", lw=0.8)
         axes.set_title("right after the cut" if panel == "cut" else "after fine-tuning")
-        axes.set(ylabel="top-1, %", ylim=(0, None))
+        axes.set(ylabel="top-1, %", ylim=(0, 1.05 * axes.get_ylim()[1]))
     if len({r["ratio"] for r in rows}) > 1:
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{title} (black: dense, {len(dense)} nets)")
+    figure.suptitle(f"{title} (black: dense, {len(dense)} net{'s' * (len(dense) > 1)})")
     return figure
 
 
@@ -70,7 +71,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
     )
     one = len({r["ratio"] for r in rows}) == 1  # then methods stand side by side by their names
     for i, method in enumerate(methods):
-        score, allocator = method.split("/")
+        score, _, allocator = method.partition("/")
         shares = sorted({r["ratio"] for r in rows if r["method"] == method})
         found = [
             # a cut is measured once with each number of epochs
@@ -80,7 +81,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             for s in shares
         ]  # fmt: skip
         axes.errorbar(
-            [i if one else 100 * (s + APART * (i - (len(methods) - 1) / 2)) for s in shares],
+            [i if one else 100 * (s + APART * (i / len(methods) - 0.5)) for s in shares],
             [statistics.mean(f) for f in found],
             [statistics.stdev(f) if len(f) > 1 else 0.0 for f in found],
             color=COLOURS[score],
@@ -89,7 +90,7 @@ def _panel(axes: Axes, rows: Sequence[Row], panel: str) -> None:
             ms=3,
             lw=1.2,
             elinewidth=0.7,
-            label=f"{NAMES[score]}, {allocator}",
+            label=", ".join(filter(None, (NAMES[score], allocator))),
         )
         if one:  # every net
             axes.plot([i] * len(found[0]), found[0], "_", color=COLOURS[score], ms=7)

@@ -15,7 +15,8 @@ standard deviation over seeds, and the lowest share of its dense net's accuracy 
 method is `removal/allocator`, where ToD's protection is the gate Taylor, or one of
 `vision/gradual.py`, whose units leave in training and are then cut. A ratio is the share of
 channels or multiply-adds removed; fine-tuning after the cut is FAIR-Pruner's (SGD, learning rate
-.001, momentum .9), and so is training while units leave.
+.001, momentum .9), and so is training while units leave; nets that were trained with AdamW are
+fine-tuned with it.
 
 `network-pruner` is a method too where that package is installed: its own scores, depths and cut, at
 the tolerance whose removal comes closest to the ratio; and `torch-pruning/uniform` and `/global`
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from character_nets import ADAMW
 from torch import nn
 from train_digits import add_data, fresh, opened
 
@@ -115,25 +117,25 @@ def _prune(
     graph = find_groups(model, x[:2])
     sizes = Sizes(model, graph.groups, x)
     before = top1(model, data.test, 128)
-    scores = None
-    peer: Any = None
+    scores: dict[str, Any] = {}
     for w in wanted:
         if w["method"] in GRADUAL:
             pruned, w["steps"] = _gradual(args, model, data, graph, sizes, w)
             w["schedule"] = [args.units_per_step, args.minibatches]
         elif w["method"] == PEER:
-            if peer is None:
-                peer = _peer_scores(model, data, where["seed"])
-            pruned = _peer_cut(model, peer, w["ratio"], x)
-            if isinstance(pruned, str):
-                yield {**w, "failed": pruned}
+            try:
+                if "peer" not in scores:
+                    scores["peer"] = _peer_scores(model, data, where["seed"])
+                pruned = _peer_cut(model, scores["peer"], w["ratio"], x)
+            except Exception as e:  # another's code: whatever it raises is the finding
+                yield {**w, "failed": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"}
                 continue
         elif w["method"].startswith(GROUP_TAYLOR):
-            pruned = _group_taylor_cut(model, x, y, w)
+            pruned = _group_taylor_cut(model, graph, x, y, w)
         else:
-            if scores is None:
-                scores = _scores(model, graph, x, y, where["seed"], args.methods)
-            pruned = _cut(model, graph, sizes, scores, w)
+            if "ours" not in scores:
+                scores["ours"] = _scores(model, graph, x, y, where["seed"], args.methods)
+            pruned = _cut(model, graph, sizes, scores["ours"], w)
         cost = Sizes(pruned, (), x).whole
         found = {
             **w,
@@ -143,12 +145,19 @@ def _prune(
             "operations": cost.operations / sizes.whole.operations,
         }
         if args.epochs:
-            found["rate"] = args.rate
             if args.data == "digits":  # a third faster; torch 2.13 crashed so on the characters
                 pruned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            training = Training(args.epochs, learning_rate=args.rate, seed=where["seed"])
+            training = _training(args, where)
+            found["rate"] = training.rate
             found["tuned"] = top1(finetune(pruned, data.train, training), data.test, 128)
         yield found
+
+
+def _training(args: argparse.Namespace, where: Row) -> Training:
+    """As the net was trained: AdamW's preset, or SGD at --rate."""
+    if where["net"] in ADAMW:
+        return Training(args.epochs, optimizer="adamw", seed=where["seed"])
+    return Training(args.epochs, learning_rate=args.rate, seed=where["seed"])
 
 
 def _scores(
@@ -227,8 +236,8 @@ def _peer_scores(model: nn.Module, data: Data, seed: int) -> Any:
         )
 
 
-def _peer_cut(model: nn.Module, scores: Any, ratio: float, x: torch.Tensor) -> nn.Module | str:
-    """Its cut at the tolerance that removes about this share of the channels; or why not."""
+def _peer_cut(model: nn.Module, scores: Any, ratio: float, x: torch.Tensor) -> nn.Module:
+    """Its cut at the tolerance that removes about this share of the channels."""
     from Network_Pruner import get_ratios, get_skeleton, prune
 
     total = sum(len(v) for k, v in scores.items() if k.startswith("D_") and k.endswith("s2b_idx"))
@@ -236,34 +245,41 @@ def _peer_cut(model: nn.Module, scores: Any, ratio: float, x: torch.Tensor) -> n
     depths = {a: get_ratios(model, scores, ToD_level=a) for a in levels}
     best = min(levels, key=lambda a: abs(sum(depths[a]) - ratio * total))
     example = x[:2]
-    try:
-        skeleton = get_skeleton(copy.deepcopy(model), depths[best], example)
-        with tempfile.TemporaryDirectory() as folder:
-            pruned = prune(
-                skeleton,
-                copy.deepcopy(model),
-                scores,
-                depths[best],
-                pruned_model_save_path=f"{folder}/pruned.pht",
-                example_inputs=(example,),
-            )
-    except Exception as e:  # another's code: whatever it raises is the finding
-        return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    skeleton = get_skeleton(copy.deepcopy(model), depths[best], example)
+    with tempfile.TemporaryDirectory() as folder:
+        pruned = prune(
+            skeleton,
+            copy.deepcopy(model),
+            scores,
+            depths[best],
+            pruned_model_save_path=f"{folder}/pruned.pht",
+            example_inputs=(example,),
+        )
     return pruned[0] if isinstance(pruned, tuple) else pruned
 
 
-def _group_taylor_cut(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wanted: Row) -> nn.Module:
-    """By Torch-Pruning's own pruner, every layer by the ratio or the least of all layers."""
+def _group_taylor_cut(
+    model: nn.Module, graph: Graph, x: torch.Tensor, y: torch.Tensor, wanted: Row
+) -> nn.Module:
+    """By Torch-Pruning's own pruner, every layer by the ratio or the least of all layers.
+
+    What ours leaves whole it leaves, too: classifiers, streams under LayerNorm, attentions.
+    """
     import torch_pruning
 
     pruned = copy.deepcopy(model)
+    made = {m.module for g in graph.groups for m in g.members if m.side == "out"}
     pruner = torch_pruning.pruner.BasePruner(
         pruned,
         x[:2],
         importance=torch_pruning.importance.GroupTaylorImportance(),
         pruning_ratio=wanted["ratio"],
         global_pruning=wanted["method"].endswith("/global"),
-        ignored_layers=[m for m in pruned.modules() if isinstance(m, nn.Linear)],
+        ignored_layers=[
+            m
+            for n, m in pruned.named_modules()
+            if isinstance(m, (nn.Linear, nn.Conv2d)) and n not in made
+        ],
     )
     for images, labels in zip(x.split(128), y.split(128), strict=True):
         nn.functional.cross_entropy(pruned(images), labels, reduction="sum").backward()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from digits_table import _spread
 from torch import Tensor, nn
-from train_digits import digits, fresh
+from train_digits import add_data, fresh, opened
 
 from moe_fair.vision.data import Data, draw
 from moe_fair.vision.graph import logits
@@ -55,7 +55,7 @@ def main() -> None:
     if args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text().splitlines()]
     done = {_key(r) for r in rows}
-    data = digits()
+    data = opened(args.data, args.images)
     files = [(*f.stem.rsplit("-", 1), f) for f in sorted(args.nets.glob("*.safetensors"))]
     for net, seed, file in [] if args.table else sorted(files, key=lambda f: int(f[1])):
         if (args.only and net not in args.only) or int(seed) >= args.seeds:
@@ -66,7 +66,7 @@ def main() -> None:
             for r in args.rules
         ]
         wanted = [w for w in wanted if _key(w) not in done]
-        model = fresh(net, int(seed))
+        model = fresh(net, int(seed), data)
         load_weights(model, file)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
         for row in _measure(model, data, wanted, args.plain):
@@ -220,6 +220,7 @@ def _key(row: Row) -> tuple:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nets", type=Path, default=Path("digits"), help="of train_digits.py")
+    add_data(parser)
     parser.add_argument("--only", nargs="+", help="names of nets")
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--plain", nargs="+", default=["erk", "lamp", "rr"])

@@ -1,12 +1,13 @@
 """How `moe-fair vision prune` fares on nets as people have them: torchvision's, timm's,
-transformers' and such as are written by hand (`own_nets.py`).
+transformers' and such as are written by hand (`own_nets.py`, `odd_nets.py`).
 
     python eval/vision_nets.py -o nets.json [--only resnet,vit] [--seconds 120]
 
 Needs an environment with torchvision, timm and `moe_fair[vision]`. Every net has random weights;
 its groups are found and proven as a run does, a tenth to two thirds of every group is cut, and the
 cut net is compared in float64 with the original whose units are silenced where they are *made* (the
-package's proof silences them where they are read), saved, built again from its files and compared
+package's proof silences them where they are read; what a response normalisation, as ConvNeXt V2's,
+adds to a silent channel is taken out too), saved, built again from its files and compared
 once more. One line a net:
 
     ok        all that can be cut is
@@ -31,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import odd_nets
 import own_nets
 import small_transformers
 import torch
@@ -42,6 +44,7 @@ from moe_fair.vision.inputs import classes_of
 from moe_fair.vision.load import example
 from moe_fair.vision.proof import find_groups, uneven_plan
 from moe_fair.vision.reload import check_reloads
+from moe_fair.vision.response_norm import response_norms
 from moe_fair.vision.size import Sizes
 from moe_fair.vision.source import open_source
 from moe_fair.vision.surgery import cut, cuts_of
@@ -79,9 +82,21 @@ test_efficientnet_ln test_efficientnet_evos test_byobnet test_nfnet test_mambaou
 hgnetv2_b0 ghostnetv3_050 convformer_s18 mambaout_femto shvit_s1 cs3darknet_focus_s swiftformer_xs
 legacy_seresnet18 resnetblur18 gmixer_12_224 mvitv2_tiny swinv2_cr_tiny_ns_224 nest_tiny rdnet_tiny
 coatnet_nano_rw_224 csatv2 fastvit_mci0 densenetblur121d
+resnet10t convnext_zepto_rms starnet_s050 dla46_c vit_pwee_patch16_reg1_gap_256
+vit_tiny_r_s16_p8_224 mobilenet_edgetpu_v2_xs coat_lite_tiny gcresnext26ts nf_regnet_b0
 """
 # parts of own nets that are none by themselves
-PARTS = ("conv", "Lambda", "Lora", "Swish", "StandardisedConv", "BinaryConv", "FrozenBatchNorm")
+PARTS = (
+    "conv",
+    "Lambda",
+    "Lora",
+    "Swish",
+    "StandardisedConv",
+    "BinaryConv",
+    "FrozenBatchNorm",
+    "Around",
+    "Response",
+)
 ARGUMENTS = (
     "Discriminator(True)", "Checkpointed(True)", "Blur(False)", "own_convolutions('binary')",
     "parametrised('weight_norm')", "Fixed(4)",
@@ -110,6 +125,9 @@ def nets() -> Iterator[tuple[str, str]]:
     own = [n for n, o in vars(own_nets).items() if getattr(o, "__module__", "") == "own_nets"]
     for name in (*(n for n in own if n not in PARTS), *ARGUMENTS):
         yield f"own {name}", f"own_nets:{name}"
+    odd = [n for n, o in vars(odd_nets).items() if getattr(o, "__module__", "") == "odd_nets"]
+    for name in (n for n in odd if n not in PARTS):
+        yield f"own {name}", f"odd_nets:{name}"
     for kind in small_transformers.CONFIGS:
         yield f"transformers {kind}", kind
 
@@ -150,6 +168,8 @@ def try_net(spec: str, size: int) -> dict[str, Any]:
     except RuntimeError:  # it turns its images into float32
         source.model.float()
         most = 1e-4
+    if any(norm.epsilon is None for _, _, norm in response_norms(source.model)):
+        most = max(most, 1e-5)  # a cut cannot change an ε that stands in the code
     silent = silenced(source.model, graph.groups, kept)
     cuts = cuts_of(graph.groups, kept)
     with torch.no_grad():
@@ -202,7 +222,10 @@ def silenced(
             for m in g.members:
                 layer: Any = masked.get_submodule(m.module)
                 rows = [i for unit in gone for i in m.index[unit]]
-                if m.side == "in":  # an activation that is not 0 at 0 makes something of silence
+                if m.side == "norm":
+                    for p in layer.parameters():
+                        p.view(-1)[rows] = 0
+                elif m.side == "in":  # an activation that is not 0 at 0 makes something of silence
                     weight = layer.weight
                     weight = weight if isinstance(layer, TRANSPOSED) else weight.transpose(0, 1)
                     weight[columns(layer, rows)] = 0

@@ -81,7 +81,7 @@ def collect(
         differentiated = {"rows", "weight_taylor"} & set(needs)
         axes: dict[str, ImageAxis] = {}
         if OF_IMAGES & set(needs):
-            layers = {m.module for g in graph.groups for m in g.consumers}
+            layers = {m.module for g in graph.groups for m in (*g.consumers, *g.norms)}
             axes = image_axes(model, layers, images[:2].to(next(model.parameters()).device))
 
         def differentiate() -> None:

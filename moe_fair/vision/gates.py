@@ -5,6 +5,10 @@ residual addition. The gate multiplies there, at the input of every consumer, so
 model with the unit removed, exactly; and the gradient with respect to a gate of 1 is Σ a·∂L/∂a over
 all places where the unit is read, the gate form of Molchanov et al. (arXiv 1906.10771).
 
+A response normalisation before the consumer would still count the unit in its mean, so the gate
+multiplies its input too, without a gradient there: of what the unit does to others the score knows
+nothing.
+
 Shape legend: S images, N units of all groups, C input channels of a consumer.
 """
 
@@ -18,13 +22,22 @@ from torch import Tensor, nn
 
 from moe_fair.vision.graph import SPATIAL, ChannelGroup
 from moe_fair.vision.image_axis import USUAL, ImageAxis, given
+from moe_fair.vision.response_norm import response_norm
 
 
 def channel_axis(layer: nn.Module) -> int:
     """The axis of a layer's input, and of its output, along which channels lie."""
     if isinstance(layer, SPATIAL):
         return -layer.weight.dim() + 1
-    return -1
+    norm = response_norm(layer)
+    return -1 if norm is None else norm.axis
+
+
+def _channels(layer: nn.Module) -> int:
+    """Channels of a layer's input."""
+    if (norm := response_norm(layer)) is not None:
+        return norm.channels
+    return int(getattr(layer, "in_channels" if isinstance(layer, SPATIAL) else "in_features"))
 
 
 class Gates:
@@ -55,11 +68,10 @@ class Gates:
         at = 0
         for g in groups:
             self.offsets[g.name] = at
-            for m in g.consumers:
-                layer = model.get_submodule(m.module)
+            for m in (*g.consumers, *g.norms):
                 if m.module not in self._maps:
-                    side = "in_channels" if isinstance(layer, SPATIAL) else "in_features"
-                    self._maps[m.module] = torch.full((getattr(layer, side),), self.total)
+                    channels = _channels(model.get_submodule(m.module))
+                    self._maps[m.module] = torch.full((channels,), self.total)
                 units = torch.arange(at, at + g.units.size)
                 self._maps[m.module][torch.tensor(m.index)] = units[:, None]
             at += g.units.size
@@ -88,10 +100,12 @@ class Gates:
     def _hook(self, name: str, layer: nn.Module, places: Tensor):  # type: ignore[no-untyped-def]
         channels = channel_axis(layer)
         where = self._axes.get(name, USUAL)
+        scored = response_norm(layer) is None
 
         def gate(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
             x = given(inputs, named)
-            z = self.values.to(x.device, x.dtype).index_select(1, places.to(x.device))
+            values = self.values if scored else self.values.detach()
+            z = values.to(x.device, x.dtype).index_select(1, places.to(x.device))
             shape = [1] * x.dim()
             shape[channels] = z.shape[1]
             if len(z) > 1:

@@ -6,7 +6,8 @@ depthwise convolutions, and the consumers whose inputs they are. Each channel wi
 one unit. What cannot be cut exactly is left whole, with the reason: channels that set the model's
 outputs, and streams that are normalised over all their channels (LayerNorm), because the remaining
 channels would change when one leaves. Where GroupNorm normalises some of them together, these are
-one unit.
+one unit; where a response normalisation divides by a mean over all of them, it is cut so that the
+others' share in it stays (`response_norm`).
 
 Every group is then proven on the model itself (`proof`): cut and masked model must agree.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from moe_fair.core.units import UnitGroup
 from moe_fair.vision.fused import fused_attentions, gated_mlps, head_columns, head_rows
+from moe_fair.vision.response_norm import response_norm
 from moe_fair.vision.trace import traced
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,7 +49,8 @@ class Member:
     Attributes:
         module: name of the layer.
         side: "out" (rows of a weight, or all of a batch normalisation or depthwise convolution) or
-            "in" (columns of a weight); "heads": the number of heads that an attention counts.
+            "in" (columns of a weight); "heads": the number of heads that an attention counts;
+            "norm": channels of a response normalisation.
         index: [N][m] positions along that side.
     """
 
@@ -71,6 +74,11 @@ class ChannelGroup:
     def consumers(self) -> tuple[Member, ...]:
         """Layers that read the units; with their inputs zeroed a unit has no effect."""
         return tuple(m for m in self.members if m.side == "in")
+
+    @property
+    def norms(self) -> tuple[Member, ...]:
+        """Response normalisations, in which a unit without effect is zero as well."""
+        return tuple(m for m in self.members if m.side == "norm")
 
 
 @dataclass(frozen=True)
@@ -261,6 +269,8 @@ def _members(
             isinstance(layer, TRANSPOSED) and layer.groups == 1
         ):
             side = "out" if out else "in"
+        elif response_norm(layer) is not None:
+            side = "norm"
         elif any(True for _ in layer.parameters()):
             return f"runs through {type(layer).__name__}"
         else:
@@ -286,6 +296,8 @@ def _members(
 
 def _width(layer: nn.Module, side: str) -> int:
     """Channels of a layer on a side."""
+    if (norm := response_norm(layer)) is not None:
+        return norm.channels
     for name in (
         "num_features",
         "num_channels",

@@ -23,6 +23,7 @@ from moe_fair.vision.graph import (
     logits,
 )
 from moe_fair.vision.image_axis import given
+from moe_fair.vision.response_norm import response_norm
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Sizes:
         layers = {
             n: m
             for n, m in model.named_modules()
-            if isinstance(m, (nn.Linear, *SPATIAL, *BY_CHANNEL))
+            if isinstance(m, (nn.Linear, *SPATIAL)) or _has_channels(m)
         }
         places = _places(model, layers, images[:1])
         sides: dict[tuple[str, str], dict[str, int]] = {}
@@ -79,7 +80,12 @@ class Sizes:
             for m in g.members:
                 sides.setdefault((m.module, m.side), {})[g.name] = len(m.index[0])
         self._layers = [
-            _layer(m, places[n], sides.get((n, "in"), {}), sides.get((n, "out"), {}))
+            _layer(
+                m,
+                places[n],
+                sides.get((n, "in"), {}),
+                sides.get((n, "out"), sides.get((n, "norm"), {})),
+            )
             for n, m in layers.items()
         ]
         # all others; fewer where layers share a weight, more where one is computed from several
@@ -113,12 +119,20 @@ class Sizes:
         return self.at(self._groups)
 
 
+def _has_channels(layer: nn.Module) -> bool:
+    """It has numbers for every channel, and no multiply-adds are counted."""
+    return isinstance(layer, BY_CHANNEL) or response_norm(layer) is not None
+
+
 def _layer(m: nn.Module, places: int, per_in: dict[str, int], per_out: dict[str, int]) -> _Layer:
     if isinstance(m, NORMS):
         channels = m.num_channels if isinstance(m, nn.GroupNorm) else m.num_features
         return _Layer("norm", 0, channels, 2, 1, bool(m.affine), 0, {}, per_out)
     if isinstance(m, nn.PReLU):
         return _Layer("norm", 0, m.num_parameters, 1, 1, True, 0, {}, per_out)
+    if (norm := response_norm(m)) is not None:
+        numbers = 1 + (norm.shift is not None)
+        return _Layer("norm", 0, norm.channels, numbers, 1, True, 0, {}, per_out)
     bias = m.bias is not None
     if isinstance(m, nn.Linear):
         return _Layer("plain", m.in_features, m.out_features, 1, 1, bias, places, per_in, per_out)
@@ -137,7 +151,7 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) ->
         def count(layer: nn.Module, inputs: tuple, named: dict[str, Any], out: Tensor) -> None:
             if isinstance(layer, TRANSPOSED):  # at every place of its input
                 out = given(inputs, named)
-            if not isinstance(layer, BY_CHANNEL):
+            if not _has_channels(layer):
                 width = out.shape[-1 if isinstance(layer, nn.Linear) else 1]
                 found[name] += out.numel() // (width * len(image))
 

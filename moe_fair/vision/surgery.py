@@ -1,7 +1,8 @@
 """Cutting exact channels out of layers, and doing it again from the record.
 
 A *cut* says for one side of one layer which positions leave: `(module, "in" | "out", ids)`, or
-which heads an attention no longer counts: `(module, "heads", ids)`. The cuts of a plan name
+which heads an attention no longer counts: `(module, "heads", ids)`; of a response normalisation
+which channels leave: `(module, "norm", ids)`. The cuts of a plan name
 positions of the model before the plan, so their order does not matter; a history is a list of such
 steps, one for each time that the model was pruned.
 """
@@ -21,8 +22,10 @@ from moe_fair.vision.graph import (
     ChannelGroup,
     is_depthwise,
 )
+from moe_fair.vision.response_norm import cut_response_norm, response_norm
 
 Cut = tuple[str, str, list[int]]
+SIDES = ("in", "out", "heads", "norm")
 
 
 def cuts_of(groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> list[Cut]:
@@ -53,10 +56,14 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
             layer = model.get_submodule(module)
         except AttributeError:
             raise ValueError(f"the model has no layer {module!r}: the cuts are another's") from None
-        if side not in ("in", "out", "heads"):
-            raise ValueError(f"{module}: a cut is on side 'in', 'out' or 'heads', not {side!r}")
+        if side not in SIDES:
+            raise ValueError(f"{module}: a cut is on side {', '.join(SIDES)}, not {side!r}")
         if side == "heads":
             cut_heads(layer, module, ids)
+        elif side == "norm":
+            if (norm := response_norm(layer)) is None:
+                raise ValueError(f"{module}: {type(layer).__name__} is no response normalisation")
+            cut_response_norm(layer, norm, _kept(module, norm.channels, ids))
         elif isinstance(layer, CHANNEL_NORMS):
             _cut_channel_norm(layer, _kept(module, layer.num_features, ids))
         elif isinstance(layer, nn.GroupNorm):

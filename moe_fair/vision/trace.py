@@ -18,6 +18,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from moe_fair.vision.concatenation import Parts
+from moe_fair.vision.response_norm import response_norms
+
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
 # takes some hundreds of either
 MOST_CALLS, MOST_STEPS = 20_000, 5_000
@@ -56,13 +59,14 @@ def traced(
     trainable = {p: p.requires_grad for p in model.parameters()}
     broken: dict[Any, str] = {}
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), unchecked(), _guarded(broken):
+        with warnings.catch_warnings(), torch.enable_grad(), unchecked(), _guarded(broken) as parts:
             warnings.simplefilter("ignore")  # about bare parameters, which make a group stay whole
             model.requires_grad_(True)  # the trace follows gradients
             main: list[Any] = []
 
             def run(model: nn.Module, images: Tensor) -> list[Tensor]:
-                found = [t for t in forward(model, images) if t.grad_fn is not None]
+                with parts:
+                    found = [t for t in forward(model, images) if t.grad_fn is not None]
                 if not found:
                     raise ValueError(
                         "no gradient leads into the model (torch.no_grad or detach in its "
@@ -72,9 +76,10 @@ def traced(
                 return found
 
             try:
-                graph = torch_pruning.DependencyGraph().build_dependency(
-                    model, images, forward_fn=run, verbose=False
-                )
+                with _passed(model) as pruners:
+                    graph = torch_pruning.DependencyGraph().build_dependency(
+                        model, images, forward_fn=run, verbose=False, customized_pruners=pruners
+                    )
             except ValueError:
                 raise
             except Exception as e:  # of the model's code or of Torch-Pruning's
@@ -179,16 +184,51 @@ def unchecked() -> Iterator[None]:
 
 
 @contextmanager
-def _guarded(broken: dict[Any, str]) -> Iterator[None]:
+def _passed(model: nn.Module) -> Iterator[dict[type, Any]]:
+    """Response normalisations hand on what they get: a channel of their input is one of theirs.
+
+    Yields what Torch-Pruning must be told of their classes.
+    """
+    from torch_pruning.pruner.function import BasePruningFunc
+
+    class Channels(BasePruningFunc):  # asked only how many there are
+        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            raise AssertionError("the graph is not what cuts")
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return next(layer.parameters()).numel()
+
+        get_in_channels = get_out_channels
+
+    def hand_on(*inputs: Tensor, **named: Tensor) -> Tensor:
+        return (inputs[0] if inputs else next(iter(named.values()))).clone()
+
+    layers = [layer for _, layer, _ in response_norms(model)]
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        yield {type(layer): Channels() for layer in layers}
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _guarded(broken: dict[Any, str]) -> Iterator[Parts]:
     """Torch-Pruning's steps with limits.
 
     Args:
         broken: filled with the nodes whose channels could not be mapped -> why.
+
+    Yields what is to be open while the model runs.
     """
     from torch_pruning.dependency import graph, index_mapping, shape_infer
 
     calls = [0]
     done: list[Any] = []
+    parts = Parts()
 
     def counted(function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -225,6 +265,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
             calls[0] = 0
             try:
                 stock(_One(whole, node))
+                parts.place(node)
             except Exception as e:
                 broken[node] = one_line(e)
 
@@ -237,7 +278,7 @@ def _guarded(broken: dict[Any, str]) -> Iterator[None]:
     for place, n, ours in changes:
         setattr(place, n, ours)
     try:
-        yield
+        yield parts
     finally:
         for place, n, theirs in before:
             setattr(place, n, theirs)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.gates import Gates
 from moe_fair.vision.graph import NORMS, SPATIAL, ChannelGroup, logits, outputs_of, tensors
+from moe_fair.vision.response_norm import enlarge, response_norm
 from moe_fair.vision.trace import copied, one_line, unchecked
 
 TINY = 1e-3  # a tensor without a larger number is filled
@@ -316,6 +317,12 @@ def _filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 fill(layer.bias, -0.5, 0.5)
                 fill(getattr(layer, "running_mean", None), -0.5, 0.5)
                 fill(getattr(layer, "running_var", None), 0.5, 1.5)
+                continue
+            if (norm := response_norm(layer)) is not None:
+                times = 1.0 if norm.epsilon else enlarge(layer)
+                fill(getattr(layer, norm.scale), 0.5, 1.5)
+                if norm.shift is not None:
+                    fill(getattr(layer, norm.shift), -0.5 * times, 0.5 * times)
                 continue
             bare = next(layer.children(), None) is not None
             for name, p in layer.named_parameters(recurse=False):
