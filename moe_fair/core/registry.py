@@ -41,7 +41,7 @@ def declared(package: str, group: str, made: str | None = None) -> list[str] | N
     spec = importlib.util.find_spec(package)
     if spec is None or entry_points(group=group):
         return None
-    found = []
+    found: list[str] = []
     for module in sorted(pkgutil.iter_modules(spec.submodule_search_locations)):
         file = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
         if not file.is_file():  # a package, or byte code alone
@@ -49,28 +49,29 @@ def declared(package: str, group: str, made: str | None = None) -> list[str] | N
         names = _called(file, made) if made else _assigned(file)
         if None in names:
             return None
-        found += names
+        found += filter(None, names)
     return found
 
 
-def _called(file: Path, made: str) -> list[Any]:
+def _called(file: Path, made: str) -> list[str | None]:
     """The name in each `made("NAME", ...)`, None for one that is not written out."""
     nodes = ast.walk(ast.parse(file.read_bytes()))
     calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", None) == made]
-    return [n.args[0].value if n.args and _is_text(n.args[0]) else None for n in calls] or [None]
+    return [_text(n.args[0]) if n.args else None for n in calls] or [None]
 
 
-def _assigned(file: Path) -> list[Any]:
+def _assigned(file: Path) -> list[str | None]:
     """What `name = "NAME"` says, None where `name` comes otherwise, nothing where it does not."""
     tree = ast.parse(file.read_bytes())
     values = [n.value for n in tree.body if isinstance(n, ast.Assign) and _is_name(n.targets[0])]
     if not values and any(_is_name(n) for n in ast.walk(tree)):
         return [None]
-    return [v.value if _is_text(v) else None for v in values]
+    return [_text(v) for v in values]
 
 
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _text(node: ast.AST) -> str | None:
+    """What stands in quotes, if this is all."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def _is_name(node: ast.AST) -> bool:
