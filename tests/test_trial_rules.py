@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
-import trial_rules
+from places import ROOT
 
 from moe_fair.pipelines import plan_selection
+
+sys.path.insert(0, str(ROOT / "eval"))
+import trial_rules
 
 
 @pytest.mark.parametrize("seed", range(20))
