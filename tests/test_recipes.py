@@ -25,7 +25,10 @@ from moe_fair.pipelines.moe import open_model
 pytestmark = pytest.mark.slow  # whole runs, by and large
 
 RECIPES = sorted((ROOT / "recipes" / "moe").glob("*.yaml"))
-BY_NIGHT = ("deepseek-v2-lite", "qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b")
+BY_NIGHT = (
+    "qwen1.5-moe-a2.7b-chat-40", "deepseek-v2-lite", "qwen3-30b-a3b", "olmoe-1b-7b",
+    "mixtral-8x7b", "gpt-oss-20b",
+)  # fmt: skip
 # what decides the structure, from each model's own config.json
 REAL: dict[str, dict[str, Any]] = {
     "Qwen/Qwen1.5-MoE-A2.7B-Chat": {

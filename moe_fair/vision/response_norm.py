@@ -125,10 +125,7 @@ def _as_computed(own: nn.Module, count: int) -> ResponseNorm | None:
     for axis in (-1, -3):
         x = LARGE * torch.randn(2, *sides, count, generator=generator, dtype=torch.float64)
         x = x.movedim(-1, axis)
-        try:
-            y = own.forward(x)
-        except Exception:  # it has its channels elsewhere
-            continue
+        y = _run(own, x)
         for scale, shift in permutations(names):
             if scale is None:
                 continue
@@ -136,6 +133,14 @@ def _as_computed(own: nn.Module, count: int) -> ResponseNorm | None:
             if _same(y, _formula(own, found, x, 0.0)):
                 return ResponseNorm(count, scale, shift, _epsilon(own, found, x), axis)
     return None
+
+
+def _run(own: nn.Module, x: Tensor) -> object:
+    """What it makes of `x`; None where it has its channels elsewhere."""
+    try:
+        return own.forward(x)
+    except Exception:  # another module's code raises what it likes
+        return None
 
 
 def _epsilon(own: nn.Module, found: ResponseNorm, x: Tensor) -> str | None:

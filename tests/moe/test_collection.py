@@ -104,6 +104,7 @@ def test_prune_collects_what_its_plans_need(
     assert found.backward is backward
 
 
+@pytest.mark.nightly
 def test_the_file_holds_just_that_and_the_plan_says_what_is_missing(
     tmp_path: Path, fails: Fails
 ) -> None:

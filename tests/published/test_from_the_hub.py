@@ -24,6 +24,7 @@ print("|".join(sorted(every - small)))
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_of_the_root_once_and_every_small_file(tmp_path: Path) -> None:
     layout = next(x for x in LAYOUTS if "gpt-oss" in x.name)
     folder = lay_out(layout, tmp_path / "checkpoint")

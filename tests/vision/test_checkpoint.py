@@ -89,7 +89,7 @@ def test_a_checkpoint_fetches_no_weights(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"format": "other/9"}, "not a record of cuts that this version reads"),
         ({"base": {"kind": "pickle"}}, "unknown base 'pickle'"),
         ({"history": [[["conv9", "out", [0]]]]}, "no layer 'conv9'"),
-        ({"history": [[["conv1", "up", [0]]]]}, "side 'in', 'out' or 'heads'"),
+        ({"history": [[["conv1", "up", [0]]]]}, "side in, out, heads, norm, not 'up'"),
         ({"history": []}, "does not fit the model"),
     ],
 )
