@@ -71,6 +71,7 @@ def test_costs_are_those_of_masked_models(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_measurement_goes_on_at_the_missing_layer(
     measured: tuple[Statistics, Path], statistics_folder: Path, recipe: Recipe
 ) -> None:

@@ -74,6 +74,7 @@ def test_statistics_bring_their_own_text(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_edited_text_is_not_taken_for_the_models(tmp_path: Path) -> None:
     moe_fair.calibrate(str(MODEL), tmp_path / "stats", calibration="self", **SMALL)
     file = tmp_path / "stats" / "self.jsonl"

@@ -82,7 +82,7 @@ def test_the_numbers_of_the_lm_eval_command(
     out: Path, tmp_path: Path, run: Callable[..., str], side: str, tasks: str, count: int
 ) -> None:
     """Choice and rolling, to the last digit."""
-    few = "--limit", "2"
+    few = "--limit", "1"
     given = "--tasks", tasks, "--include-path", TASKS
     shown = json.loads(run("eval", out, "--baseline", MODEL, *given, *few, "--json"))
     folder = out / "moe_fair"

@@ -346,9 +346,8 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine", [pytest.param("resident", marks=pytest.mark.nightly), "streaming"]
-)
+@pytest.mark.parametrize("engine", ["resident", "streaming"])
+@pytest.mark.nightly
 def test_one_process_of_two_makes_do_for_itself(
     tmp_path: Path, recipe: Make, undisturbed: Statistics, engine: str
 ) -> None:

@@ -182,7 +182,13 @@ SHOWN = ["run[v2]", "[/bold]x", ":smile:", r"a\x1b[31mb", r"a\nmoe-fair: error: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shown"), list(zip(NAMES, SHOWN, strict=True)), ids=range(5))
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param(*both, id=str(i), marks=pytest.mark.nightly if i in (1, 2) else ())
+        for i, both in enumerate(zip(NAMES, SHOWN, strict=True))
+    ],
+)
 def test_outputs_with_hostile_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     cut: list[str], name: str, shown: str,

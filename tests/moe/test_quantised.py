@@ -43,7 +43,16 @@ THEIRS = {
 # zero points; a scale that is not one a row; a scale of the whole; squares that are cut off
 NOT_THEIRS = {"W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4A16", "fp8, squares cut off"}
 QUICK = ("fp8", "W4A16")  # of the schemes; every other one is tried in whole runs
-PARAMS = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SCHEMES]
+# of a scheme that is there with other numbers; test_repacking.py has these by day, too
+BY_NIGHT = ("GPTQ, 8 bits", "GPTQ, 2 bits", "W8A16", "ModelOpt FP8 of rows")
+
+
+def _marks(scheme: str) -> list[pytest.MarkDecorator]:
+    slow = [] if scheme in QUICK else [pytest.mark.slow]
+    return [*slow, pytest.mark.nightly] if scheme in BY_NIGHT else slow
+
+
+PARAMS = [pytest.param(n, marks=_marks(n)) for n in SCHEMES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

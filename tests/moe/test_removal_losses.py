@@ -97,6 +97,7 @@ def test_removals_equal_masked_models(kind: str) -> None:
 SMALL = ["-c", str(CALIBRATION), "--samples", "2", "--length", "16"]
 
 
+@pytest.mark.nightly
 def test_the_command_goes_on_where_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
