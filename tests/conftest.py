@@ -20,7 +20,7 @@ from places import CALIBRATION, MODEL
 
 from moe_fair.report import figures
 
-SMALL_PICTURES = 50
+SMALL_PICTURES = 75  # dots an inch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

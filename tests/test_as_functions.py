@@ -131,13 +131,8 @@ def kept(plan: Plan | None) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(torch.inference_mode, marks=pytest.mark.nightly),
-        pytest.param(torch.no_grad, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_within_torchs_modes(
     tmp_path: Path, settings: dict[str, Any], statistics_folder: Path, mode: Callable[[], Any]
 ) -> None:

@@ -168,12 +168,14 @@ def test_text_that_has_changed_is_refused(tmp_path: Path, fails: Fails) -> None:
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_other_text_that_is_asked_for(tmp_path: Path) -> None:
-    given = ["-c", CALIBRATION, "--samples", 4, "--length", 64]
+def test_text_that_has_changed_and_is_asked_for(tmp_path: Path) -> None:
+    """With a setting of the text, or by its name."""
+    text = tmp_path / "text.txt"
+    text.write_text((CALIBRATION / "python.jsonl").read_text()[:60_000])
+    given = ["-c", text, "--samples", 4, "--length", 64]
     run("prune", MODEL, "--experts", 40, *given, "--repair", "none", "-o", tmp_path / "out")
     run("calibrate", MODEL, *given, "-o", tmp_path / "stats")
-    text = tmp_path / "text.txt"
-    text.write_text("Other words. " + (CALIBRATION / "python.jsonl").read_text()[:60_000])
+    text.write_text("Other words. " + text.read_text())
     recipe = tmp_path / "out" / "moe_fair" / "recipe.yaml"
     run("prune", "--recipe", recipe, "--seed", 1, "-o", tmp_path / "three")
     stats = ["prune", MODEL, "--stats", tmp_path / "stats", "--experts", 40]

@@ -42,7 +42,8 @@ def declared(package: str, group: str, made: str | None = None) -> list[str] | N
     if spec is None or entry_points(group=group):
         return None
     found: list[str] = []
-    for module in sorted(pkgutil.iter_modules(spec.submodule_search_locations)):
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
+    for module in sorted(modules, key=lambda m: m.name):
         file = Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
         if not file.is_file():  # a package, or byte code alone
             return None

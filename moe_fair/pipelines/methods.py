@@ -8,6 +8,7 @@ from moe_fair.core.recipe import Recipe
 from moe_fair.core.registry import pick
 from moe_fair.moe.criteria import criteria, criterion
 from moe_fair.moe.repairs import repair
+from moe_fair.pipelines.choices import METHODS
 from moe_fair.pipelines.serving import allocator_for
 
 Method = tuple[Criterion, Criterion | None, str]
@@ -48,7 +49,7 @@ def method(recipe: Recipe) -> tuple[Criterion, Criterion | None, str]:
             rule or (name if name in allocators() else "uniform"),
         )
     else:
-        pick({"second-order": None, **PAIRS, **criteria()}, name, "method")
+        pick({**METHODS, **criteria()}, name, "method")
         raise AssertionError
     rule = allocator_for(rule, recipe.serve, named=parts["allocate"] is not None)
     paired = allocator(rule).needs_protection or wanted or name in PAIRS

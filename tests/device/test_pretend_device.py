@@ -115,13 +115,8 @@ def test_the_rest_of_the_stages(model: Path, tmp_path: Path) -> None:
     held_to(model, tmp_path, REST)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("said", marks=pytest.mark.nightly),
-        pytest.param("said by default", marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["said", "said by default"])
 def test_a_device_that_is_too_small(model: Path, tmp_path: Path, name: str) -> None:
     """Weights take 1.2 MB, logits of a batch 2: stages make do, in words, and end."""
     [(_, found)] = on_device("stages", model, tmp_path, "cuda", name, PRETEND_BYTES="4e6")

@@ -71,18 +71,19 @@ def by_hand(model: Path, output: Path, tasks: str, *more: str) -> dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("side", "tasks", "count"),
+    ("side", "tasks", "count", "limit"),
     [
-        pytest.param("original", EVERY, 9, marks=pytest.mark.nightly),
-        pytest.param("pruned", EVERY, 9, marks=pytest.mark.nightly),
-        ("pruned", "local_choice_python,local_passages_rust-docs", 2),
+        pytest.param("original", EVERY, 9, 2, marks=pytest.mark.nightly),
+        pytest.param("pruned", EVERY, 9, 2, marks=pytest.mark.nightly),
+        ("pruned", "local_choice_python,local_passages_rust-docs", 2, 1),
     ],
 )
 def test_the_numbers_of_the_lm_eval_command(
-    out: Path, tmp_path: Path, run: Callable[..., str], side: str, tasks: str, count: int
-) -> None:
+    out: Path, tmp_path: Path, run: Callable[..., str], side: str, tasks: str, count: int,
+    limit: int,
+) -> None:  # fmt: skip
     """Choice and rolling, to the last digit."""
-    few = "--limit", "1"
+    few = "--limit", str(limit)
     given = "--tasks", tasks, "--include-path", TASKS
     shown = json.loads(run("eval", out, "--baseline", MODEL, *given, *few, "--json"))
     folder = out / "moe_fair"

@@ -309,11 +309,8 @@ def test_devices_are_written_into(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [["prune", "--ratio"], ["sparsify", "--sparsity"]],
-)
 @pytest.mark.nightly
+@pytest.mark.parametrize("command", [["prune", "--ratio"], ["sparsify", "--sparsity"]])
 def test_image_classifiers_in_a_volume(command: list[str], volume: Path) -> None:
     runs(
         "vision", *command, 0.5, "moe_fair.vision.zoo:ResNet(1, 10, 1, 4)", "--data", "digits",

@@ -295,7 +295,7 @@ def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path)
     before = {n: p.detach().clone() for n, p in original.named_parameters()}
     ids = torch.cat([b.input_ids for b in text[:2]])
     distances = {}
-    for name in (None, "refit", "distill"):
+    for name in (None, "scale", "refit", "distill"):
         model = copy.deepcopy(original)
         if name is None:
             cut(model, kept)
@@ -308,7 +308,7 @@ def test_the_reference_model_comes_nearer_to_itself_also_on_disk(tmp_path: Path)
             a = original(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             b = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         distances[name] = float((a - b).square().sum())
-    assert distances["distill"] < distances["refit"] < distances[None]
+    assert distances["distill"] < distances["refit"] < distances["scale"] < distances[None]
     assert any(d.epoch for d in done)  # so that router, gate and up were written as well
     write_model(checkpoint, kept, tmp_path / "out", repaired=tmp_path / "distill")
     on_disk = load(tmp_path / "out", torch.bfloat16).state_dict()  # as the reference is

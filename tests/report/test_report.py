@@ -393,7 +393,7 @@ def test_any_document_can_be_drawn() -> None:
     half = figures.routing_maps([("\udcff", marked)], "channel")  # of a name in bytes
     assert half.startswith(b"\x89PNG")
     width, height = html.png_size(picture.png)
-    assert width > height > 50
+    assert width > height > 100
 
 
 def test_drawing_leaves_torch_and_matplotlib_alone(out: Path) -> None:
