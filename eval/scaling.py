@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT64 = 8
-# of every expert and domain: sums that need no gradient, Taylor sums, and three of its removal; one
-# more for every other expert is the removal of both
-SCALARS = 8 + 3 + 3
+# of every expert and domain: sums that need no gradient, Taylor sums, and four of its removal (one
+# by every other sequence); one more for every other expert is the removal of both
+SCALARS = 8 + 3 + 4
 VECTORS = 2  # Σf and Σf², a value for every model dimension
 LOGITS = 2**24  # elements of a chunk of logits, as the streaming engine has it
 

@@ -294,7 +294,7 @@ def test_streamed_in_one_go(tmp_path: Path, repair: str) -> None:
         out = tmp_path / engine
         moe_fair.prune(
             str(MODEL), out, experts=24, calibration=str(CALIBRATION), samples=64, length=16,
-            repair=repair, engine=engine, rivals="reap/global",
+            repair=repair, engine=engine, rivals="reap/global", self_share=0,
         )  # fmt: skip
         plans.append(read(out))
     assert plans[0].explanation == plans[1].explanation
