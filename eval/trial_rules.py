@@ -8,12 +8,12 @@ is. In the last round the sequences that neither teach the fits nor are held bac
 statistics judge as well, to see what more judges would say; the default's rule does not see them.
 Rules:
 
-- `margin`: a rival's plan where it loses less by a tenth and a standard error: the default's;
+- `least`: the plan that loses least: the default's;
+- `margin`: a rival's plan where it loses less by a tenth and a standard error;
 - `half`: by a twentieth and half of a standard error;
-- `least`: the plan that loses least;
 - `least-all`, `margin-all`: the same, all sequences judging.
 
-Rows are those of `eval/lab.py`: `default@+.25` is what `margin` takes, `default=PLAN@+.25` another
+Rows are those of `eval/lab.py`: `default@+.25` is what `least` takes, `default=PLAN@+.25` another
 plan that some rule takes, and `judged` holds every finalist's change and its standard error.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moe_fair.moe.checkpoint_source import Checkpoint
 
 TEXT = "+.25"
-RULES = ("margin", "half", "least", "margin-all", "least-all")
+RULES = ("least", "margin", "half", "least-all", "margin-all")
 Judged = dict[str, list[tuple[str, float, float]]]  # by whom -> plan, change, standard error
 
 
@@ -131,7 +131,7 @@ def measure(args: Any, model: str, seed: int) -> Iterator[compare.Row]:
         [row] = subject.rows([("default", ratio)])
         found = {rule: takes(rule, subject.judged) for rule in RULES}
         taken = row["taken"]
-        assert found["margin"] == taken  # the rule here is the default's
+        assert found["least"] == taken  # the rule here is the default's
         yield {**row, "method": usual, "judged": subject.judged, "rules": found}
         for plan in sorted(set(found.values()) - {taken}):
             subject.taken = plan
