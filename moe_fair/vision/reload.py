@@ -35,7 +35,7 @@ def check_reloads(source: Source, images: Tensor) -> None:
     """
     images = images[:1]
     try:
-        wanted = _outputs(source.model, images)
+        wanted = outputs(source.model, images)
     except Exception as e:  # of the model's own code
         if out_of_memory(e):
             raise
@@ -51,8 +51,8 @@ def check_reloads(source: Source, images: Tensor) -> None:
                 f"the model cannot be saved and built again ({type(e).__name__}: "
                 f"{' '.join(str(e).split())[:200]}), so no result could be read"
             ) from e
-        found = _outputs(again, images)
-    if not _same(wanted, _outputs(source.model, images)):
+        found = outputs(again, images)
+    if not _same(wanted, outputs(source.model, images)):
         raise ValueError(
             "the model gives other outputs each time it sees the same images: it draws random "
             "numbers in evaluation too (a functional dropout without training=self.training?), so "
@@ -88,7 +88,7 @@ def checked_afresh(folder: Path, model: nn.Module, images: Tensor) -> Iterator[N
                 f"the result cannot be built in a process of its own and stays in {folder}: {said}"
             )
         found = load_file(answered)["outputs"]
-    if not _same(_outputs(model, images), found):
+    if not _same(outputs(model, images), found):
         raise RuntimeError(
             f"the result, built in a process of its own, gives other outputs than the model that "
             f"was made and stays in {folder}"
@@ -99,13 +99,13 @@ def checked_afresh(folder: Path, model: nn.Module, images: Tensor) -> Iterator[N
 def _elsewhere(
     arguments: list[str],
 ) -> Iterator[Callable[[], subprocess.CompletedProcess[str]]]:
-    """`main` in a process of its own, which finds the code that this one can import; waits for it.
+    """`afresh` in a process of its own, which finds the code that this one can import.
 
-    It ends with the block.
+    It ends with the block; what is yielded waits for it.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     with subprocess.Popen(
-        [sys.executable, "-m", "moe_fair.vision.reload", *arguments],
+        [sys.executable, "-m", "moe_fair.vision.afresh", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,8 +123,8 @@ def _elsewhere(
             process.kill()
 
 
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """In eval mode; the model is left as it was."""
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model gives in eval mode; it is left as it was."""
     parameter, training = next(model.parameters()), model.training
     try:
         with torch.no_grad():
@@ -139,14 +139,3 @@ def _same(wanted: Tensor, found: Tensor) -> bool:
         return False
     scale = float(wanted.abs().max())
     return float((wanted - found).abs().max()) <= CLOSE * scale
-
-
-def main(folder: str, asked: str, answered: str, threads: str) -> None:
-    """What the process of its own does."""
-    torch.set_num_threads(int(threads))
-    model = open_pruned(Path(folder), trust_remote_code=True).model
-    save_file({"outputs": _outputs(model, load_file(asked)["images"]).contiguous()}, answered)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
