@@ -175,9 +175,7 @@ def taylor(
                 p.requires_grad_(True)
         with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
-                gates.values = torch.ones(
-                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
-                )
+                gates.open(len(x), precision, x.device)
                 # summed, not averaged: every image keeps its own gradient
                 nn.functional.cross_entropy(logits(model, x), y, reduction="sum").backward()
                 if gates.values.grad is None:
@@ -226,9 +224,7 @@ def logit_changes(
         model.requires_grad_(False)
         with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
-                gates.values = torch.ones(
-                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
-                )
+                gates.open(len(x), precision, x.device)
                 out = logits(model, x)
                 f = out.detach().double()
                 total = torch.full((len(x), gates.total), -torch.inf, dtype=torch.float64)

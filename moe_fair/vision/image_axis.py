@@ -9,7 +9,7 @@ Shape legend: S images, k rows of an image, T places of a sequence, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.graph import SPATIAL, logits
+from moe_fair.vision.layer_input import given
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,6 @@ class ImageAxis:
 
 
 USUAL = ImageAxis()
-
-
-def given(inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
-    """What a layer is called with, by place or by keyword."""
-    return inputs[0] if inputs else next(iter(named.values()))
 
 
 def image_axes(model: nn.Module, layers: Iterable[str], images: Tensor) -> dict[str, ImageAxis]:

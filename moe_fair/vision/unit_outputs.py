@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from moe_fair.core.distances import directions, largest_class_distance
 from moe_fair.vision.graph import SPATIAL, Graph, Member, logits
-from moe_fair.vision.image_axis import USUAL, ImageAxis, given
+from moe_fair.vision.image_axis import USUAL, ImageAxis
+from moe_fair.vision.layer_input import given
 from moe_fair.vision.portions import portion
 
 
