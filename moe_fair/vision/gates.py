@@ -119,7 +119,7 @@ class Gates:
                 shape[where.axis] = x.shape[where.axis]
                 z = where.spread(z, x.shape[where.axis])
             z = z.reshape(shape)
-            x = _Open.apply(x, z) if self.values is self._ones else x * z  # type: ignore[no-untyped-call]
+            x = _Open.apply(x, z) if self.values is self._ones else x * z
             return with_input(inputs, named, x)
 
         return gate
