@@ -64,7 +64,7 @@ def prune(
         from moe_fair.pipelines import vision as pipeline
         from moe_fair.report.vision import summary
 
-    done = pipeline.prune(settings, output, start_over=fresh, say=say)
+    done = pipeline.prune(settings, output, start_over=fresh, own_process=True, say=say)
     if as_json:
         print(json.dumps(done.plain(), indent=1))
     else:

@@ -20,12 +20,12 @@ def main(folder: str, asked: str, answered: str, threads: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from moe_fair.vision.answers import answers
     from moe_fair.vision.checkpoint import open_pruned
-    from moe_fair.vision.reload import outputs
 
     torch.set_num_threads(int(threads))
     model = open_pruned(Path(folder), trust_remote_code=True).model
-    save_file({"outputs": outputs(model, load_file(asked)["images"]).contiguous()}, answered)
+    save_file({"outputs": answers(model, load_file(asked)["images"]).contiguous()}, answered)
 
 
 if __name__ == "__main__":
