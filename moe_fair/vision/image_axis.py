@@ -9,7 +9,7 @@ Shape legend: S images, k rows of an image, T places of a sequence, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,18 +48,29 @@ class ImageAxis:
 USUAL = ImageAxis()
 
 
-def image_axes(model: nn.Module, layers: Iterable[str], images: Tensor) -> dict[str, ImageAxis]:
+Shapes = Mapping[str, Sequence[torch.Size]]  # layer -> of its input, in each of its calls
+
+
+def input_shapes(model: nn.Module, layers: Iterable[str], images: Tensor) -> Shapes:
+    """What the layers are given when the model sees these images."""
+    return _inputs(model, layers, images, lambda t: t.shape)
+
+
+def image_axes(
+    model: nn.Module, layers: Iterable[str], images: Tensor, shapes: Shapes | None = None
+) -> dict[str, ImageAxis]:
     """Of the layers whose images are not along the first axis, one row each, where they are.
 
     Args:
         images: two or more, of which two are looked at.
+        shapes: `input_shapes` of two images, where they are known.
 
     Raises:
         ValueError: an input in which they are in no order that is known here.
     """
     layers = list(layers)
     x = images[:2].clone()
-    shapes = _inputs(model, layers, x, lambda t: t.shape)
+    shapes = shapes or input_shapes(model, layers, x)
     layers = [n for n, calls in shapes.items() if not all(_plain(model, n, c) for c in calls)]
     if not layers:
         return {}
