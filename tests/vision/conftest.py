@@ -23,7 +23,7 @@ CLASSES = ("blue", "green", "red")
 @pytest.fixture(autouse=True)
 def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are built anew in this process; in the tests of that by one that is forked from what
-    has torch; by one that is started in a single test, and in that of the command."""
+    has torch; by one that is started in a single test. In that of the command nothing stands in."""
     if request.node.name in (
         "test_models_whose_states_are_peculiar[versioned]",
         "test_the_command",
