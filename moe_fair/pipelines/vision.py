@@ -137,7 +137,8 @@ class _Pruning:
         """Find the units, and whether the target can be met; that depends on no score."""
         settings, source = self.settings, self.source
         check_reloads(source, self.example)
-        graph, sizes = self.first = self._units(copied(source.model).cpu())
+        graph, sizes = self.first = self._units(source.model.cpu())
+        source.model.to(self.device)
         if settings.method:
             check_method(source.model, graph.groups, settings.method)
         self.whole, self.units = sizes.whole, sum(g.size for g in graph.units)
