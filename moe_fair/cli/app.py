@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_fair.cli import terminal
-from moe_fair.cli.garbage import uncollected
 from moe_fair.cli.options import (
     Against,
     AllowPickle,
@@ -62,6 +61,7 @@ from moe_fair.cli.options import (
 from moe_fair.cli.recipes import recipes
 from moe_fair.cli.schema import FOOT, Command, takes
 from moe_fair.cli.vision import app as vision_app
+from moe_fair.core.garbage import uncollected
 from moe_fair.core.made_files import find_statistics
 from moe_fair.core.manifest import check_result
 from moe_fair.core.printable import printable

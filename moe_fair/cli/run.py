@@ -12,8 +12,8 @@ import typer
 
 from moe_fair.cli import terminal
 from moe_fair.cli.app import app
-from moe_fair.cli.garbage import end_uncollected
 from moe_fair.core import interrupts
+from moe_fair.core.garbage import end_uncollected
 from moe_fair.engines import processes
 
 # what several processes do together; of other commands the first process does all

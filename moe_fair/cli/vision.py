@@ -15,6 +15,7 @@ from moe_fair.cli.options import Debug, Json, Output, Pruned, RecipeFile, option
 from moe_fair.cli.schema import Command, takes
 from moe_fair.cli.terminal import say
 from moe_fair.core.bundled_recipes import VISION, recipe_path
+from moe_fair.core.garbage import uncollected
 from moe_fair.core.recipe_file import check_trust, read_settings
 from moe_fair.core.registry import check_settings
 from moe_fair.core.settings import settings_of
@@ -57,12 +58,13 @@ def prune(
             written = {k: v for k, v in written.items() if k not in TARGETS}
         given = {**written, **given}
     _check_named(given, {"model": "a MODEL", "data": "--data"})
-    settings = Settings.of(given)
-    from moe_fair.cli.render import render
-    from moe_fair.pipelines import vision as pipeline
-    from moe_fair.report.vision import summary
+    with uncollected():
+        settings = Settings.of(given)
+        from moe_fair.cli.render import render
+        from moe_fair.pipelines import vision as pipeline
+        from moe_fair.report.vision import summary
 
-    done = pipeline.prune(settings, output, start_over=fresh, say=say)
+    done = pipeline.prune(settings, output, start_over=fresh, own_process=True, say=say)
     if as_json:
         print(json.dumps(done.plain(), indent=1))
     else:
@@ -80,10 +82,11 @@ def sparsify(
         given = {**_written(recipe, SparseSettings), **given}
     wanted = {"model": "a MODEL", "data": "--data", "sparsity": "--sparsity"}
     _check_named(given, wanted)
-    settings = SparseSettings.of(given)
-    from moe_fair.cli.render import render
-    from moe_fair.pipelines import sparse as pipeline
-    from moe_fair.report.sparse import summary
+    with uncollected():
+        settings = SparseSettings.of(given)
+        from moe_fair.cli.render import render
+        from moe_fair.pipelines import sparse as pipeline
+        from moe_fair.report.sparse import summary
 
     done = pipeline.sparsify(settings, output, say=say)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from moe_fair.pipelines.finish import name_result, verify_result
 from moe_fair.report.vision import document
 from moe_fair.report.write import write_document
 from moe_fair.vision.accuracy import GUESSED, guessed, latency, top1
+from moe_fair.vision.apart import Elsewhere, set_apart
 from moe_fair.vision.checkpoint import save_pruned
 from moe_fair.vision.collect import collect
 from moe_fair.vision.data import sample
@@ -64,22 +66,38 @@ class Pruned:
 @torch.inference_mode(False)  # whatever the caller's mode: gradients are needed here
 @torch.enable_grad()
 def prune(
-    settings: Settings, output: Path, *, start_over: bool = False, say: Say = lambda _: None
+    settings: Settings,
+    output: Path,
+    *,
+    start_over: bool = False,
+    own_process: bool = False,
+    say: Say = lambda _: None,
 ) -> Pruned:
     """A pruned image classifier in `output`.
 
     Args:
         start_over: forget the steps and epochs that a killed run finished.
+        own_process: this process has nothing of any model yet; see `set_apart`.
 
     Raises:
         ValueError: bad input, or a target that cannot be met.
     """
     output = Path(output)  # text will do
-    with claim(output) as place:
-        return _prune(settings, output, place, start_over, say)
+    with (
+        set_apart(settings.model) if own_process else nullcontext() as apart,
+        claim(output) as place,
+    ):
+        return _prune(settings, output, place, apart, start_over, say)
 
 
-def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say: Say) -> Pruned:
+def _prune(
+    settings: Settings,
+    output: Path,
+    place: Place,
+    apart: Elsewhere | None,
+    start_over: bool,
+    say: Say,
+) -> Pruned:
     run = _Pruning(settings, place, start_over, say)
     run.check()
     dense = run.evaluate(run.dense)
@@ -92,7 +110,7 @@ def _prune(settings: Settings, output: Path, place: Place, start_over: bool, say
         records.append(record)
     result = run.compare(source, dense, records)
     plans = run.write(source)
-    with checked_afresh(run.folder, source.model, run.example):
+    with checked_afresh(run.folder, source.model, run.example, apart):
         run.write_report(plans, result)
         run.verify()
     run.finish(output)
@@ -119,7 +137,8 @@ class _Pruning:
         """Find the units, and whether the target can be met; that depends on no score."""
         settings, source = self.settings, self.source
         check_reloads(source, self.example)
-        graph, sizes = self.first = self._units(copied(source.model).cpu())
+        graph, sizes = self.first = self._units(source.model.cpu())
+        source.model.to(self.device)
         if settings.method:
             check_method(source.model, graph.groups, settings.method)
         self.whole, self.units = sizes.whole, sum(g.size for g in graph.units)

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cbook import boxplot_stats
+from matplotlib.collections import LineCollection
 
 from moe_fair.core.printable import printable
 from moe_fair.report.figures import BLUE, ORANGE, RED, WIDTH, Curve, drawing
 from moe_fair.report.numbers import clipped
 
+Line = list[tuple[float, float]]  # its points
+
 PALE = "#d9dfe6"
+BOX = 0.6  # width, in groups
 NAMED = 24  # groups whose names have room along an axis or in a legend
 TALLEST = 200.0  # inches: of more layers than have room the names lie over each other
 
@@ -75,13 +80,32 @@ def score_boxes(kinds: Sequence[tuple[str, Sequence[np.ndarray]]], names: Sequen
         for axes, (title, groups) in zip(panels, kinds, strict=True):
             means = [np.abs(values).mean() for values in groups]
             shares = [v / m if m > 0 else v for v, m in zip(groups, means, strict=True)]
-            axes.boxplot(shares, whis=(5, 95), showfliers=False, widths=0.6)
+            _boxes(axes, shares)
             axes.set(title=printable(title), xlabel="group, in model order")
             places = np.arange(0, len(groups), max(1, -(-len(groups) // NAMED)))
             labels = [clipped(printable(names[int(p)])) for p in places]
             axes.set_xticks(places + 1, labels, rotation=90, fontsize=6)
         panels[0].set_ylabel("score / mean of the group")
     return done()
+
+
+def _boxes(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """The same picture as of `Axes.boxplot` with whiskers from 5 to 95 %, which draws every line by
+    itself: of forty groups that takes a quarter of a second."""
+    black: list[Line] = []
+    orange: list[Line] = []
+    for at, box in enumerate(boxplot_stats(list(values), whis=(5, 95)), 1):
+        low, first, median, third, high = (box[n] for n in ("whislo", "q1", "med", "q3", "whishi"))
+        left, right = at - BOX / 2, at + BOX / 2
+        around = [(left, first), (right, first), (right, third), (left, third), (left, first)]
+        black += [around, [(at, first), (at, low)], [(at, third), (at, high)]]
+        black += [[(at - BOX / 4, y), (at + BOX / 4, y)] for y in (low, high)]
+        orange.append([(left, median), (right, median)])
+    for lines, colour, ends in ((black, "black", "projecting"), (orange, "C1", "butt")):
+        paths = [np.array(line) for line in lines]
+        axes.add_collection(LineCollection(paths, colors=colour, linewidths=1, capstyle=ends))
+    axes.set_xlim(0.5, len(values) + 0.5)
+    axes.autoscale_view(scalex=False)
 
 
 def training_steps(losses: Sequence[float], left: Sequence[float]) -> bytes:

@@ -27,7 +27,7 @@ from moe_fair.vision.graph import (
     is_depthwise,
     logits,
 )
-from moe_fair.vision.image_axis import ImageAxis, image_axes
+from moe_fair.vision.image_axis import ImageAxis, Shapes, image_axes, input_shapes
 from moe_fair.vision.trace import one_line, unchecked
 from moe_fair.vision.unit_outputs import MeasureConfig, batches, feature_ranks, index_of, u_scores
 
@@ -80,9 +80,12 @@ def collect(
                 constants[g.name]["seed"] = torch.full((g.units.size,), float(watch.seed))
         differentiated = {"rows", "weight_taylor"} & set(needs)
         axes: dict[str, ImageAxis] = {}
+        shapes: Shapes | None = None
         if OF_IMAGES & set(needs):
             layers = {m.module for g in graph.groups for m in (*g.consumers, *g.norms)}
-            axes = image_axes(model, layers, images[:2].to(next(model.parameters()).device))
+            two = images[:2].to(next(model.parameters()).device)
+            shapes = input_shapes(model, layers, two)
+            axes = image_axes(model, layers, two, shapes)
 
         def differentiate() -> None:
             nonlocal rows
@@ -94,7 +97,8 @@ def collect(
 
         if "u_score" in needs:  # watched while the forward for the gradients runs, if there is one
             run = differentiate if differentiated else None
-            for n, u in u_scores(model, graph, images, labels, watch, axes=axes, run=run).items():
+            found = u_scores(model, graph, images, labels, watch, axes=axes, shapes=shapes, run=run)
+            for n, u in found.items():
                 constants[n]["u_score"] = u
         elif differentiated:
             differentiate()
@@ -175,9 +179,7 @@ def taylor(
                 p.requires_grad_(True)
         with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
-                gates.values = torch.ones(
-                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
-                )
+                gates.open(len(x), precision, x.device)
                 # summed, not averaged: every image keeps its own gradient
                 nn.functional.cross_entropy(logits(model, x), y, reduction="sum").backward()
                 if gates.values.grad is None:
@@ -226,9 +228,7 @@ def logit_changes(
         model.requires_grad_(False)
         with Gates(model, graph.groups, axes) as gates, with_gradients():
             for x, y in batches(model, images, labels, watch.batch_size):
-                gates.values = torch.ones(
-                    len(x), gates.total + 1, device=x.device, dtype=precision, requires_grad=True
-                )
+                gates.open(len(x), precision, x.device)
                 out = logits(model, x)
                 f = out.detach().double()
                 total = torch.full((len(x), gates.total), -torch.inf, dtype=torch.float64)

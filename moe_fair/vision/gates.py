@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.graph import SPATIAL, ChannelGroup
-from moe_fair.vision.image_axis import USUAL, ImageAxis, given
+from moe_fair.vision.image_axis import USUAL, ImageAxis
+from moe_fair.vision.layer_input import given, with_input
 from moe_fair.vision.response_norm import response_norm
 
 
@@ -62,6 +63,7 @@ class Gates:
         self._axes = axes or {}
         self.total = sum(g.units.size for g in groups)
         self.values = torch.ones(1, self.total + 1)
+        self._ones: Tensor | None = None  # `values`, where they are known to be that
         self.offsets: dict[str, int] = {}
         self._model = model
         self._maps: dict[str, Tensor] = {}
@@ -90,6 +92,11 @@ class Gates:
             handle.remove()
         self._handles.clear()
 
+    def open(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Set every gate to 1, for gradients with respect to `values` alone, [rows, N + 1]."""
+        self.values = torch.ones(rows, self.total + 1, dtype=dtype, device=device)
+        self._ones = self.values.requires_grad_(True)
+
     def close(self, kept: dict[str, Sequence[int]], groups: Sequence[ChannelGroup]) -> None:
         """Set every gate to 1 for kept units and 0 for the others."""
         self.values = torch.ones(1, self.total + 1)
@@ -111,9 +118,25 @@ class Gates:
             if len(z) > 1:
                 shape[where.axis] = x.shape[where.axis]
                 z = where.spread(z, x.shape[where.axis])
-            x = x * z.reshape(shape)
-            if inputs:
-                return (x, *inputs[1:]), named
-            return (), {**named, next(iter(named)): x}
+            z = z.reshape(shape)
+            x = _Open.apply(x, z) if self.values is self._ones else x * z
+            return with_input(inputs, named, x)
 
         return gate
+
+
+class _Open(torch.autograd.Function):
+    """Gates that are all 1, for which only gradients are asked: the numbers of `x * z` without a
+    product forward and one of two backward, a tenth of a ResNet's scoring on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shape = z.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None]:
+        [x], [slope] = ctx.saved_tensors, slopes
+        asked = ctx.needs_input_grad[1]
+        return slope, (slope * x).sum_to_size(ctx.shape) if asked else None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fair.vision.graph import SPATIAL, logits
+from moe_fair.vision.layer_input import given
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,29 @@ class ImageAxis:
 USUAL = ImageAxis()
 
 
-def given(inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
-    """What a layer is called with, by place or by keyword."""
-    return inputs[0] if inputs else next(iter(named.values()))
+Shapes = Mapping[str, Sequence[torch.Size]]  # layer -> of its input, in each of its calls
 
 
-def image_axes(model: nn.Module, layers: Iterable[str], images: Tensor) -> dict[str, ImageAxis]:
+def input_shapes(model: nn.Module, layers: Iterable[str], images: Tensor) -> Shapes:
+    """What the layers are given when the model sees these images."""
+    return _inputs(model, layers, images, lambda t: t.shape)
+
+
+def image_axes(
+    model: nn.Module, layers: Iterable[str], images: Tensor, shapes: Shapes | None = None
+) -> dict[str, ImageAxis]:
     """Of the layers whose images are not along the first axis, one row each, where they are.
 
     Args:
         images: two or more, of which two are looked at.
+        shapes: `input_shapes` of two images, where they are known.
 
     Raises:
         ValueError: an input in which they are in no order that is known here.
     """
     layers = list(layers)
     x = images[:2].clone()
-    shapes = _inputs(model, layers, x, lambda t: t.shape)
+    shapes = shapes or input_shapes(model, layers, x)
     layers = [n for n, calls in shapes.items() if not all(_plain(model, n, c) for c in calls)]
     if not layers:
         return {}

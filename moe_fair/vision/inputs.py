@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moe_fair.core.garbage import uncollected
 from moe_fair.engines.device import pick_device
 from moe_fair.engines.oom import out_of_memory
 from moe_fair.vision.data import Data, ImageSet, open_data
@@ -23,18 +24,19 @@ def open_inputs(settings: Subject) -> tuple[Source, Data]:
         ValueError: one of them is not there, or they do not fit together.
     """
     torch.manual_seed(settings.seed)  # a function may draw the weights that it gives
-    source = open_source(
-        settings.model,
-        weights=settings.weights_path(),
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-        logits=settings.logits,
-        transforms=settings.transforms,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
+    with uncollected():  # the model's library is imported here
+        source = open_source(
+            settings.model,
+            weights=settings.weights_path(),
+            image_size=settings.image_size,
+            mean=settings.mean,
+            std=settings.std,
+            logits=settings.logits,
+            transforms=settings.transforms,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+        )
     check_finite(source.model)
     source.model.to(pick_device(settings.device))
     data = open_data(settings.data, source.transform)

@@ -141,7 +141,7 @@ def fault(trial: Trial, groups: Sequence[ChannelGroup]) -> str | None:
     kept = uneven_plan(groups)
     changed = False
     for plan, part in ((kept, trial), (opposite(groups, kept), trial.smallest())):
-        small = copied(trial.model)
+        small = copied(trial.model, parameters=False)
         try:
             cut(small, cuts_of(groups, plan))
         except Exception as e:  # a parametrised weight, say

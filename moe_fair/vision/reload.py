@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_fair.engines.oom import out_of_memory
+from moe_fair.vision.answers import answers, same
+from moe_fair.vision.apart import Elsewhere, Ended
 from moe_fair.vision.checkpoint import open_pruned, save_pruned
-from moe_fair.vision.graph import logits
 from moe_fair.vision.load import Source
 from moe_fair.vision.trace import one_line
-
-CLOSE = 1e-4  # of the largest output; another number of threads adds up in another order
 
 
 def check_reloads(source: Source, images: Tensor) -> None:
@@ -35,7 +34,7 @@ def check_reloads(source: Source, images: Tensor) -> None:
     """
     images = images[:1]
     try:
-        wanted = _outputs(source.model, images)
+        wanted = answers(source.model, images)
     except Exception as e:  # of the model's own code
         if out_of_memory(e):
             raise
@@ -51,26 +50,32 @@ def check_reloads(source: Source, images: Tensor) -> None:
                 f"the model cannot be saved and built again ({type(e).__name__}: "
                 f"{' '.join(str(e).split())[:200]}), so no result could be read"
             ) from e
-        found = _outputs(again, images)
-    if not _same(wanted, _outputs(source.model, images)):
+        found = answers(again, images)
+    if same(wanted, found):  # so it draws no numbers either
+        return
+    if not same(wanted, answers(source.model, images)):
         raise ValueError(
             "the model gives other outputs each time it sees the same images: it draws random "
             "numbers in evaluation too (a functional dropout without training=self.training?), so "
             "nothing could be proven of a cut"
         )
-    if not _same(wanted, found):
-        raise ValueError(
-            "the model, saved and built again, gives other outputs: something that it computes "
-            "with is in none of its parameters and persistent buffers (layers in a plain list, "
-            "say), so no result could be read"
-        )
+    raise ValueError(
+        "the model, saved and built again, gives other outputs: something that it computes "
+        "with is in none of its parameters and persistent buffers (layers in a plain list, "
+        "say), so no result could be read"
+    )
 
 
 @contextmanager
-def checked_afresh(folder: Path, model: nn.Module, images: Tensor) -> Iterator[None]:
+def checked_afresh(
+    folder: Path, model: nn.Module, images: Tensor, apart: Elsewhere | None = None
+) -> Iterator[None]:
     """Build the result in a process of its own, and compare it with the model that was made.
 
     The process works while the block within does, which leaves the model's files as they are.
+
+    Args:
+        apart: of `set_apart`; what its process does not build, one that is started now does.
 
     Raises:
         RuntimeError: it cannot be built there, or answers otherwise.
@@ -79,33 +84,39 @@ def checked_afresh(folder: Path, model: nn.Module, images: Tensor) -> Iterator[N
         asked, answered = Path(place) / "images.safetensors", Path(place) / "outputs.safetensors"
         save_file({"images": images.cpu().contiguous()}, asked)
         arguments = [str(folder.resolve()), str(asked), str(answered), str(torch.get_num_threads())]
-        with _elsewhere(arguments) as ended:
+        with (apart or _elsewhere)(arguments) as ended:
             yield
             done = ended()
+        wanted = answers(model, images)
+        if not done.returncode and same(wanted, load_file(answered)["outputs"]):
+            return
+        if apart is not None:
+            with _elsewhere(arguments) as ended:
+                done = ended()
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise RuntimeError(
                 f"the result cannot be built in a process of its own and stays in {folder}: {said}"
             )
-        found = load_file(answered)["outputs"]
-    if not _same(_outputs(model, images), found):
-        raise RuntimeError(
-            f"the result, built in a process of its own, gives other outputs than the model that "
-            f"was made and stays in {folder}"
-        )
+        if same(wanted, load_file(answered)["outputs"]):
+            return
+    raise RuntimeError(
+        f"the result, built in a process of its own, gives other outputs than the model that "
+        f"was made and stays in {folder}"
+    )
 
 
 @contextmanager
 def _elsewhere(
     arguments: list[str],
-) -> Iterator[Callable[[], subprocess.CompletedProcess[str]]]:
-    """`main` in a process of its own, which finds the code that this one can import; waits for it.
+) -> Iterator[Ended]:
+    """`afresh` in a process of its own, which finds the code that this one can import.
 
-    It ends with the block.
+    It ends with the block; what is yielded waits for it.
     """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     with subprocess.Popen(
-        [sys.executable, "-m", "moe_fair.vision.reload", *arguments],
+        [sys.executable, "-m", "moe_fair.vision.afresh", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,32 +132,3 @@ def _elsewhere(
             yield ended
         finally:
             process.kill()
-
-
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """In eval mode; the model is left as it was."""
-    parameter, training = next(model.parameters()), model.training
-    try:
-        with torch.no_grad():
-            x = images.to(parameter.device, parameter.dtype)
-            return logits(model.eval(), x).cpu()
-    finally:
-        model.train(training)
-
-
-def _same(wanted: Tensor, found: Tensor) -> bool:
-    if wanted.shape != found.shape:
-        return False
-    scale = float(wanted.abs().max())
-    return float((wanted - found).abs().max()) <= CLOSE * scale
-
-
-def main(folder: str, asked: str, answered: str, threads: str) -> None:
-    """What the process of its own does."""
-    torch.set_num_threads(int(threads))
-    model = open_pruned(Path(folder), trust_remote_code=True).model
-    save_file({"outputs": _outputs(model, load_file(asked)["images"]).contiguous()}, answered)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from moe_fair.vision.layer_input import given, with_input
+
 # inputs beside which an ε disappears, and the most that an ε is
 LARGE, MOST_EPSILON = 2.0**20, 1e-2
 SAME = 1e-9
@@ -88,10 +90,7 @@ def enlarge(layer: nn.Module) -> float:
 
 
 def _larger(_: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-    if inputs:
-        return (inputs[0] * LARGE, *inputs[1:]), named
-    name, value = next(iter(named.items()))
-    return (), {**named, name: value * LARGE}
+    return with_input(inputs, named, given(inputs, named) * LARGE)
 
 
 def _smaller(_: nn.Module, __: object, out: Tensor) -> Tensor:

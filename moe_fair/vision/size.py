@@ -22,7 +22,7 @@ from moe_fair.vision.graph import (
     is_depthwise,
     logits,
 )
-from moe_fair.vision.image_axis import given
+from moe_fair.vision.layer_input import given
 from moe_fair.vision.response_norm import response_norm
 
 

@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from moe_fair.vision.concatenation import Parts
+from moe_fair.vision.layer_input import given
 from moe_fair.vision.response_norm import response_norms
 
 # calls of Torch-Pruning's recursions for one operation, and steps from one layer; DenseNet-121
@@ -133,10 +134,15 @@ def _ends(node: Any, main: Any) -> bool:
     return type(node.module).__name__ == "_OutputOp" and node.grad_fn is not main
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, whatever the model keeps of its last call."""
+def copied(model: nn.Module, *, parameters: bool = True) -> nn.Module:
+    """A deep copy, whatever the model keeps of its last call.
+
+    Args:
+        parameters: also of these; otherwise the copy has the model's own, and only such a use is
+            right as puts others in their place, as a cut does.
+    """
     detach_computed(model)
-    return copy.deepcopy(model)
+    return copy.deepcopy(model, {} if parameters else {id(p): p for p in model.parameters()})
 
 
 def detach_computed(model: nn.Module) -> None:
@@ -203,7 +209,7 @@ def _passed(model: nn.Module) -> Iterator[dict[type, Any]]:
         get_in_channels = get_out_channels
 
     def hand_on(*inputs: Tensor, **named: Tensor) -> Tensor:
-        return (inputs[0] if inputs else next(iter(named.values()))).clone()
+        return given(inputs, named).clone()
 
     layers = [layer for _, layer, _ in response_norms(model)]
     for layer in layers:

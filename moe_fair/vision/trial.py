@@ -154,24 +154,29 @@ class Trial:
             out = probe.run(self.model)
             if not all(bool(t.isfinite().all()) for t in out):
                 return False
-            # a functional dropout draws for every channel: with fewer of them, other numbers
-            again = probe.run(self.model, seed=1) if training else out
-            if training and not self._firm(probe, out):
+            # a functional dropout draws for every channel: with fewer of them, other numbers. One
+            # run shows both where there is neither
+            drawn = training and not self._firm(probe, out, seed=1)
+            if drawn and not self._firm(probe, out):
                 return False
-        if any(not torch.equal(a, b) for a, b in zip(out, again, strict=True)):
+        if drawn:
             self.random.append(probe)
         else:
             self.probes.append((probe, out))
         return True
 
-    def _firm(self, probe: Probe, out: Sequence[Tensor]) -> bool:
+    def _firm(self, probe: Probe, out: Sequence[Tensor], seed: int = 0) -> bool:
         """Rounding of the input stays small: not where a batch of few values is normalised, as of
-        two images of 1 × 1, which makes ±1 of any difference between them."""
+        two images of 1 × 1, which makes ±1 of any difference between them.
+
+        Args:
+            seed: another than that of `out`, to see whether anything is drawn as well.
+        """
         moved = replace(probe, images=probe.images * (1 + NUDGE * torch.finfo(self.dtype).eps))
         most = TOLERANCES[self.dtype].error
         return all(
             float((a - b).abs().max()) <= most * float(b.abs().max())
-            for a, b in zip(moved.run(self.model), out, strict=True)
+            for a, b in zip(moved.run(self.model, seed), out, strict=True)
         )
 
     def _try(self, images: Tensor, said: str, training: bool = False) -> bool:
@@ -218,7 +223,7 @@ class Trial:
         generator = torch.Generator().manual_seed(0)
         probe = min((p for p, _ in self.probes if not p.training), key=lambda p: p.images.numel())
         with Gates(self.model, groups) as gates:
-            gates.values = torch.ones(1, gates.total + 1, dtype=self.dtype, requires_grad=True)
+            gates.open(1, self.dtype, probe.images.device)
             try:
                 with torch.enable_grad(), unchecked():
                     total = sum(

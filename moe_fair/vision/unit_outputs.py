@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from moe_fair.core.distances import directions, largest_class_distance
 from moe_fair.vision.graph import SPATIAL, Graph, Member, logits
-from moe_fair.vision.image_axis import USUAL, ImageAxis, given
+from moe_fair.vision.image_axis import USUAL, ImageAxis, Shapes, input_shapes
+from moe_fair.vision.layer_input import given
 from moe_fair.vision.portions import portion
 
 
@@ -49,6 +50,7 @@ def u_scores(
     watch: MeasureConfig,
     *,
     axes: Mapping[str, ImageAxis] | None = None,
+    shapes: Shapes | None = None,
     run: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """FAIR-Pruner's U-Score of every unit, summed over the places where it is read.
@@ -61,12 +63,19 @@ def u_scores(
 
     Args:
         axes: as for `Gates`.
+        shapes: of what the consumers are given of the first two images, where they are known.
         run: runs all images in their order once, for a reason of its own; the first pass is this.
     """
     scores = {g.name: torch.zeros(g.units.size, dtype=torch.float64) for g in graph.groups}
     classes = labels.cpu().numpy()
     axes = axes or {}
-    for taps in _passes(model, graph, images, watch, axes):
+    if shapes is None:
+        two = images[:2].to(next(model.parameters()).device)
+        shapes = input_shapes(model, {m.module for g in graph.groups for m in g.consumers}, two)
+    positions = {
+        n: [_positions(model, n, s, len(images[:2])) for s in c] for n, c in shapes.items()
+    }
+    for taps in _passes(graph, len(images), watch, positions):
         stores = _project(model, taps, images, watch, axes, run)
         run = None
         for (place, _), store in sorted(stores.items()):
@@ -124,14 +133,14 @@ def unit_outputs(x: Tensor, tap: Tap, layer: nn.Module) -> Tensor:
 
 
 def _passes(
-    model: nn.Module,
-    graph: Graph,
-    images: Tensor,
-    watch: MeasureConfig,
-    axes: Mapping[str, ImageAxis],
+    graph: Graph, images: int, watch: MeasureConfig, positions: Mapping[str, Sequence[int]]
 ) -> Iterator[list[Tap]]:
-    """Taps in portions whose projections fit in the memory limit; large ones are split."""
-    positions = _positions(model, graph, images[:1], axes)
+    """Taps in portions whose projections fit in the memory limit; large ones are split.
+
+    Args:
+        images: how many there are.
+        positions: P of every consumer in each of its calls.
+    """
     portion: list[Tap] = []
     used = 0
     for g in graph.groups:
@@ -139,7 +148,7 @@ def _passes(
             index = index_of(m)
             wide = (p * index.shape[1] > 1 for p in positions[m.module])
             numbers = sum(watch.directions if w else 1 for w in wide)
-            unit_bytes = 4 * len(images) * max(1, numbers)
+            unit_bytes = 4 * images * max(1, numbers)
             step = max(1, watch.memory // unit_bytes)
             for first in range(0, len(index), step):
                 tap = Tap(g.name, m.module, first, index[first : first + step])
@@ -153,19 +162,10 @@ def _passes(
         yield portion
 
 
-def _positions(
-    model: nn.Module, graph: Graph, image: Tensor, axes: Mapping[str, ImageAxis]
-) -> dict[str, list[int]]:
-    """Consumer -> positions per channel of its input, in each of its calls."""
-    members = {m.module: m for g in graph.groups for m in g.consumers}
-    taps = [Tap("", n, 0, index_of(m)[:1]) for n, m in members.items()]
-    found: dict[str, list[int]] = {n: [] for n in members}
-
-    def look(tap: Tap, _: int, x: Tensor, layer: nn.Module) -> None:
-        found[tap.module].append(unit_outputs(x, tap, layer).shape[-1] // tap.index.shape[1])
-
-    _watch(model, taps, image, 1, axes, look)
-    return found
+def _positions(model: nn.Module, name: str, shape: torch.Size, images: int) -> int:
+    """P of a layer that is given so much of so many images."""
+    channels = shape[1 if isinstance(model.get_submodule(name), SPATIAL) else -1]
+    return shape.numel() // (images * channels)
 
 
 def _project(

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from report.test_report import Page
 
 from moe_fair.cli.render import render
 from moe_fair.core.plan import ModelSize, Plan, Target, make_plan
 from moe_fair.core.units import Scores, UnitGroup
-from moe_fair.report import figures, html, sparse, vision
+from moe_fair.report import channel_figures, figures, html, sparse, vision
+from moe_fair.report.channel_figures import score_boxes
 from moe_fair.report.document import Code, Document, Figure, Section, Table, Text, Tile, Tiles
 from moe_fair.report.write import write_document
 
@@ -191,3 +193,19 @@ def test_a_page_says_of_which_images_and_what_every_group_carries() -> None:
     [groups] = [t for t in page.tables if "units" in t[0]]
     assert groups[0][-2:] == ["of the parameters", "of the multiply-adds"]
     assert [row[-2:] for row in groups[1:]] == [["12.5%", "50.0%"]] * len(made.groups)
+
+
+def test_boxes_are_those_of_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    for groups in (1, 5, 40):
+        drawn = [generator.normal(1, i + 1, 9 + i) for i in range(groups)]
+        kinds = [("few", [d[:2] for d in drawn]), ("many", drawn)]
+        names = [f"layer{i}" for i in range(groups)]
+        ours = score_boxes(kinds, names)
+        with monkeypatch.context() as patched:
+            patched.setattr(channel_figures, "_boxes", _stock_boxes)
+            assert score_boxes(kinds, names) == ours
+
+
+def _stock_boxes(axes: Axes, values: list[np.ndarray]) -> None:
+    axes.boxplot(values, whis=(5, 95), showfliers=False, widths=0.6)

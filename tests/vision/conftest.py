@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import python
 
-from moe_fair.vision import reload
+from moe_fair.vision import afresh, reload
 
 STARTED = "test_models_whose_states_are_peculiar[versioned]"
 Ended = Callable[[], subprocess.CompletedProcess[str]]
@@ -23,7 +23,7 @@ CLASSES = ("blue", "green", "red")
 @pytest.fixture(autouse=True)
 def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are built anew in this process; in the tests of that by one that is forked from what
-    has torch; by one that is started in a single test, and in that of the command."""
+    has torch; by one that is started in a single test. In that of the command nothing stands in."""
     if request.node.name in (
         "test_models_whose_states_are_peculiar[versioned]",
         "test_the_command",
@@ -35,7 +35,7 @@ def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         def forked(arguments: list[str]) -> Iterator[Ended]:
             path = os.pathsep.join(p or os.getcwd() for p in sys.path)
             env = {**os.environ, "PYTHONPATH": path}
-            yield lambda: python("-m", "moe_fair.vision.reload", *arguments, env=env)
+            yield lambda: python("-m", "moe_fair.vision.afresh", *arguments, env=env)
 
         monkeypatch.setattr(reload, "_elsewhere", forked)
         return
@@ -43,7 +43,7 @@ def _reload_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     @contextmanager
     def here(arguments: list[str]) -> Iterator[Ended]:
         def ended() -> subprocess.CompletedProcess[str]:
-            reload.main(*arguments)
+            afresh.main(*arguments)
             return subprocess.CompletedProcess(arguments, 0, "", "")
 
         yield ended

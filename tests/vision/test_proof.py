@@ -17,6 +17,7 @@ from vision.architectures import images, lively
 from moe_fair.vision import proof
 from moe_fair.vision.proof import find_groups
 from moe_fair.vision.surgery import Cut, cut, cuts_of
+from moe_fair.vision.trace import copied
 from moe_fair.vision.trial import Trial
 
 DIFFERS = "the cut model differs from the masked one"
@@ -172,6 +173,23 @@ def test_the_model_is_left_as_it_was() -> None:
     find_groups(model, images(2))
     assert model.training
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_copy_that_is_cut_leaves_the_parameters_that_it_shares() -> None:
+    model = lively("resnet20")
+    groups = find_groups(model, images(2)).groups
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    cuts = cuts_of(groups, proof.uneven_plan(groups))
+    small, other = copied(model, parameters=False), copied(model)
+    shared = {id(p) for p in model.parameters()}
+    assert {id(p) for p in small.parameters()} == shared
+    cut(small, cuts)
+    cut(other, cuts)
+    small.train()(images(2))  # which changes buffers
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), other.parameters(), strict=True)
+    )
 
 
 def shifted(cuts: Sequence[Cut], at: int) -> list[Cut]:

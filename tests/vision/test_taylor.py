@@ -36,6 +36,22 @@ def losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits(model, x), LABELS, reduction="none")
 
 
+def test_open_gates_have_the_gradients_of_a_product(problem: tuple[nn.Module, Graph]) -> None:
+    model, graph = problem
+    x = images(6).double()
+    found = []
+    with Gates(model, graph.groups) as gates:
+        for given in (False, True):
+            gates.open(len(x), torch.float64, x.device)
+            if given:  # not known to be 1
+                gates.values = gates.values.detach().clone().requires_grad_()
+            loss = nn.functional.cross_entropy(logits(model, x), LABELS, reduction="sum")
+            found += [loss, *torch.autograd.grad(loss, gates.values)]
+    assert float(found[1][:, :-1].abs().min(0).values.max()) > 0
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
 @pytest.mark.slow
 def test_gate_form_equals_finite_differences(problem: tuple[nn.Module, Graph]) -> None:
     model, graph = problem
