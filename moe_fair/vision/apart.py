@@ -28,6 +28,8 @@ from moe_fair.vision.checkpoint import PRUNED_FILE
 from moe_fair.vision.load import parse_function
 from moe_fair.vision.trace import one_line
 
+LONGEST = 600.0  # seconds after which one that is started is asked instead: some library may hang
+
 Ended = Callable[[], "subprocess.CompletedProcess[str]"]
 Elsewhere = Callable[[list[str]], "_Asked"]
 
@@ -47,7 +49,8 @@ class _Asked:
 
     def _ended(self) -> subprocess.CompletedProcess[str]:
         try:
-            said = self._connection.recv()
+            answered = self._connection.poll(LONGEST)
+            said = self._connection.recv() if answered else f"no answer in {LONGEST:.0f} s"
         except (EOFError, OSError):
             said = "it ended without an answer"
         return subprocess.CompletedProcess(self._arguments, int(bool(said)), "", said)

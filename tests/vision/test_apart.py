@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from vision.conftest import Ended
 
+from moe_fair.vision import apart as processes
 from moe_fair.vision import reload
 from moe_fair.vision.apart import set_apart
 from moe_fair.vision.checkpoint import save_pruned
@@ -86,7 +87,7 @@ def test_it_builds_the_result(
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("how", ["code that is changed here", "no weights"])
+@pytest.mark.parametrize("how", ["code that is changed here", "no weights", "it hangs"])
 def test_what_it_does_not_build_another_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str], how: str
 ) -> None:
@@ -95,6 +96,11 @@ def test_what_it_does_not_build_another_decides(
         model, images = saved(module, tmp_path)
         if how == "no weights":
             (tmp_path / "model.safetensors").unlink()
+        elif how == "it hangs":
+            (child,) = multiprocessing.active_children()
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGSTOP)
+            monkeypatch.setattr(processes, "LONGEST", 0.1)
         else:
             kind = import_module(module).Net
             monkeypatch.setattr(kind, "forward", lambda net, x: 1 + net.layer(x).mean((2, 3)))
