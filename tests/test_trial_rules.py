@@ -33,9 +33,3 @@ def test_half_of_the_margin() -> None:
     judged = {"held back": [("own", 0.1, 0.0), ("rival", 0.093, 0.01)]}
     assert trial_rules.takes("least", judged) == trial_rules.takes("half", judged) == "rival"
     assert trial_rules.takes("margin", judged) == "own"
-
-
-def test_of_plans_that_lose_as_much_the_methods_own_is_taken() -> None:
-    none: Any = None
-    tried = [plan_selection.Tried(n, none, 0.01) for n in ("own", "rival")]
-    assert plan_selection.best_of(tried).name == "own"
