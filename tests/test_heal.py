@@ -126,6 +126,21 @@ def test_refused_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("places", ['{"": "disk"}', '{"": "cpu", "model.layers.1": "disk"}'])
+def test_weights_that_lie_on_disk_are_refused(
+    places: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(places)
+    line = fails(
+        "prune", MODEL, "--experts", "40", "-c", CALIBRATION, "--samples", "40", "--length", "64",
+        "--heal", "4000", "--device-map", file, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert line.endswith("on disk, and all weights are trained on devices; place it on one, or "
+                         "leave --heal out")  # fmt: skip
+    assert [f.name for f in tmp_path.iterdir()] == ["map.json"]
+
+
 def test_packed_weights_are_refused(tmp_path: Path) -> None:
     fp8(tmp_path)
     with pytest.raises(

@@ -81,6 +81,24 @@ def check_map(given: str, found: str | Mapping[str, Place], skeleton: nn.Module)
             )
 
 
+def check_resident(given: str | None) -> None:
+    """A mapping keeps every weight where it computes: what is trained is not offloaded.
+
+    Raises:
+        ValueError: names the first that it does not; `auto` is known once the model is loaded.
+    """
+    found = {} if given is None else read_map(given)
+    if isinstance(found, str):
+        return
+    outside = ("disk", "cpu") if torch.accelerator.is_available() else ("disk",)
+    for module, place in found.items():
+        if place in outside:
+            raise ValueError(
+                f"--heal: --device-map {given} leaves {module or 'the model'} on {place}, and all "
+                "weights are trained on devices; place it on one, or leave --heal out"
+            )
+
+
 def without_overlap(found: Mapping[str, Place], model: nn.Module, at: str = "") -> dict[str, Place]:
     """The mapping with every module named once: accelerate takes no place within another's.
 

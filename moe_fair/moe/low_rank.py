@@ -46,7 +46,12 @@ class SmallChange:
         self.trained = [t.to(weight.device) for t in self.trained]
         self._begun = [t.clone() for t in self.trained]
         weight.requires_grad_(True)
-        weight.register_post_accumulate_grad_hook(self._take)
+        self._hook = weight.register_post_accumulate_grad_hook(self._take)
+
+    def let_go(self) -> None:
+        """Take over no more gradients. Until then weight and hook hold one another, unseen by the
+        search for garbage: they would stay in memory."""
+        self._hook.remove()
 
     def begin_again(self) -> None:
         """Nothing is changed yet."""

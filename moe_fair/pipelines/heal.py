@@ -21,6 +21,7 @@ from moe_fair.engines.oom import lacking, out_of_memory, release
 from moe_fair.engines.processes import ALONE, Team
 from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.moe.device_map import offloaded
 from moe_fair.moe.greedy_text import (
     agreement,
     beginnings,
@@ -94,6 +95,9 @@ def heal_model(
         if not out_of_memory(e):
             raise
         lack = f"out of memory ({lacking(e)})"
+    finally:
+        if healer is not None:
+            healer.let_go()
     healer = None  # what it holds is free for what follows
     release()
     say(f"note: not healed: {lack}")
@@ -138,7 +142,9 @@ def _healer(
     """
     healer, lack = None, None
     try:
-        model = pruned.load(recipe.dtype, recipe.device)
+        model = pruned.load(recipe.dtype, recipe.device, recipe.device_map)
+        if offloaded(model):  # `auto` found too little memory on the devices
+            raise MemoryError("--device-map leaves weights outside the devices; all are trained")
         weights = healed_parameters(model)
         check_stored(pruned, {n: p.detach().cpu() for n, p in weights.items()})
         stored = {pruned.find(t.name).name: TYPES[t.dtype] for t in pruned.tensors

@@ -26,6 +26,7 @@ from moe_fair.moe.calibration_text import CalibrationSet
 from moe_fair.moe.checkpoint_source import Checkpoint
 from moe_fair.moe.checkpoint_writer import check_writable
 from moe_fair.moe.conversion import Conversion
+from moe_fair.moe.device_map import check_resident
 from moe_fair.moe.healed_weights import check_healable
 from moe_fair.moe.healing_text import healing_text
 from moe_fair.moe.merge import check_mergeable
@@ -180,6 +181,7 @@ def check_prune(
     kind = repair_kind(recipe, source, say, merges=merges)
     if recipe.heal:
         check_healable(source)
+        check_resident(recipe.device_map)
     uniform = method(recipe)[2] == "uniform" if ready is None else ready.uniform
     check_writable(source, unequal=not uniform)
     alone, costly = False, None

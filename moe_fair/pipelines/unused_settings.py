@@ -66,8 +66,8 @@ def unused(recipe: Recipe, run: Run) -> dict[str, str]:
         (not run.heldout, "there is no --heldout text", ("heldout_samples", "heldout_digest")),
         (not run.reads_text and not run.heldout, "no text is run through the model",
          ("length", "map", "batch_size", "dtype", "device", "engine", "max_memory")),
-        (not run.collects and not run.heldout, "nothing is calibrated, and no held-out loss "
-         "measured", ("device_map",)),
+        (not (run.collects or run.heldout or run.heals), "nothing is calibrated or healed, and no "
+         "held-out loss measured", ("device_map",)),
         (recipe.engine != "auto", "--engine is given, and needs no deciding", ("max_memory",)),
         (not run.collects or not run.backward, "there is no backward", ("checkpointing",)),
         (recipe.engine == "streaming", "streaming runs every layer again anyway",

@@ -34,6 +34,9 @@ SMALL: dict[str, Any] = {
 FOR = ("fair", "fair-u", "counterfactual-agreed", "naee", "mone")
 ALL = {**SMALL, "for_": FOR}
 JUDGED = {"heldout": str(TEXT / "heldout" / "python.jsonl"), "heldout_samples": 4}
+HEALED: dict[str, Any] = {
+    "samples": 40, "heal": 1000, "repair": "none", "rivals": (), "self_share": 0,
+}  # fmt: skip
 Numbers = dict[str, list[float]]
 Stage = Callable[[Path, str, Path], Numbers]
 
@@ -69,14 +72,18 @@ def little_room(model: Path, device: str, folder: Path) -> Numbers:
         streaming.Boundaries = stock  # type: ignore[misc]
 
 
-def over_two(model: Path, device: str, folder: Path) -> Numbers:
-    """A layer a device; on a CPU all of it is there."""
-    if device == "cpu":
-        return calibrated()(model, device, folder)
-    file = folder / "map.json"
-    last = {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
-    file.write_text(json.dumps({"": 0, **last}))
-    return calibrated(device_map=str(file))(model, device, folder)
+def over_two(stage: Callable[..., Stage], **settings: Any) -> Stage:
+    """The same with a layer a device; on a CPU all of it is there."""
+
+    def spread(model: Path, device: str, folder: Path) -> Numbers:
+        if device == "cpu":
+            return stage(**settings)(model, device, folder)
+        file = folder / "map.json"
+        last = {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+        file.write_text(json.dumps({"": 0, **last}))
+        return stage(**settings, device_map=str(file))(model, device, folder)
+
+    return spread
 
 
 def pruned(**more: Any) -> Stage:
@@ -164,10 +171,12 @@ STAGES: dict[str, Stage] = {
     "checkpointed": calibrated(checkpointing=True),
     "streaming": calibrated(engine="streaming"),
     "streaming, little room": little_room,
-    "two devices": over_two,
+    "two devices": over_two(calibrated),
     "own text": calibrated(calibration="self", for_=FOR[:1]),
     **{f"repair {k}": pruned(repair=k, rivals=()) for k in repairs() if k != "novice"},
     "streamed repair": pruned(repair="distill", engine="streaming", rivals=()),
+    "healed": pruned(**HEALED),
+    "healed, two devices": over_two(pruned, **HEALED),
     "default": pruned(samples=64, length=16, self_share=0),
     "curves": pruned(method="taylor-sq", allocate="curves", repair="none", rivals=()),
     "oracle": oracle,
