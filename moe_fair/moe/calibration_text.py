@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -157,7 +158,7 @@ def _gather(
         its = left_out[str(next(iter(counts)).given)]
         for source, rows in read_parts(list(counts), seed, its):
             count = counts[source]
-            made = _sequences(source, rows, tokenizer, count, length, its)
+            made = _sequences(source, rows, tokenizer, count, length, its, seed)
             found.append((source, made))
             if not made:
                 short.append(source.name)
@@ -203,11 +204,20 @@ def _sequences(
     count: int,
     length: int,
     left_out: LeftOut,
+    seed: int | None,
 ) -> list[tuple[int, ...]]:
-    made: list[tuple[int, ...]] = []
-    start = _start_tokens(tokenizer)
+    """So many sequences: a chat each, or text of `length` tokens.
+
+    Text is packed, document behind document. Where it is drawn (there is a seed), a document that
+    fills several sequences gives one of them, any, and its end is packed with what follows; the
+    others are taken where there are too few documents. Of two texts of one size that of more
+    documents makes the better plan and the better repair (eval/LAB.md).
+    """
+    made = _Drawn(count)
+    start, eos = _start_tokens(tokenizer), tokenizer.eos_token_id
     body = length - len(start)
     pending: list[int] = []
+    order = None if seed is None else random.Random(f"{seed} {source.name} within documents")
     template = getattr(tokenizer, "chat_template", None)
     for row in rows:
         document = row.document
@@ -221,36 +231,90 @@ def _sequences(
                 left_out.row(source.where, row.place, str(e))
             else:
                 left_out.cut += len(chat) > length
-                made.append(chat[:length])
-            if len(made) >= count:
-                return made[:count]
-            continue
-        needed = (count - len(made)) * body - len(pending)
-        pending += _encode(tokenizer, document, needed)
-        if tokenizer.eos_token_id is not None:
-            pending.append(tokenizer.eos_token_id)
-        at = 0
-        while len(pending) - at >= body:
-            made.append((*start, *pending[at : at + body]))
-            at += body
-            if len(made) == count:
-                return made
-        pending = pending[at:]
-    return made
+                made.add([chat[:length]])
+        else:
+            needed = (count - len(made)) * body - len(pending)
+            tokens = _encode(tokenizer, document, needed, order)
+            tokens += [eos] if eos is not None else []
+            if order is not None and len(tokens) >= body:
+                whole = len(tokens) // body * body
+                made.add([(*start, *tokens[i : i + body]) for i in range(0, whole, body)], order)
+                tokens = tokens[whole:]
+            pending += tokens
+            at = 0
+            while len(pending) - at >= body:
+                made.add([(*start, *pending[at : at + body])])
+                at += body
+            pending = pending[at:]
+        if len(made) >= count:
+            break
+    return made.sequences()
 
 
-def _encode(tokenizer: Any, text: str, needed: int) -> list[int]:
+class _Drawn:
+    """Sequences, one of a document; and others of it, for where there are too few documents."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._first: list[tuple[int, int, tuple[int, ...]]] = []  # document, place in it, tokens
+        self._more: list[list[tuple[int, int, tuple[int, ...]]]] = []
+        self._kept = 0  # sequences in `_more`
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def add(self, windows: Sequence[tuple[int, ...]], order: random.Random | None = None) -> None:
+        """A document's; without an order the first of them counts, and there are no others."""
+        its = [(len(self._first), place, w) for place, w in enumerate(windows)]
+        if order is not None:
+            order.shuffle(its)
+        self._first.append(its[0])
+        if its[1:]:
+            self._more.append(its[1:])
+            self._kept += len(its) - 1
+        if self._kept > 2 * self.count:
+            self._level(self.count)
+
+    def _level(self, most: int) -> None:
+        """Of every document as many others as of any, but for those that are short of them."""
+        low, high = 0, max(map(len, self._more))
+        while low < high:  # the largest number with which there are not too many
+            middle = (low + high + 1) // 2
+            if sum(min(len(d), middle) for d in self._more) <= most:
+                low = middle
+            else:
+                high = middle - 1
+        self._more = [d[:low] for d in self._more]
+        self._kept = sum(map(len, self._more))
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        """At most `count`, those of one document beside one another."""
+        found = self._first[: self.count]
+        depth = 0
+        while len(found) < self.count and any(len(d) > depth for d in self._more):
+            found += [d[depth] for d in self._more if len(d) > depth][: self.count - len(found)]
+            depth += 1
+        return [w for _, _, w in sorted(found, key=lambda x: x[:2])]
+
+
+def _encode(
+    tokenizer: Any, text: str, needed: int, order: random.Random | None = None
+) -> list[int]:
     """The tokens of a text; of a very long one, those of a part with more than are needed.
 
     How a text begins is tokenised without regard to what comes much later, so the tokens that are
-    used are those of the whole text.
+    used are those of the whole text, where they are from its beginning: without an order.
     """
+    span = max(LONG, 8 * needed)
+    if order is not None and len(text) > span:
+        at = order.randrange(len(text) - span)
+        text = text[at:].split(maxsplit=1)[-1]
     # verbose=False: a document longer than the model's context is expected, it is packed
-    for end in (max(LONG, 8 * needed), len(text)):
+    for end in (span, len(text)):
         ids = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
         if end >= len(text) or len(ids) > needed + LONG // 8:
             break
-    return ids
+    return list(ids)
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

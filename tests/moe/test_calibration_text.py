@@ -14,7 +14,7 @@ import pytest
 from places import CALIBRATION, MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, sample, windows
+from moe_fair.moe.calibration_text import CalibrationSet, _Drawn, sample, split, windows
 from moe_fair.moe.text_sources import Source, parse_source
 
 
@@ -110,6 +110,83 @@ def test_packing_loses_and_repeats_nothing(tokenizer: Any, tmp_path: Path) -> No
     assert packed == stream[: len(packed)]
     assert len(stream) - len(packed) < 16
     assert all(len(ids) == 16 for ids, _ in text.sequences)
+
+
+def documents(tokenizer: Any, folder: Path, lengths: list[int]) -> tuple[Path, list[list[int]]]:
+    """A file of documents with so many tokens, whatever they are; and these, with their ends."""
+    order = random.Random(0)
+    rows, tokens = [], []
+    for n in lengths:
+        words = " ".join(f"{order.choice('abcdefgh')}{order.randrange(100)}" for _ in range(n))
+        text = tokenizer.decode(tokenizer(words)["input_ids"][:n])
+        rows.append(json.dumps({"text": text}))
+        tokens.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+    (folder / "t.jsonl").write_text("\n".join(rows))
+    return folder / "t.jsonl", tokens
+
+
+def place(document: list[int], ids: tuple[int, ...]) -> int:
+    """Where in the document the ids are; -1: nowhere."""
+    n = len(ids)
+    return next((i for i in range(len(document) - n + 1) if document[i : i + n] == [*ids]), -1)
+
+
+def test_a_long_document_gives_one_sequence_where_there_are_others(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    file, tokens = documents(tokenizer, tmp_path, [200] * 30 + [6] * 20)
+    text = draw([str(file)], tokenizer, samples=20)
+    of = [[d for d, t in enumerate(tokens) if place(t, ids) >= 0] for ids, _ in text.sequences]
+    assert len(text.sequences) == 20
+    whole = [d[0] for d in of if d]
+    assert len(set(whole)) == len(whole) >= 10  # the others are packed ends and short documents
+    places = {place(tokens[d[0]], ids) for (ids, _), d in zip(text.sequences, of, strict=True) if d}
+    assert len(places) > 6  # from anywhere, not the beginning
+    assert all(p % 16 == 0 for p in places)
+    other = draw([str(file)], tokenizer, samples=20, seed=1)
+    assert set(other.sequences) != set(text.sequences)
+    # what is held back is of other documents
+    left, held = split(text, 4)
+    ours = {d for d in whole if any(place(tokens[d], ids) >= 0 for ids, _ in held.sequences)}
+    assert ours.isdisjoint(
+        d for d in whole if any(place(tokens[d], ids) >= 0 for ids, _ in left.sequences)
+    )
+
+
+def test_few_documents_give_all_they_have_and_each_its_part(tokenizer: Any, tmp_path: Path) -> None:
+    file, tokens = documents(tokenizer, tmp_path, [500, 40, 300, 90])
+    text = draw([str(file)], tokenizer, samples=999)
+    stream = [t for d in tokens for t in d]
+    found = sorted(t for ids, _ in text.sequences for t in ids)
+    assert len(text.sequences) == len(stream) // 16  # as many as packing gives
+    rest = list(stream)
+    for t in found:
+        rest.remove(t)  # each once
+    assert "holds" in text.notes[-1]
+    some = draw([str(file)], tokenizer, samples=24)
+    counts = [sum(place(t, ids) >= 0 for ids, _ in some.sequences) for t in tokens]
+    assert counts[0] - 1 <= counts[2] <= counts[0]  # though one is much longer
+    assert counts[1] == 2  # all of it
+    assert counts[3] == 5
+    # those of a document lie beside one another
+    order = [next((d for d, t in enumerate(tokens) if place(t, ids) >= 0), -1)
+             for ids, _ in some.sequences]  # fmt: skip
+    runs = [d for i, d in enumerate(order) if d >= 0 and (i == 0 or order[i - 1] != d)]
+    assert len(runs) <= 4 + order.count(-1)
+
+
+def test_of_one_huge_document_no_more_than_is_needed_is_kept(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    file, _ = documents(tokenizer, tmp_path, [20_000])
+    drawn = _Drawn(10)
+    for n in (300, 7, 500, 1):
+        drawn.add([(i,) for i in range(n)], random.Random(0))
+    assert sum(map(len, drawn._more)) <= 20
+    kept = sorted(len(d) for d in drawn._more)
+    assert kept == [2, 2, 2] or kept[-1] - kept[0] <= 1
+    assert len(drawn.sequences()) == 10
+    assert len(draw([str(file)], tokenizer, samples=64).sequences) == 64
 
 
 def test_the_seed_draws(tokenizer: Any) -> None:
