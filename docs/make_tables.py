@@ -90,7 +90,7 @@ def first(rule: Any) -> str:
     """The first sentence of a docstring, without shapes and without where to read on."""
     text = " ".join((inspect.getdoc(rule) or "").split("\n\n")[0].split())
     cited = r"docs/methods\.md, section \d+"
-    text = re.sub(rf"^\[N\] |; {cited}|\s*\({cited}\)", "", text)
+    text = re.sub(rf"^\[[NU]\] |; {cited}|\s*\({cited}\)", "", text)
     text = re.split(r"(?<=\.)\s", text)[0].rstrip(":.")
     return f"{text[:1].upper()}{text[1:]}."
 

@@ -20,7 +20,7 @@ from scaling import SHAPES, Shape, forward_flops, head_flops
 
 from moe_fair.moe.judging import HELD_OUT
 from moe_fair.moe.repairs.refit import SWEEPS, ridges
-from moe_fair.pipelines.trial_text import FIRST, half
+from moe_fair.pipelines.rivals import RIVALS
 
 QWEN = Shape("Qwen1.5-MoE-A2.7B", 24, 0, 2048, 1408, 5632, 60, 4, 4, 16, 16, 128, 128, 151936)
 
@@ -38,7 +38,7 @@ class Run:
     sequences: int = 512
     length: int = 512
     kept: int = 40
-    plans: int = 10
+    plans: int = 1 + len(RIVALS)
     tried: int = 64
     taught: int = 64
     step: int = 2
@@ -81,10 +81,11 @@ def collection(s: Shape, r: Run) -> float:
     return once + back + 2 * head_flops(s, tokens) + more
 
 
-def trial_round(s: Shape, r: Run, plans: int, judge: int, teach: int) -> float:
+def trials(s: Shape, r: Run) -> float:
     """The original and plans forward, a fit of every layer with one ridge and one sweep for each
     plan, and the losses of the sequences that judge."""
-    tokens, learn = (judge + teach) * r.length, teach * r.length
+    plans, judge = r.plans, r.tried
+    tokens, learn = (judge + r.taught) * r.length, r.taught * r.length
     once = forward_flops(s, tokens, r.length) + tokens * 2 * s.layers * s.model * bool(s.shared)
     down = 2 * s.top_k * s.expert * s.model
     fit = 2 * tokens * down + 3 * learn * down + tokens * down
@@ -92,12 +93,6 @@ def trial_round(s: Shape, r: Run, plans: int, judge: int, teach: int) -> float:
     look = r.step * r.length * (2 * attention_flops(s, r.length) + 2 * block_flops(s, s.experts))
     heads = (1 + plans) * head_flops(s, judge * r.length)
     return (1 + plans) * once + plans * s.layers * fit + s.layers * look + heads
-
-
-def trials(s: Shape, r: Run) -> float:
-    """Two rounds: all plans on half of what judges, taught by a third; then the better half."""
-    first = trial_round(s, r, r.plans, r.tried // 2, r.taught // FIRST)
-    return first + trial_round(s, r, half(r.plans), r.tried, r.taught)
 
 
 def forwards(s: Shape, r: Run) -> float:
@@ -129,8 +124,8 @@ def factors(s: Shape, r: Run, ridged: int = len(ridges) + 1, solves: int = 0) ->
 
 
 def tried_factors(s: Shape, r: Run) -> float:
-    """Of one ridge and one sweep, of every plan in each round."""
-    return (r.plans + half(r.plans)) * factors(s, r, ridged=1, solves=1)
+    """Of one ridge and one sweep, of every plan."""
+    return r.plans * factors(s, r, ridged=1, solves=1)
 
 
 def distill(s: Shape, r: Run) -> float:
@@ -270,8 +265,8 @@ def measured() -> Iterator[tuple[str, float, float]]:
     gone = [{n: [p, 11] for n in names} for p in range(r.plans)]
     with FlopCounterMode(display=False) as counter:
         repaired_losses(engine, learned[:3], held, gone)
-    told = trial_round(shape, r, r.plans, r.tried, 3 * r.step)
-    yield "trials, a round", told, counter.get_total_flops()
+    told = trials(shape, replace(r, taught=3 * r.step))
+    yield "trials", told, counter.get_total_flops()
 
     kept = {n: list(range(r.kept)) for n in names}
     counts = {"fit": 0.0, "distill": 0.0}

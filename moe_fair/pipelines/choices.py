@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -70,4 +71,4 @@ def _check(kind: str, what: str, name: str | None, besides: Iterable[str] = ()) 
 def _line(rule: Any) -> str:
     """The first line of a rule's docstring, without the shape before it."""
     text = (rule.__doc__ or "").strip().partition("\n")[0]
-    return text.removeprefix("[N] ").removeprefix("[E] ").removesuffix(".").removesuffix(":")
+    return re.sub(r"^\[[ENU]\] ", "", text).rstrip(".:")

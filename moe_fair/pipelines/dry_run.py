@@ -40,7 +40,6 @@ from moe_fair.pipelines.removal_costs import share
 from moe_fair.pipelines.repair import copies_of, step_sequences
 from moe_fair.pipelines.rivals import rivals
 from moe_fair.pipelines.serving import planned_layout
-from moe_fair.pipelines.trial_text import half, rounds
 
 RECOMPUTED = 2  # what features cost that are computed again instead of kept
 
@@ -205,25 +204,19 @@ def _stages(job: Job, engine: str, costs: Costs | None, processes: int) -> Itera
 
 
 def _trials(job: Job, trial: CalibrationSet, c: Costs | None, load: float) -> Stage:
-    """The trials' stage: one round as the plans are, or rounds in which each is repaired."""
+    """The trials' stage: the plans as they are, or each repaired."""
     plans = 1 + len(rivals(job.recipe))
     layers = int(job.source.config.get_text_config().num_hidden_layers)
     what, taught, each = f"the model and up to {plans} plans, forward", 0, 0.0
-    found = [(plans, trial, 0)]
     if job.teaching is not None and job.repair is not None:
-        parts = rounds(trial, job.teaching, plans)
-        found = [(plans, text, few.tokens) for text, few in parts]
-        if len(parts) > 1:
-            found[-1] = (half(plans), *found[-1][1:])
-            what += f", each fitted, then {half(plans)} of them on more text"
+        what += ", each fitted"
         taught, each = job.teaching.tokens, 1 / (len(repair(job.repair).ridges) + 1)
-    tokens, seconds = trial.tokens + taught, 0.0
+    tokens = trial.tokens + taught
     if c is None:
         return Stage("try plans", tokens, what, None)
-    for count, text, more in found:
-        n, batches = text.tokens + more, len(text.batches(job.recipe.batch_size))
-        seconds += (1 + count) * (layers * c.tried.at(n, batches) + text.tokens * c.head) + load
-        seconds += count * len(job.source.blocks) * c.fit.at(n, 1) * each  # at one strength
+    batches = len(trial.batches(job.recipe.batch_size))
+    seconds = (1 + plans) * (layers * c.tried.at(tokens, batches) + trial.tokens * c.head) + load
+    seconds += plans * len(job.source.blocks) * c.fit.at(tokens, 1) * each  # at one strength
     return Stage("try plans", tokens, what, seconds)
 
 

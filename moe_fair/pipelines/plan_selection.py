@@ -7,8 +7,7 @@ statistics, and the plan that loses least is taken. The standard errors in what 
 are those of the difference to the method's own plan, paired by sequences.
 
 What counts is what stays after the repair. Where the result is fitted, so is each plan before it is
-judged (`moe.repaired_trial`), in two rounds: all of them with a third of the text that teaches
-and half of what judges, then the better half of them with all of it.
+judged (`moe.repaired_trial`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from moe_fair.pipelines.methods import method, method_name
 from moe_fair.pipelines.oom_retry import NothingSmaller
 from moe_fair.pipelines.rivals import rivals
 from moe_fair.pipelines.trial_losses import losses_of
-from moe_fair.pipelines.trial_text import half, rounds, sequence_weights
+from moe_fair.pipelines.trial_text import sequence_weights
 
 
 @dataclass(frozen=True)
@@ -139,15 +138,14 @@ def try_plans(
     if int((sequence_weights(recipe, text) > 0).sum()) < 2:
         say("note: no plan is tried: the held-back text is of domains whose weight is 0")
         return plans[0].plan
-    trial = _Trial(recipe, source, home, say)
     found = None
     if teaching is not None:
         try:
-            found = trial.repaired(text, teaching, different)
+            found = _measured(recipe, source, text, different, home, say, teaching)
         except (NotLayerwise, NothingSmaller) as e:
             say(f"note: plans are tried before any repair: {e}")
     try:
-        tried, about = found or trial.round(text, different)
+        tried, about = found or _measured(recipe, source, text, different, home, say)
     except NothingSmaller as e:  # the statistics are there: what was made of them is a plan as well
         note = f"no plan was tried against another's: out of memory ({e})"
         say(f"note: {note}")
@@ -162,62 +160,33 @@ def try_plans(
     return replace(best.plan, explanation=explanation, notes=[*best.plan.notes, note])
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Trials of one model's plans; `home` is where what was measured is kept."""
-
-    recipe: Recipe
-    source: Checkpoint
-    home: Path
-    say: Say
-
-    def repaired(
-        self, text: CalibrationSet, teaching: CalibrationSet, plans: Sequence[Tried]
-    ) -> tuple[list[Tried], dict[str, Any]]:
-        """Each plan's change after a repair, the worse half of them on little text alone."""
-        *early, last = rounds(text, teaching, len(plans))
-        first = None
-        for judges, few in early:
-            if int((sequence_weights(self.recipe, judges) > 0).sum()) > 1:
-                tried, first = self.round(judges, plans, few, "-first")
-                plans = better_half(tried)
-        tried, about = self.round(last[0], plans, last[1])
-        return tried, about if first is None else {**about, "first": first}
-
-    def round(
-        self,
-        text: CalibrationSet,
-        plans: Sequence[Tried],
-        teaching: CalibrationSet | None = None,
-        part: str = "",
-    ) -> tuple[list[Tried], dict[str, Any]]:
-        """Each plan with its change, and what a plan's explanation says of it."""
-        weights = sequence_weights(self.recipe, text)
-        seen = weights > 0  # what --weights leaves out tells nothing, of the spread neither
-        home = self.home.with_name(self.home.stem + part + self.home.suffix)
-        losses, counts = losses_of(
-            self.recipe, self.source, text, [t.plan for t in plans], home, self.say, teaching
-        )
-        losses, counts, weights = (losses * weights)[:, seen], counts[seen], weights[seen]
-        tokens = float(counts @ weights)
-        tried = [
-            replace(t, change=_change(losses[p], losses[0], tokens),
-                    stderr=_stderr(losses[p] - losses[1], tokens))
-            for p, t in enumerate(plans, 1)
-        ]  # fmt: skip
-        about = {
-            "sequences": len(counts), "tokens": int(counts.sum()),
-            "loss": float(losses[0].sum()) / tokens,
-            "changes": {t.name: t.change for t in tried},
-            "stderr": {t.name: t.stderr for t in tried},
-        }  # fmt: skip
-        return tried, about if teaching is None else {**about, "taught": len(teaching.sequences)}
-
-
-def better_half(tried: Sequence[Tried]) -> list[Tried]:
-    """The first, and as many of the others as half of all are, in the order that they came in."""
-    others = sorted(tried[1:], key=lambda t: t.change)[: half(len(tried)) - 1]
-    return [t for t in tried if t is tried[0] or t in others]
+def _measured(
+    recipe: Recipe,
+    source: Checkpoint,
+    text: CalibrationSet,
+    plans: Sequence[Tried],
+    home: Path,
+    say: Say,
+    teaching: CalibrationSet | None = None,
+) -> tuple[list[Tried], dict[str, Any]]:
+    """Each plan with its change, and what a plan's explanation says of it."""
+    weights = sequence_weights(recipe, text)
+    seen = weights > 0  # what --weights leaves out tells nothing, of the spread neither
+    losses, counts = losses_of(recipe, source, text, [t.plan for t in plans], home, say, teaching)
+    losses, counts, weights = (losses * weights)[:, seen], counts[seen], weights[seen]
+    tokens = float(counts @ weights)
+    tried = [
+        replace(t, change=_change(losses[p], losses[0], tokens),
+                stderr=_stderr(losses[p] - losses[1], tokens))
+        for p, t in enumerate(plans, 1)
+    ]  # fmt: skip
+    about = {
+        "sequences": len(counts), "tokens": int(counts.sum()),
+        "loss": float(losses[0].sum()) / tokens,
+        "changes": {t.name: t.change for t in tried},
+        "stderr": {t.name: t.stderr for t in tried},
+    }  # fmt: skip
+    return tried, about if teaching is None else {**about, "taught": len(teaching.sequences)}
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:

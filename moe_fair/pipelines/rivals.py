@@ -6,10 +6,9 @@ from moe_fair.core.engine_facts import equal_only
 from moe_fair.core.method import parse_method
 from moe_fair.core.recipe import Recipe
 
-RIVALS = (
-    "fair", "taylor-sq/global", "reap/uniform", "reap/tod", "mone/uniform", "mone/global",
-    "frequency/uniform", "reap/global", "reconstruction/global",
-)  # fmt: skip
+# few: among many plans the luckiest wins (eval/LAB.md)
+RIVALS = ("consensus/global", "reconstruction/global", "reconstruction/tod", "fair")
+ALIKE = ("consensus/uniform", "reconstruction/uniform", "mone/uniform", "reap/uniform")
 
 
 def rivals(recipe: Recipe) -> dict[str, Recipe]:
@@ -18,8 +17,7 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     if recipe.rivals is not None:
         names = () if recipe.rivals == ("none",) else recipe.rivals
     elif chooses_itself(recipe):
-        alike = bool(equal_only(recipe.serve or ()))
-        names = tuple(n for n in RIVALS if not alike or n.endswith("/uniform"))
+        names = ALIKE if equal_only(recipe.serve or ()) else RIVALS
     why = "the result's repair is that of --repair; name none here"
     return {name: with_method(recipe, name, "--rivals", why) for name in names}
 

@@ -13,11 +13,9 @@ from moe_fair.moe.calibration_text import CalibrationSet, evenly, split
 from moe_fair.moe.repairs import refit, repair
 from moe_fair.pipelines.rivals import rivals
 
-LEAST = 8  # sequences: fewer tell plans apart by luck
-SHARE = 8  # of the calibration text one part in so many, at most
+LEAST = 16  # sequences: fewer tell plans apart by luck
+SHARE = 4  # of the calibration text one part in so many, at most
 TEACHING = 2**14  # tokens that teach the fits, where that is more than what judges
-FIRST = 3  # one part in so many of them teaches in the first round
-FEW = 3  # plans, of which there is no first round
 
 
 def held_back(recipe: Recipe, text: CalibrationSet) -> int:
@@ -76,22 +74,6 @@ def share_of(text: CalibrationSet, count: int) -> CalibrationSet:
     """Evenly spaced sequences of the text, every domain in its proportion."""
     count = min(count, len(text.sequences))
     return replace(text, sequences=tuple(text.sequences[i] for i in evenly(text, count)))
-
-
-def rounds(
-    text: CalibrationSet, teaching: CalibrationSet, plans: int
-) -> list[tuple[CalibrationSet, CalibrationSet]]:
-    """What judges so many plans and what teaches their fits, of each round."""
-    last = (text, teaching)
-    if plans <= FEW:
-        return [last]
-    few = share_of(teaching, max(1, len(teaching.sequences) // FIRST))
-    return [(share_of(text, len(text.sequences) // 2), few), last]
-
-
-def half(plans: int) -> int:
-    """How many of so many plans are in the last round."""
-    return (plans + 1) // 2
 
 
 def sequence_weights(recipe: Recipe, text: CalibrationSet) -> Tensor:

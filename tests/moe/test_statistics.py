@@ -424,6 +424,28 @@ def test_criteria_are_their_formulas() -> None:
     assert len(noise.unique()) == len(noise)
 
 
+def test_consensus_is_the_mean_place_in_the_whole_model() -> None:
+    """By places counted one by one; equal scores share their places."""
+    s = collect(model_of(), batches(), counterfactual=True)
+    names = ("routed-mass", "mone", "reconstruction", "taylor-sq", "counterfactual-agreed", "reap")
+    places: dict[tuple[str, int], list[float]] = {}
+    for name in names:
+        scores = {
+            (g, e): float(x)
+            for g, values in criteria()[name](s).values.items()
+            for e, x in enumerate(values)
+        }
+        for unit, x in scores.items():
+            below = sum(y < x for y in scores.values())
+            equal = sum(y == x for y in scores.values())
+            places.setdefault(unit, []).append((below + (equal - 1) / 2) / (len(scores) - 1))
+    found = criteria()["consensus"](s)
+    assert found.criterion == "consensus"
+    assert len(found.values) == len(s.groups) > 1
+    for (group, e), its in places.items():
+        assert float(found.values[group][e]) == pytest.approx(sum(its) / 6, rel=1e-7)
+
+
 def test_an_expert_without_tokens_scores_lowest_and_finite() -> None:
     model = model_of()
     block = find_blocks(model)[0]

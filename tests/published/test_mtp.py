@@ -588,7 +588,7 @@ def test_a_size_counts_the_head(published: Callable[[str], Path], tmp_path: Path
         {"engine": "streaming", "repair": "distill"},
         # plans are tried
         pytest.param(
-            {"samples": 80, "trial_samples": 8, "self_share": 0}, marks=pytest.mark.nightly
+            {"samples": 80, "trial_samples": 16, "self_share": 0}, marks=pytest.mark.nightly
         ),
     ],
     ids=lambda s: "-".join(map(str, s.values()))[:20],
