@@ -14,7 +14,6 @@ Shape legend: C criteria, U experts of all layers.
 from __future__ import annotations
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from moe_fair.core.criterion import Criterion
@@ -25,6 +24,8 @@ OF = ("routed-mass", "mone", "reconstruction", "taylor-sq", "counterfactual-agre
 
 def mean_rank(scores: Tensor) -> Tensor:
     """[U] mean rank in the whole model by six criteria: four of outputs, two of gradients."""
+    from scipy.stats import rankdata  # `plan` by another method needs no scipy
+
     ranks = torch.from_numpy(rankdata(scores.numpy(), axis=1)) - 1
     return ranks.mean(0) / max(1, scores.shape[1] - 1)
 
