@@ -21,6 +21,7 @@ from moe_fair.moe.schemas import MAPPED, Chat
 from moe_fair.moe.text_sources import Source, expand, read_parts
 
 LONG = 2**20  # characters; a longer document is tokenised as far as it is needed
+PART = 2**16  # characters; of a longer document that is drawn from a part is tokenised
 PADDING = 0.1  # most of a batch
 NO_TEMPLATE = "the tokenizer has no chat template: messages are written as plain text"
 
@@ -234,7 +235,7 @@ def _sequences(
                 made.add([chat[:length]])
         else:
             needed = (count - len(made)) * body - len(pending)
-            tokens = _encode(tokenizer, document, needed, order)
+            tokens = _encode(tokenizer, document, -(-needed // made.sharing), order)
             tokens += [eos] if eos is not None else []
             if order is not None and len(tokens) >= body:
                 whole = len(tokens) // body * body
@@ -262,6 +263,12 @@ class _Drawn:
 
     def __len__(self) -> int:
         return len(self._first)
+
+    @property
+    def sharing(self) -> int:
+        """Long documents, the next one included: none of them will have to give more than its part
+        of what is still missing."""
+        return 1 + len(self._more)
 
     def add(self, windows: Sequence[tuple[int, ...]], order: random.Random | None = None) -> None:
         """A document's; without an order the first of them counts, and there are no others."""
@@ -305,14 +312,15 @@ def _encode(
     How a text begins is tokenised without regard to what comes much later, so the tokens that are
     used are those of the whole text, where they are from its beginning: without an order.
     """
-    span = max(LONG, 8 * needed)
-    if order is not None and len(text) > span:
-        at = order.randrange(len(text) - span)
-        text = text[at:].split(maxsplit=1)[-1]
+    span, enough = max(LONG, 8 * needed), needed + LONG // 8
+    if order is not None:
+        span, enough = max(PART, 8 * needed), needed
+        if len(text) > span:
+            text = text[order.randrange(len(text) - span) :]
     # verbose=False: a document longer than the model's context is expected, it is packed
     for end in (span, len(text)):
         ids = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
-        if end >= len(text) or len(ids) > needed + LONG // 8:
+        if end >= len(text) or len(ids) > enough:
             break
     return list(ids)
 

@@ -189,6 +189,30 @@ def test_of_one_huge_document_no_more_than_is_needed_is_kept(
     assert len(draw([str(file)], tokenizer, samples=64).sequences) == 64
 
 
+def test_of_huge_documents_a_part_is_tokenised(tokenizer: Any, tmp_path: Path) -> None:
+    """But of one alone all that is asked for, whatever is asked for; a blank end does no harm."""
+    order = random.Random(0)
+    rows = [" ".join(order.choice(["one", "two", "three"]) for _ in range(60_000)) + " " * 80_000
+            for _ in range(12)]  # fmt: skip
+    file = tmp_path / "t.jsonl"
+    file.write_text("\n".join(json.dumps({"text": r}) for r in rows))
+    read: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **settings: Any) -> Any:
+            read.append(len(text))
+            return tokenizer(text, **settings)
+
+    text = draw([str(file)], Counting(), samples=12, length=64)
+    assert len(text.sequences) == 12
+    assert sum(read) < 14 * 2**16 < sum(map(len, rows)) / 4
+    file.write_text(json.dumps({"text": rows[0]}))
+    assert len(draw([str(file)], tokenizer, samples=500, length=64).sequences) == 500
+
+
 def test_the_seed_draws(tokenizer: Any) -> None:
     a, b, c = (draw([str(CALIBRATION)], tokenizer, seed=s) for s in (0, 0, 1))
     assert a == b
