@@ -323,7 +323,8 @@ def test_whoever_lists_it_anew_is_told_by_the_original(
     out: Path, original: Checkpoint, spoil: Callable[[Path], object], said: str
 ) -> None:
     """An attacker changes a file and writes the manifest again."""
-    first = next(iter(json.loads((out / "config.json").read_text())["moe_fair"]["experts"].values()))
+    experts = json.loads((out / "config.json").read_text())["moe_fair"]["experts"]
+    first = next(iter(experts.values()))
     spoil(out)
     write_manifest(out)
     said = said.replace("FIRST + 1", str(first + 1)).replace("FIRST", str(first))
