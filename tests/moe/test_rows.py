@@ -366,15 +366,21 @@ def test_chats_that_the_template_refuses_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_line_of_twenty_megabytes(tokenizer: Any, tmp_path: Path) -> None:
-    """Only as much of it is tokenised as is needed, and the tokens are those of the whole."""
+    """Only as much of it is tokenised as is needed; held-out windows have the whole's tokens, from
+    its beginning, and sequences that are drawn are of it, from somewhere."""
     text = "".join(f"word{n % 977} and {n},\n" for n in range(1_250_000))
     assert len(text) > 20_000_000
     file = lines(tmp_path / "x.jsonl", {"text": text})
     started = time.perf_counter()
     found = draw(file, tokenizer, samples=64, length=64)
     assert time.perf_counter() - started < 10
+    assert len(set(found.sequences)) == 64
+    assert all(tokenizer.decode(ids) in text for ids, _ in found.sequences)
+    started = time.perf_counter()
+    held = windows([Source(str(file))], tokenizer, samples=64, length=64)
+    assert time.perf_counter() - started < 10
     want = tokenizer(text[:200_000])["input_ids"][: 64 * 64]
-    assert [t for ids, _ in found.sequences for t in ids] == want
+    assert [t for ids, _ in held.sequences for t in ids] == want
     spaces = lines(tmp_path / "y.jsonl", {"text": " " * 3_000_000 + "end " * 50})
     assert len(draw(spaces, tokenizer, length=4, samples=50_000).sequences) > 10
 
