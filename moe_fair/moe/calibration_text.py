@@ -234,8 +234,7 @@ def _sequences(
                 left_out.cut += len(chat) > length
                 made.add([chat[:length]])
         else:
-            needed = (count - len(made)) * body - len(pending)
-            tokens = _encode(tokenizer, document, -(-needed // made.sharing), order)
+            tokens = _encode(tokenizer, document, made.wanted * body, order)
             tokens += [eos] if eos is not None else []
             if order is not None and len(tokens) >= body:
                 whole = len(tokens) // body * body
@@ -265,10 +264,11 @@ class _Drawn:
         return len(self._first)
 
     @property
-    def sharing(self) -> int:
-        """Long documents, the next one included: none of them will have to give more than its part
-        of what is still missing."""
-        return 1 + len(self._more)
+    def wanted(self) -> int:
+        """Sequences that the next document must be able to give: all that no other could, and its
+        part of what is missing."""
+        missing = self.count - len(self._first)
+        return max(missing - self._kept, -(-missing // (1 + len(self._more))))
 
     def add(self, windows: Sequence[tuple[int, ...]], order: random.Random | None = None) -> None:
         """A document's; without an order the first of them counts, and there are no others."""
@@ -312,15 +312,14 @@ def _encode(
     How a text begins is tokenised without regard to what comes much later, so the tokens that are
     used are those of the whole text, where they are from its beginning: without an order.
     """
-    span, enough = max(LONG, 8 * needed), needed + LONG // 8
+    span, enough, at = max(LONG, 8 * needed), needed + LONG // 8, 0
     if order is not None:
         span, enough = max(PART, 8 * needed), needed
-        if len(text) > span:
-            text = text[order.randrange(len(text) - span) :]
+        at = order.randrange(len(text) - span) if len(text) > span else 0
     # verbose=False: a document longer than the model's context is expected, it is packed
-    for end in (span, len(text)):
-        ids = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
-        if end >= len(text) or len(ids) > enough:
+    for part in (text[at : at + span], text):
+        ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(part) == len(text) or len(ids) > enough:
             break
     return list(ids)
 

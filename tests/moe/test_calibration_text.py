@@ -211,6 +211,11 @@ def test_of_huge_documents_a_part_is_tokenised(tokenizer: Any, tmp_path: Path) -
     assert sum(read) < 14 * 2**16 < sum(map(len, rows)) / 4
     file.write_text(json.dumps({"text": rows[0]}))
     assert len(draw([str(file)], tokenizer, samples=500, length=64).sequences) == 500
+    # nor alone among smaller ones, whatever comes first
+    small = " ".join(rows[1].split()[:200])
+    file.write_text("\n".join(json.dumps({"text": t}) for t in (*[small] * 5, rows[0])))
+    for seed in range(4):
+        assert len(draw([str(file)], tokenizer, samples=900, length=64, seed=seed).sequences) == 900
 
 
 def test_the_seed_draws(tokenizer: Any) -> None:
