@@ -248,11 +248,6 @@ class Healer:
         """The model runs with the best."""
         self._put(self.kept)
 
-    def let_go(self) -> None:
-        """It trains no more, and its model's memory is free with it."""
-        for c in self.changes.values():
-            c.let_go()
-
     def choices(self, batch: Batch, count: int) -> Tensor:
         """[B, count] the tokens that the model ranks first behind the last positions."""
         [logits] = self.engine.logits([batch])

@@ -11,6 +11,8 @@ Shape legend: r rank, O outputs, I inputs.
 
 from __future__ import annotations
 
+from weakref import WeakMethod
+
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +48,9 @@ class SmallChange:
         self.trained = [t.to(weight.device) for t in self.trained]
         self._begun = [t.clone() for t in self.trained]
         weight.requires_grad_(True)
-        self._hook = weight.register_post_accumulate_grad_hook(self._take)
-
-    def let_go(self) -> None:
-        """Take over no more gradients. Until then weight and hook hold one another, unseen by the
-        search for garbage: they would stay in memory."""
-        self._hook.remove()
+        # weakly: a hook that holds what holds its weight is unseen by the search for garbage
+        take = WeakMethod(self._take)
+        weight.register_post_accumulate_grad_hook(lambda w: take()(w))  # type: ignore[misc]
 
     def begin_again(self) -> None:
         """Nothing is changed yet."""

@@ -95,9 +95,6 @@ def heal_model(
         if not out_of_memory(e):
             raise
         lack = f"out of memory ({lacking(e)})"
-    finally:
-        if healer is not None:
-            healer.let_go()
     healer = None  # what it holds is free for what follows
     release()
     say(f"note: not healed: {lack}")

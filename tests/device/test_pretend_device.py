@@ -39,9 +39,9 @@ CEILINGS = {
     "repair refit": (335, 255, 13100, 4700),
     "repair scale": (205, 195, 6800, 730),
     "repair variance": (205, 195, 6900, 710),
-    # nine looks of 12 sequences, and as often all that a killed run goes on from comes to the host
-    "healed": (2560, 1180, 71100, 1600),
-    "healed, two devices": (2570, 1350, 73200, 1600),
+    # at each look of 12 sequences all that a killed run goes on from comes to the host
+    "healed": (1460, 680, 38200, 1600),
+    "healed, two devices": (1470, 850, 39300, 1600),
     "streamed repair": (425, 572, 22300, 4700),
     # with the fit of one ridge more, which is judged on domains that are left out
     "default": (1120, 700, 86000, 23500),
