@@ -14,7 +14,8 @@ import pytest
 from places import CALIBRATION, MODEL
 from transformers import AutoTokenizer
 
-from moe_fair.moe.calibration_text import CalibrationSet, _Drawn, sample, split, windows
+from moe_fair.moe.calibration_text import CalibrationSet, sample, split, windows
+from moe_fair.moe.text_packing import _Drawn
 from moe_fair.moe.text_sources import Source, parse_source
 
 
